@@ -70,18 +70,16 @@ def load_tokenizer(gguf: Path) -> Any:
 def load_model(gguf: Path) -> Any:
     """The dequantised weights in a fresh bfloat16 model that knows nothing of the GGUF."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     values = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "architectures", "dtype"):
         values.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**values)).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(quantised.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=1, eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=IM_END
-    )
-    return model
+    model.generation_config.eos_token_id = [IM_END, END_OF_TEXT]
+    return model.to(torch.bfloat16)
 
 
 def check(model: Any, tokenizer: Any) -> None:

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Tests load nothing from a hub; set before the libraries read it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from families import save_checkpoint, tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint(family, **options)`: the directory of a tiny checkpoint, made once.
+
+    Options are those of `families.tiny_model`. The directory is shared: copy it to change it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = save_checkpoint(tiny_model(family, **options), folder)
+        return made[key]
+
+    return make

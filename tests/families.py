@@ -1,0 +1,138 @@
+"""Tiny random models of every served family and RoPE kind, and a tiny tokenizer beside them.
+
+Everything is seeded. Unlike the library's own initialisation, biases and norms are random too and
+attention is peaked, so that a dropped bias, norm, head or key shows in the logits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
+from transformers.modeling_utils import PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+VOCAB = 320
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# Lengths are short on purpose: a session of some hundred tokens passes every original context.
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+}
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def tiny_model(
+    family: str, *, rope: str = "default", seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
+    """A float32 model in eval mode; `overrides` are fields of the family's config.
+
+    `rope` names an entry of `ROPES`; "dynamic" comes with 64 positions unless overridden.
+    """
+    values = {
+        **_BASE,
+        **_FAMILY[family],
+        "rope_parameters": {"rope_theta": 10000.0, **ROPES[rope]},
+    }
+    if rope == "dynamic":
+        values["max_position_embeddings"] = 64
+    config = CONFIG_MAPPING[family](**{**values, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        _randomise(model)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        elif name.endswith(".bias") or "embed_tokens" in name or "lm_head" in name:
+            parameter.copy_(0.3 * noise)
+        else:
+            # twice the scale on queries and keys: scores of variance 16 before the softmax
+            peak = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+            parameter.copy_(peak * noise / parameter.shape[1] ** 0.5)
+
+
+@cache
+def _trained() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = "The pass key is hidden in the text. Remember the key, then answer with the key. user "
+    tokenizer.train_from_iterator([text, "system assistant the quick brown fox"] * 8, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `VOCAB` tokens with a chat template; it loses no text."""
+    made: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = made(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        chat_template=CHAT_TEMPLATE,
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
+    )
+    return tokenizer
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, **save_options: Any) -> Path:
+    """Write `model` and the tiny tokenizer as an ordinary checkpoint directory.
+
+    `save_options` go to `save_pretrained`, such as `max_shard_size="100KB"` for several shards.
+    """
+    model.generation_config.eos_token_id = [2, 0]
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder, **save_options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
