@@ -1,0 +1,1 @@
+"""Fused, permuted weights and the package on disk."""

@@ -1,0 +1,107 @@
+"""Tensors of a package: which ones a spec asks for, and reading them memory-mapped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from moac_runtime.artifact import WEIGHT_INDEX, Artifact
+from moac_runtime.errors import ArtifactError
+from moac_runtime.integrity import REMEDY
+from moac_runtime.manifest import read_json
+from moac_runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+# How safetensors spells the manifest's dtypes.
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
+    """Name and shape of every weight in a package of `spec`, in writing order."""
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, Shape] = {"embed.weight": table}
+    for layer in range(spec.num_layers):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer(spec).items()}
+    shapes["norm.weight"] = (spec.hidden_size,)
+    return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": table}
+
+
+def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every weight by name, on the CPU, memory-mapped; copied only where `dtype` differs.
+
+    Raises ArtifactError where a tensor is missing, unknown, or of another shape or dtype.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    expected = expected_tensors(artifact.spec)
+    for shard, names in _shards(artifact, expected).items():
+        with open_tensors(artifact, shard) as file:
+            for name in names:
+                _check_header(file, shard, name, expected[name], _STORED[artifact.dtype])
+                weights[name] = file.get_tensor(name).to(dtype)
+    return weights
+
+
+@contextmanager
+def open_tensors(artifact: Artifact, name: str) -> Iterator[Any]:
+    """A listed safetensors file, opened for torch. Raises ArtifactError where it is damaged."""
+    try:
+        with safe_open(artifact.path(name), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ArtifactError(f"{name} is no safetensors file ({error}): {REMEDY}") from error
+
+
+def _layer(spec: ModelSpec) -> dict[str, Shape]:
+    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    fused = (spec.num_heads + 2 * spec.num_kv_heads) * dim
+    return {
+        "attn_norm.weight": (hidden,),
+        **_linear("qkv", fused, hidden, spec.qkv_bias),
+        **({"q_norm.weight": (dim,), "k_norm.weight": (dim,)} if spec.qk_norm else {}),
+        **_linear("o", hidden, spec.num_heads * dim, spec.o_bias),
+        "mlp_norm.weight": (hidden,),
+        **_linear("gate_up", 2 * inner, hidden, spec.mlp_bias),
+        **_linear("down", hidden, inner, spec.mlp_bias),
+    }
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
+    weight: dict[str, Shape] = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight
+
+
+def _shards(artifact: Artifact, expected: dict[str, Shape]) -> dict[str, list[str]]:
+    """Tensor names by the file that holds them, as the index says and the spec expects."""
+    placed = read_json(artifact.path(WEIGHT_INDEX), WEIGHT_INDEX).get("weight_map")
+    if not isinstance(placed, dict):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks weight_map, expected an object: {REMEDY}")
+    if missing := next((name for name in expected if name not in placed), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks {missing}, expected its file: {REMEDY}")
+    if unknown := next((name for name in placed if name not in expected), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} names {unknown!r}, unknown to the model: {REMEDY}")
+    shards: dict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        shards[f"weights/{placed[name]}"].append(name)
+    return shards
+
+
+def _check_header(file: Any, shard: str, name: str, shape: Shape, stored: str) -> None:
+    """Check a tensor's header entry, before any of its bytes is read."""
+    if name not in file.keys():  # noqa: SIM118 - not a dict
+        raise ArtifactError(f"{shard} lacks {name}, expected it as the index says: {REMEDY}")
+    header = file.get_slice(name)
+    found, dtype = tuple(header.get_shape()), header.get_dtype()
+    if found != shape:
+        raise ArtifactError(
+            f"{name} in {shard} has shape {list(found)}, expected {list(shape)}: {REMEDY}"
+        )
+    if dtype != stored:
+        raise ArtifactError(f"{name} in {shard} is stored as {dtype}, expected {stored}: {REMEDY}")
