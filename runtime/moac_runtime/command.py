@@ -1,0 +1,247 @@
+"""The one command line of a package: `python PACKAGE ...` and `moac run PACKAGE ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from moac_runtime.errors import MoacError, UsageError
+
+if TYPE_CHECKING:
+    from moac_runtime.generation import Generation, Model, Sampling, Stats
+
+_INTERRUPTED = 130
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
+
+
+def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> int:
+    """Answer the prompts of `argv` and return the exit code (0, 1, 2 or 130).
+
+    `package`: the package that runs itself; None reads PACKAGE from `argv`. Raises SystemExit for
+    --help alone.
+    """
+    try:
+        return _run(_parser(package).parse_args(argv), package)
+    except MoacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the answer is gone; keep Python from failing again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage becomes the same kind of sentence as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(package: Path | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moac run" if package is None else f"python {package.name}",
+        description="Answer prompts with a package. Several prompts run as one batch.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    if package is None:
+        parser.add_argument("package", type=Path, metavar="PACKAGE", help="the package directory")
+    _add_prompts(parser)
+    _add_sampling(parser)
+    _add_running(parser)
+    return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        type=lambda text: ("text", text),
+        metavar="TEXT",
+        help="a prompt, or - for standard input; may be repeated",
+    )
+    group.add_argument(
+        "--prompt-file",
+        dest="prompts",
+        action="append",
+        type=lambda name: ("file", name),
+        metavar="FILE",
+        help="a file that holds a prompt; may be repeated",
+    )
+    group.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    group.add_argument("--raw", action="store_true", help="send prompts as is, no chat template")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    add = group.add_argument
+    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (off)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep a probability mass of P (1)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="drop below P times the best (0)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less")
+    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
+    add("--threads", type=int, metavar="N", help="CPU threads (torch's own choice)")
+    add("--capacity", type=int, metavar="N", help="tokens the session holds (prompt + answer)")
+    add("--json", action="store_true", help="one JSON document on standard output")
+
+
+def _run(options: argparse.Namespace, package: Path | None) -> int:
+    from moac_runtime.generation import load
+    from moac_runtime.sampling import SamplingOptions
+
+    prompts = _read_prompts(options.prompts)
+    sampling = _sampling(options)
+    SamplingOptions(**sampling)  # wrong options fail before anything is loaded
+    model = load(
+        options.package if package is None else package,
+        backend=options.backend,
+        dtype=options.dtype,
+        threads=options.threads,
+    )
+    asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
+    if options.json or len(prompts) > 1:
+        results = model.generate(prompts, **asked, **sampling)
+        _print_json(model, prompts, results) if options.json else _print_texts(results)
+    else:
+        results = [_print_stream(model, prompts[0], asked, sampling)]
+    _print_stats(model, results[0].stats)
+    return _INTERRUPTED if any(r.finish_reason == "interrupted" for r in results) else 0
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    sampling: Any = {name: getattr(options, name) for name in _SAMPLING}
+    sampling["stop"] = tuple(options.stop)
+    found: Sampling = sampling
+    return found
+
+
+def _read_prompts(sources: list[tuple[str, str]] | None) -> list[str]:
+    if not sources:
+        raise UsageError("there is no prompt; give --prompt TEXT (- for standard input)")
+    if sources.count(("text", "-")) > 1:
+        raise UsageError("standard input can be read once; give --prompt - a single time")
+    return [_read_prompt(kind, value) for kind, value in sources]
+
+
+def _read_prompt(kind: str, value: str) -> str:
+    if kind == "text" and value != "-":
+        return value
+    name = value if kind == "file" else "standard input"
+    try:
+        data = Path(value).read_bytes() if kind == "file" else sys.stdin.buffer.read()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"the prompt file {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> Generation:
+    """Text as it comes. An interrupt between two pieces lands here and ends the answer too."""
+    _survive_any_text()
+    stream = model.stream(prompt, **asked, **sampling)
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+        generation = stream.generation
+    except KeyboardInterrupt:
+        generation = stream.interrupt()
+    print(flush=True)
+    return generation
+
+
+def _print_texts(results: Sequence[Generation]) -> None:
+    _survive_any_text()
+    for number, result in enumerate(results, start=1):
+        print(f"=== {number} of {len(results)} ===")
+        print(result.text, flush=True)
+
+
+def _survive_any_text() -> None:
+    """A terminal that is not UTF-8 shows `?` for what it lacks, and the answer goes on."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def _print_json(model: Model, prompts: Sequence[str], results: Sequence[Generation]) -> None:
+    print(json.dumps(_document(model, prompts, results), indent=2), flush=True)
+
+
+def _document(
+    model: Model, prompts: Sequence[str], results: Sequence[Generation]
+) -> dict[str, Any]:
+    entries = [_entry(p, result) for p, result in zip(prompts, results, strict=True)]
+    single = {k: entries[0][k] for k in ("text", "token_ids", "finish_reason")}
+    stats = results[0].stats
+    return {
+        **(single if len(entries) == 1 else {}),
+        "results": entries,
+        "stats": {
+            "prefill_s": stats.prefill_s,
+            "prompt_tokens_per_s": stats.prompt_tokens_per_s,
+            "decode_s": stats.decode_s,
+            "decode_tokens_per_s": stats.decode_tokens_per_s,
+            "kv_bytes": {"held": stats.kv_held_bytes, "dense": stats.kv_dense_bytes},
+            "peak_memory_bytes": stats.peak_memory_bytes,
+            "load_s": model.load_s,
+        },
+        "backend": model.backend,
+        "dtype": model.dtype,
+        "capacity": results[0].capacity,
+    }
+
+
+def _entry(prompt: str, result: Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "generated_tokens": len(result.token_ids),
+    }
+
+
+def _print_stats(model: Model, stats: Stats) -> None:
+    share = stats.kv_held_bytes / stats.kv_dense_bytes
+    print(
+        f"prefill {stats.prompt_tokens} tokens, {_rate(stats.prompt_tokens_per_s)}; "
+        f"decode {stats.decoded_tokens} tokens, {_rate(stats.decode_tokens_per_s)}; "
+        f"loaded in {model.load_s:.1f} s\n"
+        f"KV {_mib(stats.kv_held_bytes)} held, {share:.0%} of dense; "
+        f"peak memory {_mib(stats.peak_memory_bytes)}; "
+        f"{model.backend} {model.dtype}",
+        file=sys.stderr,
+    )
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "not measured" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s"
+
+
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:.1f} MiB"

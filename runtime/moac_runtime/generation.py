@@ -1,0 +1,488 @@
+"""Prompts to answers: open a package, tokenise, prefill one ragged batch, decode, stop.
+
+torch loads inside `load`, while another thread checks the package's files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
+
+from moac_runtime.artifact import Artifact, start_opening
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.sampling import Sampler, SamplingOptions
+from moac_runtime.spec import ModelSpec
+from moac_runtime.text import Message, StopStrings, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BACKENDS = ("cuda", "onnx", "torch")  # every name a package or a user may use
+RUNNABLE = ("torch",)  # those this runtime has, best first
+
+FinishReason = Literal["stop", "length", "interrupted"]
+Prompt = str | Sequence[Message]
+
+
+class Sampling(TypedDict, total=False):
+    """The keywords of `SamplingOptions`, where its defaults and meanings stand."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    max_tokens: int
+    stop: str | Sequence[str]
+
+
+class OpenSession(Protocol):
+    """What generation asks of a backend's session of `[B]` rows."""
+
+    def extend(self, tokens: list[list[int]]) -> Tensor:
+        """Append a ragged batch of tokens; logits of the last of each row, `[B, V]` float32."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Append one token a row, `[B]`; logits `[B, V]` float32."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a batch cost. Tokens are summed over its rows; None where nothing was measured.
+
+    `decoded_tokens`: answer tokens but the first of each row, which the prefill yields.
+    `kv_dense_bytes`: what full attention would hold at the same capacity.
+    """
+
+    prompt_tokens: int
+    decoded_tokens: int
+    prefill_s: float
+    decode_s: float
+    kv_held_bytes: int
+    kv_dense_bytes: int
+    peak_memory_bytes: int | None
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        """Tokens read in the prefill per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens decoded per second, all rows together."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer. `token_ids` is all the model chose, the ending token or stop string included;
+    `text` leaves those out. `capacity`: tokens the session could hold. `stats`: of its batch.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    capacity: int
+    stats: Stats
+
+
+class Answer:
+    """One row while it is being generated."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, limit: int) -> None:
+        self._eos = tokenizer.eos_token_ids
+        self._stream = tokenizer.stream()
+        self._stops = StopStrings(stop)
+        self._limit = limit
+        self._sent = 0
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token: int) -> None:
+        """Take the token the model chose; sets `finish_reason` where it is the last."""
+        self.token_ids.append(token)
+        if token in self._eos:
+            return self.finish("stop")
+        self.text += self._stops.push(self._stream.push(token))
+        if self._stops.found:
+            return self.finish("stop")
+        if len(self.token_ids) >= self._limit:
+            return self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer: what was held back belongs to it, unless a stop string begins there."""
+        self.text += self._stops.push(self._stream.finish()) + self._stops.finish()
+        self.finish_reason = "stop" if self._stops.found else reason
+
+    def take(self) -> str:
+        """The text added since the last call."""
+        piece, self._sent = self.text[self._sent :], len(self.text)
+        return piece
+
+
+class Batch:
+    """One ragged batch from prompt tokens to answers; iterate it for `(row, new text)`."""
+
+    def __init__(
+        self,
+        session: OpenSession,
+        sampler: Sampler,
+        prompts: Sequence[list[int]],
+        answers: Sequence[Answer],
+        *,
+        capacity: int,
+        dense_bytes: int,
+    ) -> None:
+        self._session = session
+        self._sampler = sampler
+        self._prompts = list(prompts)
+        self._answers = list(answers)
+        self._capacity = capacity
+        self._dense_bytes = dense_bytes
+        self._held_bytes = 0
+        self._prefill_s = 0.0
+        self._decode_s = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        try:
+            for _ in self._steps():
+                yield from self._news()
+        except KeyboardInterrupt:
+            self.interrupt()
+        yield from self._news()
+
+    def interrupt(self) -> None:
+        """End every unfinished answer with what it has."""
+        for answer in self._answers:
+            if answer.finish_reason is None:
+                answer.finish("interrupted")
+
+    def generations(self) -> list[Generation]:
+        """The answers in the order of the prompts, once all have ended."""
+        stats = self._stats()
+        return [
+            Generation(
+                text=answer.text,
+                token_ids=tuple(answer.token_ids),
+                prompt_tokens=len(prompt),
+                finish_reason=_reason(answer),
+                capacity=self._capacity,
+                stats=stats,
+            )
+            for prompt, answer in zip(self._prompts, self._answers, strict=True)
+        ]
+
+    def _steps(self) -> Iterator[None]:
+        """One item per token of the batch; finished rows leave it."""
+        started = time.perf_counter()
+        tokens = self._sampler.next(self._session.extend(self._prompts))
+        self._prefill_s = time.perf_counter() - started
+        self._held_bytes = self._session.kv_bytes()
+        active = self._answers
+        while True:
+            for answer, token in zip(active, tokens.tolist(), strict=True):
+                answer.push(token)
+            yield
+            started = time.perf_counter()
+            going = [i for i, answer in enumerate(active) if answer.finish_reason is None]
+            if not going:
+                return
+            if len(going) < len(active):
+                active = [active[i] for i in going]
+                tokens = tokens[going]
+                self._session.keep(going)
+                self._sampler.keep(going)
+            tokens = self._sampler.next(self._session.decode(tokens))
+            self._decode_s += time.perf_counter() - started
+
+    def _news(self) -> Iterator[tuple[int, str]]:
+        for row, answer in enumerate(self._answers):
+            if piece := answer.take():
+                yield row, piece
+
+    def _stats(self) -> Stats:
+        made = [len(answer.token_ids) for answer in self._answers]
+        return Stats(
+            prompt_tokens=sum(len(prompt) for prompt in self._prompts),
+            decoded_tokens=sum(max(count - 1, 0) for count in made),
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            kv_held_bytes=self._held_bytes,
+            kv_dense_bytes=self._dense_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+def _reason(answer: Answer) -> FinishReason:
+    if answer.finish_reason is None:
+        raise MoacError("the answer is not complete; read the stream to its end, or interrupt it")
+    return answer.finish_reason
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process ever held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows has no such module
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stream(Iterator[str]):
+    """An answer as it comes: iterate for its text, then read `generation`."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._pieces = iter(batch)
+
+    def __next__(self) -> str:
+        return next(self._pieces)[1]
+
+    def interrupt(self) -> Generation:
+        """End the answer with what it has, finish reason "interrupted"."""
+        self._batch.interrupt()
+        return self.generation
+
+    @property
+    def generation(self) -> Generation:
+        """The whole answer. Raises MoacError while the stream is still running."""
+        return self._batch.generations()[0]
+
+
+class Model:
+    """A package ready to answer.
+
+    `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
+    by name. `open_session(batch, capacity)` is the backend. `load_s`: seconds loading took.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        capacity: int,
+        dtype: str,
+        backend: str,
+        open_session: Callable[[int, int], OpenSession],
+        load_s: float = 0.0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.capacity = min(capacity, spec.context)
+        self.dtype = dtype
+        self.backend = backend
+        self.load_s = load_s
+        self._open_session = open_session
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        capacity: int | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[Generation]:
+        """Answers to one prompt or several, which then run as one ragged batch.
+
+        A prompt is text or a conversation, a list of `{"role", "content"}` messages. `system`:
+        a system message before each. `raw`: the text itself, no chat template. `capacity`: tokens
+        the session holds; left out, the longest prompt plus `max_tokens`. Spans follow from it,
+        so a batch's rows answer as they would alone at the same capacity. A KeyboardInterrupt
+        ends the answers early. Raises UsageError and MoacError.
+        """
+        each: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        options = SamplingOptions(**sampling)
+        batch = self._start(each, options, system=system, raw=raw, capacity=capacity)
+        for _ in batch:
+            pass
+        return batch.generations()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        capacity: int | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """The answer to one prompt, piece by piece; keywords as in `generate`."""
+        options = SamplingOptions(**sampling)
+        return Stream(self._start([prompt], options, system=system, raw=raw, capacity=capacity))
+
+    def _start(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        *,
+        system: str | None,
+        raw: bool,
+        capacity: int | None,
+    ) -> Batch:
+        if not prompts:
+            raise UsageError("there is no prompt; give at least one")
+        rows = [self._tokens(prompt, system=system, raw=raw) for prompt in prompts]
+        size = self._session_capacity(max(map(len, rows)), options.max_tokens, capacity)
+        limits = [min(options.max_tokens, size - len(row)) for row in rows]
+        return Batch(
+            self._open_session(len(rows), size),
+            Sampler(options, rows, vocab_size=self.spec.vocab_size),
+            rows,
+            [Answer(self.tokenizer, options.stop, limit=limit) for limit in limits],
+            capacity=size,
+            dense_bytes=len(rows) * self._dense_bytes(size),
+        )
+
+    def _tokens(self, prompt: Prompt, *, system: str | None, raw: bool) -> list[int]:
+        if raw:
+            tokens = self.tokenizer.encode(_raw_text(prompt, system), special=True)
+        else:
+            text = self.tokenizer.chat(_conversation(prompt, system))
+            tokens = self.tokenizer.encode(text, special=False)
+        if not tokens:
+            raise UsageError("the prompt is empty: it holds not a single token; give some text")
+        if max(tokens) >= self.spec.vocab_size:
+            raise MoacError(
+                f"the tokenizer gave token {max(tokens)}, but the model knows "
+                f"{self.spec.vocab_size}; compile the package again from one checkpoint"
+            )
+        return tokens
+
+    def _session_capacity(self, longest: int, max_tokens: int, asked: int | None) -> int:
+        if asked is not None and not 1 <= asked <= self.capacity:
+            raise UsageError(
+                f"capacity must be 1 to {self.capacity} tokens for this package, got {asked}"
+            )
+        size = min(longest + max_tokens, self.capacity) if asked is None else asked
+        if longest >= size:
+            raise MoacError(
+                f"the prompt has {longest} tokens, but the session holds {size} for prompt and "
+                f"answer together (this package at most {self.capacity}); shorten the prompt or "
+                "give more capacity"
+            )
+        return size
+
+    def _dense_bytes(self, capacity: int) -> int:
+        heads = self.spec.num_layers * self.spec.num_kv_heads
+        return heads * capacity * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
+
+
+def _raw_text(prompt: Prompt, system: str | None) -> str:
+    if not isinstance(prompt, str):
+        raise UsageError("a conversation needs the chat template; give plain text with raw")
+    if system is not None:
+        raise UsageError("a system message needs the chat template; leave out system or raw")
+    return prompt
+
+
+def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
+    if isinstance(prompt, Mapping):
+        raise UsageError("a conversation is a list of messages; put the message into a list")
+    text = isinstance(prompt, str)
+    messages: list[Message] = [{"role": "user", "content": prompt}] if text else list(prompt)
+    if system is None:
+        return messages
+    if messages and messages[0].get("role") == "system":
+        raise UsageError("the conversation has a system message already; leave out system")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Open the package at `path`, check it, and read its weights.
+
+    `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
+    `threads`: CPU threads, None is torch's own choice. Raises UsageError, ArtifactError where the
+    package is not whole, and MoacError where the backend asked for cannot run here.
+    """
+    started = time.perf_counter()
+    _check_request(backend, dtype, threads)
+    opening = start_opening(path)  # hashes while torch loads
+    import torch
+
+    from moac_runtime.decoder import Decoder
+    from moac_runtime.session import Session
+    from moac_runtime.weights import load_weights
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    artifact = opening.result()
+    chosen = choose_backend(backend, artifact.targets)
+    precision = dtype or artifact.dtype
+    tokenizer = _tokenizer(artifact)
+    decoder = Decoder(artifact.spec, load_weights(artifact, getattr(torch, precision)))
+
+    def open_session(batch: int, capacity: int) -> Session:
+        plan, order = artifact.plan, artifact.head_order
+        return Session(decoder, plan, order, batch=batch, capacity=capacity)
+
+    return Model(
+        tokenizer=tokenizer,
+        spec=artifact.spec,
+        capacity=artifact.capacity,
+        dtype=precision,
+        backend=chosen,
+        open_session=open_session,
+        load_s=time.perf_counter() - started,
+    )
+
+
+def choose_backend(asked: str | None, targets: Sequence[str]) -> str:
+    """The backend to run a package built for `targets`. Raises UsageError or MoacError.
+
+    One asked for by name is never replaced by another.
+    """
+    _check_choice("backend", asked, BACKENDS)
+    wanted = targets if asked is None else [asked]
+    runnable = [name for name in RUNNABLE if name in wanted and name in targets]
+    if not runnable:
+        raise MoacError(
+            f"the backend {asked or 'of this package'} cannot run here: the package is built for "
+            f"{', '.join(targets)}, and this runtime runs {', '.join(RUNNABLE)}; "
+            "choose a backend both name, or compile the package again"
+        )
+    return runnable[0]
+
+
+def _check_request(backend: str | None, dtype: str | None, threads: int | None) -> None:
+    """What can be refused before a file is read."""
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("dtype", dtype, DTYPE_BYTES)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be >= 1, got {threads}")
+
+
+def _check_choice(kind: str, asked: str | None, choices: Collection[str]) -> None:
+    if asked is not None and asked not in choices:
+        raise UsageError(f"there is no {kind} {asked!r}; choose from {', '.join(choices)}")
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer:
+    template = "tokenizer/chat_template.jinja"
+    return Tokenizer.read(
+        artifact.path("tokenizer/tokenizer.json"),
+        artifact.path("tokenizer/generation.json"),
+        artifact.path(template) if template in artifact.files else None,
+    )

@@ -1,0 +1,341 @@
+"""Text to tokens and back: the tokenizer, its chat template, streamed text, stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.integrity import REMEDY
+from moac_runtime.manifest import read_json
+
+Message = Mapping[str, Any]
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not a whole character
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A package's tokenizer.
+
+    `eos_token_ids`: every token that ends an answer. `special_tokens`: the names a chat template
+    may use (`bos_token`, `eos_token`, ...). `chat_template`: Jinja source, None where the
+    checkpoint has none.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_token_ids: frozenset[int]
+    special_tokens: Mapping[str, str]
+    chat_template: str | None
+    _compiled: list[ChatTemplate] = field(default_factory=list, init=False, repr=False)
+
+    @classmethod
+    def read(cls, tokenizer: Path, settings: Path, template: Path | None) -> Tokenizer:
+        """From a package's `tokenizer.json`, `generation.json` and chat template, if it has one.
+
+        Raises ArtifactError where a file is unusable.
+        """
+        found = _read_settings(settings)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return cls(
+            backend=_read_backend(tokenizer),
+            eos_token_ids=frozenset(found["eos_token_ids"]),
+            special_tokens={name: found[name] for name in names if found.get(name)},
+            chat_template=None if template is None else template.read_text(encoding="utf-8"),
+        )
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of `text`; `special` adds what the checkpoint puts around plain text (BOS).
+
+        Raises UsageError where `text` is no Unicode text (undecodable bytes of a command line).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt holds bytes that are not UTF-8 (at character {error.start}); "
+                "give it as UTF-8 text"
+            ) from None
+        return list(self.backend.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special tokens left out."""
+        return self.backend.decode(list(tokens), skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """`messages` as the checkpoint's chat template writes them; encode with `special=False`.
+
+        Raises UsageError where the package has no template or a message is not plain JSON, and
+        MoacError where the template refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise UsageError(
+                "this package has no chat template; use --raw (raw=True) to send the prompt as is"
+            )
+        if not self._compiled:
+            self._compiled.append(ChatTemplate(self.chat_template))
+        return self._compiled[0].render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self.special_tokens,
+        )
+
+    def stream(self) -> TextStream:
+        """A fresh decoder for tokens that arrive one by one."""
+        return TextStream(self)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path, path.name)
+    tokens = settings.get("eos_token_ids")
+    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        raise ArtifactError(
+            f"{path.name} has eos_token_ids {tokens!r}, expected a list of token ids: {REMEDY}"
+        )
+    return settings
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ArtifactError(
+            f"{path.name} is no tokenizer this version reads ({error}): {REMEDY}"
+        ) from None
+    # A file saved while truncating or padding would silently cut prompts.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+class TextStream:
+    """Turns tokens into text as they arrive, whole characters only."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._text = ""
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is unfinished."""
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer.backend, token) or ""
+        self._text += piece
+        return piece
+
+    def finish(self) -> str:
+        """The text still held back, without the bytes of a character that was never finished."""
+        whole = self._tokenizer.decode(self._tokens)
+        if not whole.startswith(self._text):
+            return ""
+        return whole[len(self._text) :].rstrip(_UNFINISHED)
+
+
+class StopStrings:
+    """Cuts text at the first stop string, holding back what may turn out to begin one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The part of the text so far that no stop string can touch any more."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back and proved to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class ChatTemplate:
+    """A checkpoint's Jinja template, rendered in a sandbox the way transformers renders it."""
+
+    def __init__(self, source: str) -> None:
+        import jinja2
+
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise ArtifactError(
+                f"the package's chat template is not valid Jinja ({_one_line(error)}); "
+                "use --raw (raw=True) to send the prompt as is"
+            ) from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        special_tokens: Mapping[str, str],
+    ) -> str:
+        """The conversation as text. Raises UsageError or MoacError, see `Tokenizer.chat`."""
+        chat = _plain_messages(messages)
+        try:
+            text: str = self._template.render(
+                messages=chat,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise MoacError(
+                f"the chat template refused this conversation ({_one_line(error)}); "
+                "change the messages, or use --raw (raw=True) to send the prompt as is"
+            ) from None
+        return text
+
+
+def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as plain JSON values: keys of None dropped, reasoning under the names in use."""
+    if not messages:
+        raise UsageError("the conversation is empty; give at least one message")
+    plain = []
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError(f"a message must be a mapping with a role, got {message!r}")
+        try:
+            copy = json.loads(json.dumps({k: v for k, v in message.items() if v is not None}))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"a message must hold plain JSON values: {error}") from None
+        plain.append(_with_reasoning(copy))
+    return plain
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    for name in _REASONING_FIELDS:
+        if message.get(name) is not None:
+            thought = message[name]
+            return {"thinking": thought, **message, "reasoning_content": thought}
+    return message
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _environment() -> Any:
+    """The sandbox of `transformers.utils.chat_template_utils`, the names it offers included."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_generation_tag(), jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        dict=_TemplateDict(),
+        namespace=_namespace(),
+    )
+    return environment
+
+
+def _generation_tag() -> Any:
+    """`{% generation %} ... {% endgeneration %}` marks answers for training: here, plain text."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012 - the name and type Jinja asks for
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_body")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    return GenerationTag
+
+
+def _raise_exception(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters, which templates do not expect.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+class _TemplateDict:
+    """`dict` without the attributes through which a template could leave the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _namespace() -> Any:
+    """Jinja's `namespace`, refusing names that begin with an underscore."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot store the underscored name {name!r}")
+
+    class TemplateNamespace(Namespace):
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            # `self` may itself be a stored name, as in Jinja's class.
+            self, attributes = args[0], dict(*args[1:], **kwargs)
+            for name in attributes:
+                check(name)
+            Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check(name)
+            Namespace.__setitem__(self, name, value)
+
+    return TemplateNamespace
