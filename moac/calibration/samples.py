@@ -1,0 +1,216 @@
+"""Calibration samples: long-dependency sequences whose answers the dense model gave itself.
+
+MoA (arXiv 2406.14909, section 5.1): which data calibrates decides more than the solver, and
+answers come from the dense model. Only answer tokens carry loss.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moac.calibration.answers import DenseReader
+from moac.calibration.haystack import Needle, haystack_words, hide, most_words
+from moac.calibration.prompt import PromptFormat
+from moac.calibration.tasks import (
+    INTRODUCTIONS,
+    Fact,
+    Question,
+    document_questions,
+    draw_facts,
+)
+from moac.calibration.text import calibration_text, running_words
+from moac_runtime.errors import UsageError
+
+DOMAINS = ("retrieval", "documents", "text")
+DEFAULT_SAMPLES: Mapping[int, int] = {1024: 6, 2048: 4, 4096: 2}
+
+_ANSWER_TOKENS = 24
+_MOST_FACTS = 10
+_SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
+_FILLER_SHARE = 0.25
+_DOCUMENT_TOKENS = 400
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSample:
+    """One tokenized sequence of at most `length` tokens, the planned length it stands for.
+
+    `answer_spans`: `(start, end)` token positions that carry loss, `end` exclusive, in order.
+    `correct`: for each span whether it holds the planted value; None where nothing was planted.
+    """
+
+    domain: str
+    length: int
+    token_ids: tuple[int, ...]
+    answer_spans: tuple[tuple[int, int], ...]
+    correct: tuple[bool | None, ...]
+
+
+def build_calibration(
+    model: Any,
+    tokenizer: Any,
+    *,
+    samples_per_length: Mapping[int, int] = DEFAULT_SAMPLES,
+    domains: Sequence[str] = DOMAINS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[CalibrationSample]:
+    """`samples_per_length[length]` samples of every domain, shortest first.
+
+    `model`, `tokenizer`: the dense checkpoint in transformers. Equal arguments give equal
+    samples, and a sample does not depend on how many others are asked for. `progress(done,
+    total)` is called after each. Raises UsageError for an unknown domain or too short a length.
+    """
+    unknown = [domain for domain in domains if domain not in _MAKERS]
+    if unknown:
+        raise UsageError(
+            f"calibration domain {unknown[0]!r} is unknown; choose from {', '.join(DOMAINS)}"
+        )
+    wanted = [
+        (length, domain, index)
+        for length, count in sorted(samples_per_length.items())
+        for domain in domains
+        for index in range(count)
+    ]
+    samples = []
+    for done, (length, domain, index) in enumerate(wanted, start=1):
+        rng = random.Random(f"{seed}/{domain}/{length}/{index}")
+        samples.append(_MAKERS[domain](model, PromptFormat(tokenizer), length, rng))
+        if progress is not None:
+            progress(done, len(wanted))
+    return samples
+
+
+def retrieval_sample(
+    model: Any, format: PromptFormat, length: int, rng: random.Random
+) -> CalibrationSample:
+    """Facts at uniform depths of a haystack, then one question and answer after another."""
+    facts = _affordable(format, draw_facts(rng, _MOST_FACTS), length)
+    questions = [_about(fact) for fact in facts]
+    depths = {fact: rng.random() for fact in facts}
+    needles = [Needle(fact.needle, depth) for fact, depth in depths.items()]
+    introduction = rng.choice(INTRODUCTIONS)
+    filler = rng.random() < _FILLER_SHARE
+    words = haystack_words(calibration_text(), rng, length, filler=filler)
+    rng.shuffle(questions)
+
+    def render(count: int) -> list[int]:
+        text = f"{introduction}\n\n{hide(words[:count], needles)}\n\n{questions[0].text}"
+        return format.opening(text)
+
+    reserved = questions[: max(1, len(questions) - _SPARE_FACTS)]
+    opening = _longest(format, render, length, reserved, "retrieval")
+    return converse(model, format, "retrieval", opening, questions, length)
+
+
+def documents_sample(
+    model: Any, format: PromptFormat, length: int, rng: random.Random
+) -> CalibrationSample:
+    """Several numbered passages with titles, then quotes and summaries of some of them."""
+    number = max(2, min(8, length // _DOCUMENT_TOKENS))
+    texts = [running_words(calibration_text(), rng, length) for _ in range(number)]
+    titles = [f"Document {i + 1}: {_title(text)}" for i, text in enumerate(texts)]
+    openings = ["".join(text[:4]).strip() for text in texts]
+    questions = document_questions(rng, openings)[: max(1, length // 256)]
+
+    def render(count: int) -> list[int]:
+        passages = [
+            f"{title}\n{''.join(text[: count // number]).rstrip()}"
+            for title, text in zip(titles, texts, strict=True)
+        ]
+        return format.opening("\n\n".join([*passages, questions[0].text]))
+
+    opening = _longest(format, render, length, questions, "documents")
+    return converse(model, format, "documents", opening, questions, length)
+
+
+def text_sample(
+    model: Any, format: PromptFormat, length: int, rng: random.Random
+) -> CalibrationSample:
+    """Running text of exactly `length` tokens; all past the first quarter carry loss."""
+    words = running_words(calibration_text(), rng, length)
+    encoded = format.tokenizer("".join(words))["input_ids"]
+    tokens = tuple(encoded[:length])
+    span = (len(tokens) // 4, len(tokens))
+    return CalibrationSample("text", length, tokens, (span,), (None,))
+
+
+_MAKERS: Mapping[str, Callable[[Any, PromptFormat, int, random.Random], CalibrationSample]] = {
+    "retrieval": retrieval_sample,
+    "documents": documents_sample,
+    "text": text_sample,
+}
+
+
+def converse(
+    model: Any,
+    format: PromptFormat,
+    domain: str,
+    opening: list[int],
+    questions: Sequence[Question],
+    length: int,
+) -> CalibrationSample:
+    """Read `opening`, which asks the first question, then ask every other one that has room."""
+    reader = DenseReader(model, format)
+    spans: list[tuple[int, int]] = []
+    correct: list[bool | None] = []
+    for question in questions:
+        turn = format.turn(question.text) if spans else opening
+        if spans and len(reader.tokens) + len(turn) + question.limit > length:
+            continue
+        reader.feed(turn)
+        start = len(reader.tokens)
+        reply = reader.answer(min(question.limit, length - start), sentence=question.sentence)
+        spans.append((start, start + len(reply)))
+        correct.append(_holds(question.value, format.decode(reply)))
+    return CalibrationSample(domain, length, tuple(reader.tokens), tuple(spans), tuple(correct))
+
+
+def _about(fact: Fact) -> Question:
+    return Question(fact.question, _ANSWER_TOKENS, value=fact.value, sentence=True)
+
+
+def _holds(value: str | None, reply: str) -> bool | None:
+    return None if value is None else value.lower() in reply.lower()
+
+
+def _title(words: Sequence[str]) -> str:
+    return "".join(words[:5]).strip().rstrip(".,;:")
+
+
+def _affordable(format: PromptFormat, facts: Sequence[Fact], length: int) -> list[Fact]:
+    """As many facts as take half of `length` with their questions and answers, one at least."""
+    chosen: list[Fact] = []
+    room = length // 2
+    for fact in facts:
+        asked = len(format.turn(fact.question)) + _ANSWER_TOKENS
+        room -= len(format.encode(fact.needle)) + asked
+        if chosen and room < 0:
+            break
+        chosen.append(fact)
+    return chosen
+
+
+def _longest(
+    format: PromptFormat,
+    render: Callable[[int], list[int]],
+    length: int,
+    questions: Sequence[Question],
+    domain: str,
+) -> list[int]:
+    """The longest opening that leaves room for every answer and every later question."""
+    later = sum(len(format.turn(question.text)) for question in questions[1:])
+    budget = length - later - sum(question.limit for question in questions)
+    words = most_words(render, budget, length)
+    if words < 1:
+        least = len(render(1)) + length - budget
+        raise UsageError(
+            f"{length} tokens are too few for a {domain} calibration sample, which takes at "
+            f"least {least}; plan longer lengths"
+        )
+    return render(words)

@@ -1,0 +1,191 @@
+"""What calibration asks: facts to hide and find again, and documents to summarise and quote.
+
+The kinds follow the field's retrieval protocols (passkey, key-value registers) in many wordings,
+so that no one wording decides which heads look important.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A sentence to hide, the question about it, and the value a right answer contains."""
+
+    needle: str
+    question: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, the most tokens its answer may take, and the `value` a right one contains.
+
+    `value` is None where nothing was planted. `sentence`: the answer ends with its first sentence.
+    """
+
+    text: str
+    limit: int
+    value: str | None = None
+    sentence: bool = False
+
+
+INTRODUCTIONS = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.",
+    "Some special facts are hidden within the following text. Make sure to memorize them. I will "
+    "quiz you about them afterwards.",
+    "Read the text below carefully. A few short notes stand somewhere in it; you will be asked "
+    "about them.",
+    "Here is a long text with a few facts that do not belong to it. Remember these facts.",
+    "The following document contains several codes and facts. Answer the questions after it.",
+)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Alvarez Baker Castell Dimitrov Edwards Fontaine Greene Hoffman Ibrahim Jansen Keller Larsen "
+    "Moreau Nakamura Olsen Petrov Quinn Rossi Santos Tanaka Underwood Vargas Weber Young Zimmer"
+)
+FIRST_NAMES = _words("Anna Bruno Clara David Elena Felix Grace Hugo Irene Jonas Karen Lucas")
+COLOURS = _words("red blue green yellow purple orange silver white black golden")
+OBJECTS = _words("lantern compass violin umbrella telescope kettle hammer mirror ladder basket")
+PLACES = _words("attic cellar garden kitchen library stable tower chapel workshop boathouse")
+CITIES = _words("Lisbon Vienna Oslo Cairo Lima Dublin Prague Athens Madrid Warsaw Ottawa Nairobi")
+FRUITS = _words("apricots cherries figs grapes lemons mangoes peaches pears plums quinces")
+ADJECTIVES = _words("brave calm clever eager fancy gentle happy jolly kind lively proud silly")
+NOUNS = _words("badger canyon falcon forest harbor island meadow panther river rocket tiger")
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randint(10_000, 99_999))
+
+
+def _passkey(rng: random.Random) -> Fact:
+    key = _number(rng)
+    wordings = (
+        (f"The pass key is {key}. Remember it. {key} is the pass key.", "What is the pass key?"),
+        (
+            f"The pass key is {key}. Remember it. {key} is the pass key.",
+            "What is the pass key? Answer with the number only.",
+        ),
+        (
+            f"The pass key is {key}. Do not forget that {key} is the pass key.",
+            "What is the pass key that the text told you to remember?",
+        ),
+        (
+            f"Please note that the secret pass key is {key}.",
+            "What is the secret pass key mentioned in the text?",
+        ),
+    )
+    return Fact(*rng.choice(wordings), key)
+
+
+def _magic_number(rng: random.Random) -> Fact:
+    city, key = rng.choice(CITIES), _number(rng)
+    return Fact(
+        f"One of the special magic numbers for {city} is: {key}.",
+        f"What is the special magic number for {city} mentioned in the provided text?",
+        key,
+    )
+
+
+def _access_code(rng: random.Random) -> Fact:
+    name, key = rng.choice(NAMES), _number(rng)
+    return Fact(f"The access code of {name} is {key}.", f"What is the access code of {name}?", key)
+
+
+def _telephone(rng: random.Random) -> Fact:
+    name, key = rng.choice(NAMES), _number(rng)
+    return Fact(
+        f"The telephone number of Doctor {name} is {key}.",
+        f"What is the telephone number of Doctor {name}?",
+        key,
+    )
+
+
+def _box(rng: random.Random) -> Fact:
+    colour, key = rng.choice(COLOURS), _number(rng)
+    return Fact(
+        f"The number on the {colour} box is {key}.",
+        f"What is the number on the {colour} box?",
+        key,
+    )
+
+
+def _register(rng: random.Random) -> Fact:
+    line, key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}", str(rng.randint(1_000, 50_000))
+    return Fact(
+        f"line {line}: REGISTER_CONTENT is <{key}>.",
+        f"Tell me what is the REGISTER_CONTENT in line {line}? I need the number.",
+        key,
+    )
+
+
+def _hiding_place(rng: random.Random) -> Fact:
+    thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
+    return Fact(f"The {thing} is hidden in the {place}.", f"Where is the {thing} hidden?", place)
+
+
+def _favourite_fruit(rng: random.Random) -> Fact:
+    name, fruit = rng.choice(FIRST_NAMES), rng.choice(FRUITS)
+    return Fact(
+        f"{name}'s favourite fruit is {fruit}.", f"What is {name}'s favourite fruit?", fruit
+    )
+
+
+def _home(rng: random.Random) -> Fact:
+    name, city = rng.choice(FIRST_NAMES), rng.choice(CITIES)
+    return Fact(f"{name} lives in the city of {city}.", f"In which city does {name} live?", city)
+
+
+_KINDS: tuple[Callable[[random.Random], Fact], ...] = (
+    _passkey,
+    _magic_number,
+    _access_code,
+    _telephone,
+    _box,
+    _hiding_place,
+    _favourite_fruit,
+    _home,
+    _register,
+)
+_REGISTER_SHARE = 1 / 3  # small models misread registers, and then repeat their own mistake
+
+
+def draw_facts(rng: random.Random, count: int) -> list[Fact]:
+    """`count` facts in random order, at most one pass key, no two with the same question."""
+    facts: dict[str, Fact] = {}
+    drawn = _KINDS if rng.random() < _REGISTER_SHARE else _KINDS[:-1]
+    kinds = rng.sample(drawn, len(drawn))
+    while len(facts) < count:
+        kind = kinds[len(facts) % len(kinds)]
+        if kind is _passkey and len(facts) >= len(kinds):
+            kind = _access_code
+        fact = kind(rng)
+        facts.setdefault(fact.question, fact)
+    return rng.sample(list(facts.values()), count)
+
+
+def document_questions(rng: random.Random, openings: list[str]) -> list[Question]:
+    """Quote and summary questions about numbered documents; `openings`: their first words."""
+    numbers = rng.sample(range(len(openings)), len(openings))
+    quoted = numbers[0]
+    return [
+        Question(
+            f"Quote the first sentence of document {quoted + 1}.",
+            40,
+            value=openings[quoted],
+            sentence=True,
+        ),
+        *(
+            Question(f"Summarise document {number + 1} in one or two sentences.", 64)
+            for number in numbers[1:]
+        ),
+    ]
