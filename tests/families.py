@@ -76,11 +76,11 @@ def tiny_model(
     config = CONFIG_MAPPING[family](**{**values, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        model: Any = classes[type(config)](config)
         _randomise(model)
-    model.eval()
-    model.requires_grad_(False)
-    return model
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
 
 
 @torch.no_grad()

@@ -1,0 +1,250 @@
+"""`open_checkpoint`: everything that can be wrong is found here, before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moac.checkpoint.gguf import (
+    GgufWeights,
+    gguf_config,
+    gguf_tokenizer,
+    load_gguf_model,
+    open_gguf,
+)
+from moac.checkpoint.model_spec import model_spec, parse_config
+from moac.checkpoint.served import DTYPES, refuse
+from moac.checkpoint.source import download_settings, download_weights, local_path, read_json
+from moac.checkpoint.tensors import check_tensors
+from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files
+from moac.checkpoint.weights import SafetensorsWeights, open_weights
+from moac_runtime.errors import CheckpointError, UsageError
+from moac_runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# What a compile depends on beside the weights.
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class Weights(Protocol):
+    """Tensors under the names that transformers gives them."""
+
+    def names(self) -> tuple[str, ...]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened, checked checkpoint; the weights are not read yet.
+
+    `source`: as the user named it. `revision`: the hub's commit, None for a local path.
+    `dtype`: "float32", "bfloat16" or "float16", the checkpoint's own. `path`: its directory or
+    `.gguf` file. `eos_token_ids`: every token that ends an answer. `tokenizer_files`: name to
+    text of the package's `tokenizer/`.
+    """
+
+    source: str
+    revision: str | None
+    path: Path
+    spec: ModelSpec
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    tokenizer_files: Mapping[str, str]
+    weights: Weights
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name."""
+        return self.weights.names()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read now: the file's own dtype, float32 from a GGUF file."""
+        return self.weights.tensor(name)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the config, tokenizer and weight files, whatever folder they lie in."""
+        digest = hashlib.sha256()
+        for path in self._files():
+            stat = path.stat()
+            line = f"{path.name} {_file_sha256(path, stat.st_size, stat.st_mtime_ns)}\n"
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def _files(self) -> list[Path]:
+        if not isinstance(self.weights, SafetensorsWeights):
+            return [self.path]
+        shards = sorted(set(self.weights.files.values()))
+        settings = [self.path / name for name in _SETTINGS if (self.path / name).is_file()]
+        return settings + shards
+
+    def load_model(
+        self, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    ) -> PreTrainedModel:
+        """The model in transformers: eval mode, no gradients, scaled-dot-product attention.
+
+        `dtype`: the checkpoint's own where left out.
+        """
+        wanted = dtype or self.dtype
+        with _no_progress_bars():
+            model: Any = (
+                _load_directory(self.path, wanted)
+                if self.path.is_dir()
+                else load_gguf_model(self.path, wanted)
+            )
+        loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        return loaded
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the package's `tokenizer/` files into `folder`, made where it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.tokenizer_files.items():
+            (folder / name).write_bytes(text.encode("utf-8"))
+
+
+def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint directory, a `.gguf` file or a hub id, and check all of it.
+
+    Raises CheckpointError for whatever is missing, damaged, contradictory or not served, and
+    UsageError for a revision of a local path; no weight has been read by then.
+    """
+    path = local_path(source, revision)
+    _check_installed("transformers")
+    if path is None:
+        return _open_hub(source, revision)
+    if path.is_file():
+        return _open_gguf(source, path)
+    return _open_directory(source, None, path)
+
+
+def _open_hub(source: str, revision: str | None) -> Checkpoint:
+    # The small files first: a model that is not served is refused before its weights travel.
+    folder = download_settings(source, revision)
+    model_spec(_read_config(folder))
+    folder = download_weights(source, folder.name)
+    return _open_directory(source, folder.name, folder)
+
+
+def _open_directory(source: str, revision: str | None, folder: Path) -> Checkpoint:
+    config = _read_config(folder)
+    spec = model_spec(config)
+    weights = open_weights(folder)
+    check_tensors(spec, weights.shapes, str(folder))
+    _check_tied(spec, weights)
+    path = folder / "generation_config.json"
+    files, eos = _texts(load_tokenizer(folder), config, read_json(path) if path.is_file() else {})
+    dtype = _dtype(config, weights.dtypes["model.embed_tokens.weight"])
+    return Checkpoint(source, revision, folder, spec, dtype, eos, files, weights)
+
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    if path.suffix != ".gguf":
+        raise CheckpointError(
+            f"{path} is a file but no .gguf; give a directory with config.json, a .gguf file or "
+            "a hub id such as org/name"
+        )
+    _check_installed("gguf", "accelerate")
+    file = open_gguf(path)
+    config = gguf_config(file)
+    spec = model_spec(config)
+    check_tensors(spec, file.shapes, str(path))
+    files, eos = _texts(gguf_tokenizer(file), config, {}, file.end_ids())
+    weights = GgufWeights(path, spec)
+    return Checkpoint(source, None, path, spec, file.dtype, eos, files, weights)
+
+
+def _texts(
+    tokenizer: Any, config: Any, generation: Mapping[str, Any], extra_eos: list[int] | None = None
+) -> tuple[dict[str, str], tuple[int, ...]]:
+    files = tokenizer_files(tokenizer, config, generation, extra_eos or [])
+    return files, tuple(json.loads(files["generation.json"])["eos_token_ids"])
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json; give the directory that save_pretrained wrote"
+        )
+    return parse_config(read_json(path), str(path))
+
+
+def _dtype(config: Any, stored: str) -> str:
+    """config.json's dtype where it gives one, else that of the stored weights."""
+    named = getattr(config, "dtype", None)
+    dtype = stored if named is None else str(named).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise refuse("dtype", dtype, ", ".join(DTYPES))
+    return dtype
+
+
+def _check_tied(spec: ModelSpec, weights: SafetensorsWeights) -> None:
+    """Refuse an output matrix that differs from the embedding it is said to be tied to."""
+    if not spec.tied_embeddings or "lm_head.weight" not in weights.files:
+        return
+    head, embedding = weights.tensor("lm_head.weight"), weights.tensor("model.embed_tokens.weight")
+    if head.shape != embedding.shape or not bool((head == embedding).all()):
+        raise CheckpointError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
+        )
+
+
+def _check_installed(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise UsageError(
+                f"opening this checkpoint needs {package}; run `pip install 'moac[compile]'`"
+            )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The library's bars print to pipes too; progress is the command line's to show."""
+    from transformers.utils import logging as library
+
+    logging: Any = library
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load_directory(folder: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+    )
+
+
+@cache
+def _file_sha256(path: Path, size: int, modified: int) -> str:
+    """Kept per path, size and time of change, so a fingerprint is paid for once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
