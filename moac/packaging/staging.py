@@ -1,0 +1,176 @@
+"""A folder written beside its target and moved there whole, or not at all.
+
+Needs no torch: a compile refuses a bad target before it loads anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moac.packaging.rename import exchange, move_new
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.integrity import MANIFEST
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse, before any work, a target that could not be written in the end.
+
+    With `force` a moac package or an empty folder may stand there. Raises UsageError.
+    """
+    target = target.resolve()
+    if target.exists():
+        _check_existing(target, force=force)
+    _check_parent(target)
+
+
+@contextmanager
+def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder beside `target`; it becomes `target` in one rename when the block ends well.
+
+    When the block fails the folder is removed and `target` is what it was; what a killed process
+    left is removed by the next one. Raises UsageError as `check_target`, MoacError where the disk
+    is full or another process took the name.
+    """
+    check_target(target, force=force)
+    target = target.resolve()
+    with _explaining(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        with _staging(target) as staging:
+            yield staging
+            _sync(staging)
+            _publish(staging, target, force=force)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A staging folder, locked while its process lives, and removed in the end."""
+    staging, lock = _create(target)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after an exchange, the package replaced
+        os.close(lock)
+
+
+def _check_existing(target: Path, *, force: bool) -> None:
+    if not target.is_dir():
+        raise UsageError(f"{target} is a file, expected a folder to write: choose another name")
+    if target.is_mount():
+        raise UsageError(
+            f"{target} is a mount point, which no rename can replace: choose a folder inside it"
+        )
+    if not force:
+        raise UsageError(
+            f"{target} already exists: pass --force to replace it, or choose another name"
+        )
+    if not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise UsageError(
+            f"{target} is not a moac package (it holds no {MANIFEST}) and is not empty, and "
+            "--force replaces packages alone: choose another name"
+        )
+
+
+def _check_parent(target: Path) -> None:
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file, expected a folder: choose another name")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{parent} is not writable: choose another folder")
+
+
+def _create(target: Path) -> tuple[Path, int]:
+    """A new staging folder and the lock that says its process lives."""
+    staging = target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
+    staging.mkdir()
+    lock = os.open(staging, os.O_RDONLY)
+    with suppress(OSError):  # without locks here, no other process can tell, and none removes it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if staging.exists():
+        return staging, lock
+    os.close(lock)  # another process took it for abandoned before it was locked
+    return _create(target)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.staging-"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove staging folders whose process died: the system drops a lock with its process.
+
+    A process id in the name would not do, since containers start theirs from 1 again.
+    """
+    for folder in target.parent.iterdir():
+        if folder.name.startswith(_prefix(target)) and not folder.name.endswith(".replaced"):
+            _remove_unlocked(folder)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # gone meanwhile, or not ours
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # its process lives, or nobody can tell
+        return
+    finally:
+        os.close(lock)
+
+
+def _sync(staging: Path) -> None:
+    """Have every byte and name on the disk before the rename makes them visible."""
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(staging: Path, target: Path, *, force: bool) -> None:
+    if target.exists():
+        check_target(target, force=force)  # it may have appeared while we worked
+        exchange(staging, target)
+    else:
+        move_new(staging, target)
+    _fsync(target.parent)
+
+
+@contextmanager
+def _explaining(target: Path) -> Iterator[None]:
+    """Turn the system's refusal to write here into a sentence; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MoacError(_disk_full(target)) from error
+        if not Path(os.fsdecode(error.filename or "")).is_relative_to(target.parent):
+            raise
+        raise MoacError(
+            f"{target} could not be written ({error.strerror}: {os.fsdecode(error.filename)}) "
+            "and is as it was: check the folder's permissions or choose another"
+        ) from error
+
+
+def _disk_full(target: Path) -> str:
+    free = shutil.disk_usage(next(path for path in target.parents if path.exists())).free
+    return (
+        f"the disk of {target.parent} is full ({free / 1e6:.0f} MB free) and {target} is as it "
+        "was: free some space or choose a folder on another disk"
+    )
