@@ -1,0 +1,266 @@
+"""The choice to be made: rules, losses and a budget as arrays, with hopeless choices removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.plan import Plan
+from moac_runtime.span import Rule, head_span
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What every plan of one compile shares: `sink`, `block` and `min_span` in tokens.
+
+    `windows[layer]`: the checkpoint's own sliding window in tokens, None where it attends fully.
+    """
+
+    num_kv_heads: int
+    sink: int
+    block: int
+    min_span: int
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Layout:
+        """The layout that `plan` was made for."""
+        return cls(len(plan.rules[0]), plan.sink, plan.block, plan.min_span, plan.windows)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.windows)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads over all layers."""
+        return self.num_layers * self.num_kv_heads
+
+    def plan(self, rules: Sequence[Sequence[Rule]]) -> Plan:
+        """The plan that gives head `h` of layer `l` the rule `rules[l][h]`."""
+        return Plan(
+            rules=tuple(tuple(layer) for layer in rules),
+            sink=self.sink,
+            block=self.block,
+            min_span=self.min_span,
+            windows=self.windows,
+        )
+
+    def uniform(self, rule: Rule) -> Plan:
+        """The plan that gives every head `rule`."""
+        return self.plan(((rule,) * self.num_kv_heads,) * self.num_layers)
+
+    def sizes(self, rules: Sequence[Rule], lengths: Sequence[int]) -> Ints:
+        """Tokens held by a head of each layer, `[layers, rules, lengths]`."""
+
+        @cache
+        def of_window(window: int | None) -> list[list[int]]:
+            return [[self._size(rule, n, window) for n in lengths] for rule in rules]
+
+        return np.array([of_window(window) for window in self.windows], dtype=np.int64)
+
+    def _size(self, rule: Rule, length: int, window: int | None) -> int:
+        return head_span(
+            rule,
+            length,
+            sink=self.sink,
+            block=self.block,
+            min_span=self.min_span,
+            window=window,
+        ).size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """A predicted loss to keep low, for prompts of `length` tokens.
+
+    `table[layer, kv_head, s]`: the loss increase when that head's span is `s * block` tokens;
+    the last `s`, `ceil(length / block)`, is dense. Entries may be negative, and infinite where no
+    rule leads (below `min_span`).
+    """
+
+    name: str
+    length: int
+    table: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """One rule per KV head, mean span over length at most `budget` at every one of `lengths`.
+
+    `lengths` (tokens) holds the planned and the extrapolated lengths. `rules_per_layer` limits the
+    distinct rules of a layer (the paper's plans use 2); None sets no limit.
+    Raises UsageError for a budget outside (0, 1], BudgetError for one that no plan meets, and
+    ValueError for tables that do not fit.
+    """
+
+    layout: Layout
+    rules: tuple[Rule, ...]
+    lengths: tuple[int, ...]
+    objectives: tuple[Objective, ...]
+    budget: float
+    rules_per_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(self.layout, self.budget, self.lengths)
+        if self.rules_per_layer is not None and self.rules_per_layer < 1:
+            raise ValueError(f"rules_per_layer must be >= 1, got {self.rules_per_layer}")
+        if not self.objectives:
+            raise ValueError("objectives must hold at least one loss table")
+        if len({objective.name for objective in self.objectives}) != len(self.objectives):
+            raise ValueError("objectives must have distinct names")
+        for objective in self.objectives:
+            _check_table(objective, self.layout)
+        sizes = self.sizes()
+        if not (sizes == sizes.min(axis=1, keepdims=True)).all(axis=(0, 2)).any():
+            raise ValueError("rules must include one that is the smallest at every length")
+
+    @property
+    def limit(self) -> int | None:
+        """`rules_per_layer` where it can bind, else None."""
+        limit = self.rules_per_layer
+        return limit if limit is not None and limit < self.layout.num_kv_heads else None
+
+    def sizes(self) -> Ints:
+        """Tokens held, `[layers, rules, lengths]`."""
+        return self.layout.sizes(self.rules, self.lengths)
+
+    def losses(self) -> Floats:
+        """Predicted loss of every choice, `[layers, kv_heads, rules, objectives]`."""
+        columns = [_rule_losses(objective, self) for objective in self.objectives]
+        return np.stack(columns, axis=-1)
+
+    def allowed_tokens(self, length: int) -> int:
+        """The most tokens all heads together may hold: the last count with density <= budget."""
+        return allowed_tokens(self.layout, self.budget, length)
+
+
+def plan_losses(plan: Plan, objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """The predicted loss of `plan` in every objective: the sum over its heads."""
+    return tuple(_plan_loss(plan, objective) for objective in objectives)
+
+
+def smallest_budget(layout: Layout, lengths: Sequence[int]) -> tuple[float, int]:
+    """The lowest density every length can meet, and the length that needs it.
+
+    Rounded up in the fourth decimal, so that asking for it works.
+    """
+    plan = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
+    density, length = max((plan.density(n), -n) for n in lengths)
+    return _round_up(density), -length
+
+
+def check_budget(layout: Layout, budget: float, lengths: Sequence[int]) -> None:
+    """Raise UsageError or BudgetError, each with the fix, where no plan can meet `budget`."""
+    if not 0 < budget <= 1:
+        raise UsageError(f"the budget must be above 0 and at most 1, got {budget:g}")
+    if not lengths:
+        raise ValueError("lengths must name at least one length")
+    smallest, length = smallest_budget(layout, lengths)
+    plan = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
+    if plan.density(length) > budget:
+        raise BudgetError(
+            f"no plan fits budget {budget:g} at length {length}: the smallest is {smallest:g} "
+            f"(every head at the minimum span of {layout.min_span} tokens); "
+            f"ask for --budget {smallest:g} or more"
+        )
+
+
+def allowed_tokens(layout: Layout, budget: float, length: int) -> int:
+    """The most tokens all heads together may hold at `length` within `budget`.
+
+    Found with the division `Plan.density` makes, so that the two can never disagree.
+    """
+    whole = layout.num_heads * length
+    tokens = math.floor(budget * whole) + 1
+    while tokens / whole > budget:
+        tokens -= 1
+    return tokens
+
+
+def undominated(sizes: Ints, losses: Floats, *, whole_layers: bool) -> Bools:
+    """Which choices can be in a best plan, `[layers, kv_heads, rules]`.
+
+    A choice goes when another rule of the same head holds no more at any length and loses no more
+    in any objective. Where a layer may use only a few rules (`whole_layers`), one head's better
+    rule may not be affordable, so a rule goes only when one other beats it for the whole layer.
+    """
+    layers, heads, rules, _ = losses.shape
+    keep = np.empty((layers, heads, rules), dtype=np.bool_)
+    for layer in range(layers):
+        if whole_layers:
+            together = losses[layer].transpose(1, 0, 2).reshape(rules, -1)
+            keep[layer] = _best(np.hstack([sizes[layer], together]))
+        else:
+            for head in range(heads):
+                keep[layer, head] = _best(np.hstack([sizes[layer], losses[layer, head]]))
+    return keep
+
+
+def _best(costs: Floats) -> Bools:
+    """Rows of `costs` `[rules, costs]` that no other row beats; of equal rows the first stays."""
+    no_worse = (costs[:, None, :] <= costs[None, :, :]).all(axis=-1)
+    first = np.tri(len(costs), k=-1, dtype=np.bool_).T
+    beats = no_worse & (~no_worse.T | first)
+    best: Bools = ~beats.any(axis=0)
+    return best
+
+
+def _round_up(density: float) -> float:
+    rounded = round(density, 4)
+    return rounded if rounded >= density else round(rounded + 1e-4, 4)
+
+
+def _check_table(objective: Objective, layout: Layout) -> None:
+    spans = math.ceil(objective.length / layout.block) + 1
+    expected = (layout.num_layers, layout.num_kv_heads, spans)
+    if objective.table.shape != expected:
+        raise ValueError(
+            f"the loss table of {objective.name} must have shape {expected} "
+            f"[layers, kv_heads, spans], got {objective.table.shape}"
+        )
+
+
+def _rule_losses(objective: Objective, problem: Problem) -> Floats:
+    """`[layers, kv_heads, rules]`."""
+    layout = problem.layout
+    sizes = layout.sizes(problem.rules, (objective.length,))[:, :, 0]
+    index = [
+        [_entry(int(size), objective.length, window, layout.block) for size in row]
+        for row, window in zip(sizes, layout.windows, strict=True)
+    ]
+    losses: Floats = np.take_along_axis(objective.table, np.array(index)[:, None, :], axis=2)
+    if not np.isfinite(losses).all():
+        layer, head, rule = np.argwhere(~np.isfinite(losses))[0]
+        raise ValueError(
+            f"the loss table of {objective.name} is not finite at layer {layer}, KV head {head}, "
+            f"span {sizes[layer, rule]} tokens, which a candidate rule reaches"
+        )
+    return losses.astype(np.float64)
+
+
+def _plan_loss(plan: Plan, objective: Objective) -> float:
+    total = 0.0
+    for layer, heads in enumerate(plan.spans(objective.length)):
+        for kv_head, head in enumerate(heads):
+            window = plan.windows[layer]
+            entry = _entry(head.size, objective.length, window, plan.block)
+            total += float(objective.table[layer, kv_head, entry])
+    return total
+
+
+def _entry(size: int, length: int, window: int | None, block: int) -> int:
+    """The table index of a span; the layer's own mask, whole, is the last (dense) one."""
+    own = length if window is None else min(length, window)
+    return math.ceil((length if size == own else size) / block)

@@ -1,0 +1,57 @@
+"""The rule space: elastic span rules worth offering to every head.
+
+MoA, arXiv 2406.14909, section 4.1, searches `alpha` in -2048..8192 by 1024 and `beta` in 0..1 by
+1/8 for lengths 2k..8k. Here the same grid is scaled to the planned lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moac_runtime.span import DENSE, Rule, span_tokens
+
+BETA_STEPS = 8
+
+
+def candidate_rules(
+    lengths: Sequence[int],
+    *,
+    block: int,
+    min_span: int,
+    extrapolated: Sequence[int] = (),
+    at_least: int = 64,
+) -> tuple[Rule, ...]:
+    """Rules that differ at some length of `lengths` or `extrapolated` (tokens), smallest first.
+
+    `alpha` runs from minus the shortest to plus the longest planned length, in steps of half the
+    shortest, halved until `at_least` rules differ or the step is one block. The minimum span at
+    every length and the dense rule are always among them.
+    """
+    if not lengths:
+        raise ValueError("lengths must name at least one planned length")
+    every = (*lengths, *extrapolated)
+    shortest, longest = min(lengths), max(lengths)
+    step = max(shortest // 2 // block, 1) * block
+    while True:
+        grid = _grid(shortest, longest, step=step)
+        rules = _distinct(grid, every, block=block, min_span=min_span)
+        if len(rules) >= at_least or step == block:
+            return rules
+        step = max(step // 2 // block, 1) * block
+
+
+def _grid(shortest: int, longest: int, *, step: int) -> list[Rule]:
+    alphas = range(-(shortest // step) * step, longest + 1, step)
+    return [Rule(alpha, k / BETA_STEPS) for alpha in alphas for k in range(BETA_STEPS + 1)]
+
+
+def _distinct(
+    grid: Sequence[Rule], lengths: Sequence[int], *, block: int, min_span: int
+) -> tuple[Rule, ...]:
+    """One rule per vector of spans: of several, the one with the least `alpha` in magnitude."""
+    minimum = Rule(alpha=min_span, beta=0.0)
+    chosen: dict[tuple[int, ...], Rule] = {}
+    for rule in (DENSE, minimum, *sorted(grid, key=lambda rule: (abs(rule.alpha), rule))):
+        spans = tuple(span_tokens(rule, n, block=block, min_span=min_span) for n in lengths)
+        chosen.setdefault(spans, rule)
+    return tuple(chosen[spans] for spans in sorted(chosen))

@@ -1,0 +1,83 @@
+"""Baselines: every head the same rule (attention sink and recent tokens), and density scans."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from moac.planning.problem import Layout, allowed_tokens, check_budget
+from moac_runtime.plan import Plan
+from moac_runtime.span import Rule, head_span
+
+BETA_STEPS = 1024
+
+
+def uniform_plan(layout: Layout, *, budget: float, lengths: Sequence[int]) -> Plan:
+    """Every head the same rule, density at most `budget` at every length and as near as can be.
+
+    Raises BudgetError where even the minimum span is too dense.
+    """
+    check_budget(layout, budget, lengths)
+    return _fullest(layout, {n: allowed_tokens(layout, budget, n) for n in lengths})
+
+
+def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
+    """The uniform plan that holds as much as `plan` at every length, and never more."""
+    return _fullest(Layout.of(plan), {n: plan.held_tokens(n) for n in lengths})
+
+
+def largest_density_between(plan: Plan, shortest: int, longest: int) -> tuple[float, int]:
+    """The greatest density over every capacity from `shortest` to `longest`, and where it is.
+
+    Rounding up to blocks makes density jump between the planned lengths; this looks at each.
+    """
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"shortest must be from 1 to longest, got {shortest} and {longest}")
+    heads = Counter(
+        (rule, window)
+        for layer, window in zip(plan.rules, plan.windows, strict=True)
+        for rule in layer
+    )
+    most, length = 0, 1
+    for capacity in range(shortest, longest + 1):
+        held = sum(n * _held(plan, *head, capacity) for head, n in heads.items())
+        if held * length > most * capacity:
+            most, length = held, capacity
+    return plan.density(length), length
+
+
+def _held(plan: Plan, rule: Rule, window: int | None, capacity: int) -> int:
+    return head_span(
+        rule,
+        capacity,
+        sink=plan.sink,
+        block=plan.block,
+        min_span=plan.min_span,
+        window=window,
+    ).size
+
+
+def _fullest(layout: Layout, allowed: Mapping[int, int]) -> Plan:
+    """The uniform plan that holds most tokens with at most `allowed[length]` at every length.
+
+    For every `alpha` in blocks, spans grow with `beta`, so bisection finds the largest that fits.
+    """
+    lengths = tuple(allowed)
+
+    def held(rule: Rule) -> list[int]:
+        return [int(n) * layout.num_kv_heads for n in layout.sizes([rule], lengths)[:, 0].sum(0)]
+
+    def too_much(rule: Rule) -> bool:
+        return any(h > allowed[n] for n, h in zip(lengths, held(rule), strict=True))
+
+    def share(rule: Rule) -> float:
+        return sum(h / n for n, h in zip(lengths, held(rule), strict=True))
+
+    fitting = [Rule(alpha=layout.min_span, beta=0.0)]
+    least = -(min(lengths) // layout.block) * layout.block
+    for alpha in range(least, max(lengths) + 1, layout.block):
+        steps = [Rule(alpha, k / BETA_STEPS) for k in range(BETA_STEPS + 1)]
+        last = bisect_right(steps, False, key=too_much) - 1
+        fitting.extend(steps[last : last + 1] if last >= 0 else [])
+    return layout.uniform(max(fitting, key=lambda rule: (share(rule), -abs(rule.alpha))))
