@@ -395,11 +395,12 @@ def _raw_text(prompt: Prompt, system: str | None) -> str:
 def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
     if isinstance(prompt, Mapping):
         raise UsageError("a conversation is a list of messages; put the message into a list")
-    text = isinstance(prompt, str)
-    messages: list[Message] = [{"role": "user", "content": prompt}] if text else list(prompt)
+    messages: list[Message] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    )
     if system is None:
         return messages
-    if messages and messages[0].get("role") == "system":
+    if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
         raise UsageError("the conversation has a system message already; leave out system")
     return [{"role": "system", "content": system}, *messages]
 
@@ -432,7 +433,8 @@ def load(
     chosen = choose_backend(backend, artifact.targets)
     precision = dtype or artifact.dtype
     tokenizer = _tokenizer(artifact)
-    decoder = Decoder(artifact.spec, load_weights(artifact, getattr(torch, precision)))
+    torch_dtype = getattr(torch, precision)
+    decoder = Decoder(artifact.spec, load_weights(artifact, torch_dtype), dtype=torch_dtype)
 
     def open_session(batch: int, capacity: int) -> Session:
         plan, order = artifact.plan, artifact.head_order

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_COLDEST = 1e-30  # a temperature float32 can divide by
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
@@ -84,7 +86,7 @@ def sample(
     if options.temperature == 0:
         return choice
     # Taking the maximum off first changes no probability and survives any small temperature.
-    scores = (scores - best.unsqueeze(-1)) / options.temperature
+    scores = (scores - best.unsqueeze(-1)) / max(options.temperature, _COLDEST)
     return _draw(filter_scores(scores, options).softmax(dim=-1), generators)
 
 

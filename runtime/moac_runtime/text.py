@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
@@ -116,27 +115,34 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they arrive, whole characters only."""
+    """Turns tokens into text as they arrive, whole characters only.
+
+    `tokenizers.decoders.DecodeStream` does the same but raises once a byte-fallback model writes
+    bytes that are no character.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._text = ""
+        self._decode = tokenizer.decode
+        self._shown: list[int] = []  # the last tokens that became text: context for the next
+        self._fresh: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is unfinished."""
-        self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer.backend, token) or ""
-        self._text += piece
-        return piece
+        self._fresh.append(token)
+        text = self._new_text()
+        if not text or text.endswith(_UNFINISHED):
+            return ""
+        self._shown, self._fresh = self._fresh, []
+        return text
 
     def finish(self) -> str:
         """The text still held back, without the bytes of a character that was never finished."""
-        whole = self._tokenizer.decode(self._tokens)
-        if not whole.startswith(self._text):
-            return ""
-        return whole[len(self._text) :].rstrip(_UNFINISHED)
+        return self._new_text().rstrip(_UNFINISHED)
+
+    def _new_text(self) -> str:
+        before, whole = self._decode(self._shown), self._decode(self._shown + self._fresh)
+        # Bytes that are no character can change how the ones before them decode.
+        return whole[len(before) :] if whole.startswith(before) else self._decode(self._fresh)
 
 
 class StopStrings:

@@ -1,0 +1,377 @@
+"""Generation with a scripted model: batches, ends, capacity, streams, interrupts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from test_text import byte_tokenizer
+
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.generation import Model, choose_backend, load
+from moac_runtime.spec import ModelSpec, RopeSpec
+
+VOCAB = 260
+EOS, OTHER_EOS = 257, 258
+LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
+
+
+def tiny_spec(**changes: Any) -> ModelSpec:
+    values: dict[str, Any] = dict(
+        family="llama",
+        num_layers=LAYERS,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=KV_HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCAB,
+        context=1000,
+        norm_eps=1e-5,
+        activation="silu",
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied_embeddings=True,
+        windows=(None,) * LAYERS,
+        rope=RopeSpec("default", 10000.0, (1.0, 0.1)),
+    )
+    return ModelSpec(**values | changes)
+
+
+Script = Callable[[list[int]], list[int]]
+
+
+@dataclass
+class ScriptedSession:
+    """Rows whose next token is what `script` makes of the prompt; refuses to pass `capacity`."""
+
+    script: Script
+    batch: int
+    capacity: int
+    rows: list[list[int]] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    interrupt_at: int | None = None
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        assert len(tokens) == self.batch
+        self.rows = [list(row) for row in tokens]
+        self.answers = [list(self.script(row)) for row in self.rows]
+        return self._logits()
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape == (len(self.rows),)
+        self.steps.append(len(self.rows))
+        if len(self.steps) == self.interrupt_at:
+            raise KeyboardInterrupt
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+            assert len(row) <= self.capacity
+        return self._logits()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        assert rows
+        self.rows = [self.rows[i] for i in rows]
+        self.answers = [self.answers[i] for i in rows]
+
+    def kv_bytes(self) -> int:
+        return 7 * len(self.rows)
+
+    def _logits(self) -> torch.Tensor:
+        wanted = [answer.pop(0) if answer else EOS for answer in self.answers]
+        return torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB).float() * 50
+
+
+def scripted_model(
+    script: Script | str, *, capacity: int = 500, interrupt_at: int | None = None, **spec: Any
+) -> tuple[Model, list[ScriptedSession]]:
+    """A model that answers with `script`, and the sessions it opened."""
+    sessions: list[ScriptedSession] = []
+    answer = (lambda _: encode(script)) if isinstance(script, str) else script
+
+    def open_session(batch: int, size: int) -> ScriptedSession:
+        sessions.append(ScriptedSession(answer, batch, size, interrupt_at=interrupt_at))
+        return sessions[-1]
+
+    model = Model(
+        tokenizer=byte_tokenizer(),
+        spec=tiny_spec(**spec),
+        capacity=capacity,
+        dtype="bfloat16",
+        backend="torch",
+        open_session=open_session,
+    )
+    return model, sessions
+
+
+def encode(text: str) -> list[int]:
+    return byte_tokenizer().encode(text, special=False)
+
+
+def echo(prompt: list[int]) -> list[int]:
+    """Answers a raw prompt with its own text; the first token is the prompt's `<s>`."""
+    return prompt[1:]
+
+
+@pytest.mark.parametrize("eos", [EOS, OTHER_EOS])
+def test_every_eos_token_ends_the_answer(eos: int) -> None:
+    model, _ = scripted_model(lambda _: [*encode("yes"), eos, *encode("no")])
+    (result,) = model.generate("go?")
+    assert (result.text, result.finish_reason) == ("yes", "stop")
+    assert result.token_ids == (*encode("yes"), eos)
+
+
+def test_max_tokens_ends_the_answer() -> None:
+    model, sessions = scripted_model("abcdef")
+    (result,) = model.generate("go", raw=True, max_tokens=3)
+    assert (result.text, result.finish_reason) == ("abc", "length")
+    assert result.prompt_tokens == 3
+    assert sessions[0].capacity == result.capacity == 6
+
+
+def test_one_token() -> None:
+    model, sessions = scripted_model("abc")
+    (result,) = model.generate("go", max_tokens=1)
+    assert result.token_ids == tuple(encode("a"))
+    assert sessions[0].steps == []
+    assert result.stats.decode_tokens_per_s is None
+
+
+def test_chat_is_the_default_and_system_goes_first() -> None:
+    model, sessions = scripted_model("x")
+    model.generate("hi", system="be brief", max_tokens=1)
+    text = byte_tokenizer().backend.decode(sessions[0].rows[0], skip_special_tokens=False)
+    assert text == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    model.generate([messages], max_tokens=1)
+    assert sessions[1].rows == sessions[0].rows
+
+
+def test_a_ragged_batch_answers_in_order_and_shrinks() -> None:
+    model, sessions = scripted_model(echo)
+    prompts = ["four", "a", "the longest", "é😀"]
+    results = model.generate(prompts, raw=True)
+    assert [r.text for r in results] == prompts
+    assert [r.prompt_tokens for r in results] == [5, 2, 12, 7]
+    assert {r.finish_reason for r in results} == {"stop"}
+    # Answers end after 2, 5, 7 and 12 tokens, their EOS counted; the first comes from prefill.
+    assert sessions[0].steps == [4, *[3] * 3, *[2] * 2, *[1] * 5]
+    assert sessions[0].capacity == 12 + 256
+
+
+def test_rows_of_one_batch_answer_as_alone() -> None:
+    model, _ = scripted_model(echo)
+    prompts = ["first one", "b", "third"]
+    options: Any = dict(raw=True, temperature=30.0, seed=4, max_tokens=20)
+    together = model.generate(prompts, **options)
+    alone = [model.generate(prompt, **options)[0] for prompt in prompts]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert len({r.token_ids[1:] for r in together}) > 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("END", "some ENtext "),
+        (["zz", "END"], "some ENtext "),
+        (("N", "END"), "some E"),
+        (["t E", "ext"], "some ENt"),
+    ],
+)
+def test_stop_strings_over_token_boundaries(stop: Any, text: str) -> None:
+    model, _ = scripted_model("some ENtext END more")
+    (result,) = model.generate("go", stop=stop)
+    assert (result.text, result.finish_reason) == (text, "stop")
+
+
+def test_text_held_back_for_a_stop_string_is_given_at_the_end() -> None:
+    model, _ = scripted_model("abEN")
+    (by_eos,) = model.generate("go", stop="END")
+    (by_length,) = model.generate("go", stop="END", max_tokens=4)
+    assert by_eos.text == by_length.text == "abEN"
+    assert (by_eos.finish_reason, by_length.finish_reason) == ("stop", "length")
+
+
+def test_an_answer_cut_inside_a_character_leaves_it_out() -> None:
+    tokens = encode("x\U0001f600")[:-1]
+    model, _ = scripted_model(lambda _: tokens)
+    (result,) = model.generate("go", max_tokens=len(tokens))
+    assert (result.text, result.token_ids) == ("x", tuple(tokens))
+
+
+def test_streamed_pieces_make_the_text() -> None:
+    answer = "caf\u00e9 \U0001f600 END"
+    model, _ = scripted_model(answer + " no")
+    stream = model.stream("go", stop=[" END"])
+    with pytest.raises(MoacError, match="not complete"):
+        _ = stream.generation
+    pieces = list(stream)
+    assert len(pieces) > 3
+    assert all(piece and "\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) == stream.generation.text == "caf\u00e9 \U0001f600"
+
+
+def test_the_stream_is_not_read_ahead() -> None:
+    model, sessions = scripted_model("abcdef")
+    stream = model.stream("go")
+    assert sessions[0].rows == []
+    assert (next(stream), next(stream)) == ("a", "b")
+    assert len(sessions[0].steps) == 1
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 3])
+def test_an_interrupt_keeps_what_was_generated(interrupt_at: int) -> None:
+    model, _ = scripted_model(echo, interrupt_at=interrupt_at)
+    one, two = model.generate(["a long prompt", "b"], raw=True)
+    assert (one.finish_reason, one.text) == ("interrupted", "a long prompt"[:interrupt_at])
+    assert two.finish_reason == ("interrupted" if interrupt_at == 1 else "stop")
+    assert two.text == "b"
+
+
+def test_an_interrupt_of_the_stream_gives_the_text_held_back() -> None:
+    model, _ = scripted_model("abEN and so on", interrupt_at=4)
+    stream = model.stream("go", stop="END")
+    assert list(stream) == ["a", "b", "EN"]
+    assert stream.generation.finish_reason == "interrupted"
+
+
+def test_a_reader_may_interrupt_the_stream() -> None:
+    model, _ = scripted_model("abcdef")
+    stream = model.stream("go")
+    assert next(stream) == "a"
+    result = stream.interrupt()
+    assert (result.text, result.finish_reason) == ("a", "interrupted")
+
+
+def test_an_interrupt_of_the_prefill_gives_an_empty_answer() -> None:
+    def interrupted(_: list[int]) -> list[int]:
+        raise KeyboardInterrupt
+
+    model, _ = scripted_model(interrupted)
+    (result,) = model.generate("go")
+    assert (result.text, result.token_ids, result.finish_reason) == ("", (), "interrupted")
+    assert result.stats.prompt_tokens_per_s is None
+
+
+def test_stats() -> None:
+    model, _ = scripted_model(echo)
+    results = model.generate(["abc", "d"], raw=True, capacity=40)
+    stats = results[0].stats
+    assert results[1].stats is stats
+    assert (stats.prompt_tokens, stats.decoded_tokens) == (4 + 2, 3 + 1)
+    assert stats.kv_held_bytes == 14
+    # Two rows of 40 tokens, keys and values, two bytes each.
+    assert stats.kv_dense_bytes == 2 * 40 * LAYERS * KV_HEADS * HEAD_DIM * 2 * 2
+    assert stats.prompt_tokens_per_s == pytest.approx(6 / stats.prefill_s)
+    assert stats.decode_tokens_per_s == pytest.approx(4 / stats.decode_s)
+    # An interpreter that holds torch needs tens of megabytes and not a terabyte.
+    assert stats.peak_memory_bytes is not None
+    assert 2**25 < stats.peak_memory_bytes < 2**40
+
+
+@pytest.mark.parametrize(("capacity", "context"), [(20, 1000), (1000, 20)])
+def test_capacity_stops_at_package_and_context(capacity: int, context: int) -> None:
+    model, sessions = scripted_model("a" * 50, capacity=capacity, context=context)
+    (result,) = model.generate("123456789", raw=True)
+    assert sessions[0].capacity == 20
+    assert (result.finish_reason, len(result.token_ids)) == ("length", 10)
+
+
+def test_a_given_capacity_is_kept() -> None:
+    model, sessions = scripted_model("a" * 50)
+    model.generate("hi", raw=True, capacity=100, max_tokens=5)
+    assert sessions[0].capacity == 100
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 501])
+def test_an_impossible_capacity_is_refused(capacity: int) -> None:
+    model, _ = scripted_model("a")
+    with pytest.raises(UsageError, match=f"1 to 500 tokens .* got {capacity}"):
+        model.generate("hi", capacity=capacity)
+
+
+@pytest.mark.parametrize(("length", "capacity"), [(10, 10), (11, 10)])
+def test_a_prompt_past_the_capacity_names_both_numbers(length: int, capacity: int) -> None:
+    model, _ = scripted_model("a")
+    with pytest.raises(MoacError, match=f"prompt has {length} tokens.* holds {capacity}"):
+        model.generate("x" * (length - 1), raw=True, capacity=capacity)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "match"),
+    [
+        ([], {}, "no prompt"),
+        ([[]], {}, "conversation is empty"),
+        ([{"role": "user", "content": "hi"}], {}, "list of messages"),
+        ([[{"role": "system", "content": "hi"}]], {"system": "x"}, "system message already"),
+        ([["hi"]], {"system": "x"}, "mapping with a role"),
+        ([[{"role": "user", "content": "hi"}]], {"raw": True}, "plain text with raw"),
+        ("hi", {"raw": True, "system": "x"}, "needs the chat template"),
+        ("hi", {"max_tokens": 0}, "max_tokens must be >= 1"),
+    ],
+)
+def test_wrong_requests(prompts: Any, options: dict[str, Any], match: str) -> None:
+    model, sessions = scripted_model("a")
+    with pytest.raises(UsageError, match=match):
+        model.generate(prompts, **options)
+    assert sessions == []
+
+
+def test_a_prompt_of_no_token_is_refused() -> None:
+    model, _ = scripted_model("a")
+    model.tokenizer.backend.post_processor = None
+    with pytest.raises(UsageError, match="prompt is empty"):
+        model.generate("", raw=True)
+
+
+def test_a_token_the_model_lacks_is_an_error() -> None:
+    model, _ = scripted_model("a", vocab_size=200)
+    with pytest.raises(MoacError, match="token 256, but the model knows 200"):
+        model.generate("hi", raw=True)
+
+
+def test_backends() -> None:
+    assert choose_backend(None, ["torch"]) == "torch"
+    assert choose_backend("torch", ["cuda", "torch"]) == "torch"
+    with pytest.raises(UsageError, match="no backend 'tpu'; choose from cuda, onnx, torch"):
+        choose_backend("tpu", ["torch"])
+    for targets in (["torch"], ["torch", "cuda"]):
+        with pytest.raises(MoacError, match="backend cuda cannot run here") as caught:
+            choose_backend("cuda", targets)
+        assert not isinstance(caught.value, UsageError)
+    with pytest.raises(MoacError, match="of this package cannot run here"):
+        choose_backend(None, ["cuda"])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"backend": "tpu"}, "no backend 'tpu'"),
+        ({"dtype": "int8"}, "no dtype 'int8'; choose from float32, bfloat16, float16"),
+        ({"threads": 0}, "threads must be >= 1, got 0"),
+    ],
+)
+def test_load_refuses_a_wrong_request_before_it_looks(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        load("nowhere", **options)
+
+
+def test_torch_is_not_imported_until_a_package_is_loaded() -> None:
+    code = (
+        "import sys, moac_runtime, moac_runtime.command, moac_runtime.generation as g;"
+        "assert moac_runtime.load is g.load;"
+        "heavy = {'torch', 'jinja2', 'numpy', 'transformers', 'safetensors'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,204 @@
+"""The choice of tokens against transformers' logits processors, and its checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.sampling import Sampler, SamplingOptions, filter_scores, penalise, sample
+
+VOCAB = 97
+
+
+def random_logits(rows: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, VOCAB, generator=generator) * 3
+
+
+def generators(rows: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for _ in range(rows)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, VOCAB, 1000])
+def test_top_k_is_transformers(k: int) -> None:
+    logits = random_logits()
+    expected = TopKLogitsWarper(k)(None, logits)
+    torch.testing.assert_close(filter_scores(logits, SamplingOptions(top_k=k)), expected)
+
+
+def test_top_k_keeps_ties() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    expected = TopKLogitsWarper(2)(None, logits)
+    assert expected.isfinite().sum() == 3
+    torch.testing.assert_close(filter_scores(logits, SamplingOptions(top_k=2)), expected)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_is_transformers(p: float) -> None:
+    logits = random_logits()
+    expected = TopPLogitsWarper(p)(None, logits)
+    torch.testing.assert_close(filter_scores(logits, SamplingOptions(top_p=p)), expected)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
+def test_min_p_is_transformers(p: float) -> None:
+    logits = random_logits()
+    expected = MinPLogitsWarper(p)(None, logits)
+    torch.testing.assert_close(filter_scores(logits, SamplingOptions(min_p=p)), expected)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.1, 2.0])
+def test_repetition_penalty_is_transformers(penalty: float) -> None:
+    logits = random_logits()
+    history = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, history, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(history, logits)
+    torch.testing.assert_close(penalise(logits, seen, penalty), expected)
+
+
+def test_all_filters_in_transformers_order() -> None:
+    """Same seed, same generator, same probabilities: the very same tokens."""
+    options = SamplingOptions(
+        temperature=0.7, top_k=30, top_p=0.8, min_p=0.02, repetition_penalty=1.3, seed=5
+    )
+    history = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(30),
+            TopPLogitsWarper(0.8),
+            MinPLogitsWarper(0.02),
+        ]
+    )
+    sampler = Sampler(options, history.tolist(), vocab_size=VOCAB)
+    mine, theirs = generators(3, 5), history
+    for step in range(20):
+        logits = random_logits(seed=step)
+        probabilities = chain(theirs, logits).softmax(-1)
+        expected = [
+            torch.multinomial(row, 1, generator=g)
+            for row, g in zip(probabilities, mine, strict=True)
+        ]
+        theirs = torch.cat([theirs, torch.stack(expected)], dim=1)
+        assert sampler.next(logits).tolist() == torch.cat(expected).tolist()
+
+
+def test_temperature_zero_is_greedy_whatever_the_filters() -> None:
+    logits = random_logits()
+    options = SamplingOptions(top_k=2, top_p=0.1, min_p=0.9, seed=3)
+    assert sample(logits, options).tolist() == logits.argmax(-1).tolist()
+
+
+def test_greedy_heeds_the_repetition_penalty() -> None:
+    logits = torch.tensor([[5.0, 4.0, -1.0]])
+    sampler = Sampler(SamplingOptions(repetition_penalty=2.0), [[2]], vocab_size=3)
+    assert [sampler.next(logits).item() for _ in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-8])
+def test_tiny_temperatures_do_not_overflow(temperature: float) -> None:
+    logits = random_logits() * 1000
+    tokens = sample(logits, SamplingOptions(temperature=temperature), generators=generators(3))
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_samples_follow_the_probabilities() -> None:
+    logits = torch.tensor([[math.log(0.7), math.log(0.2), math.log(0.1)]])
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0), [[0]], vocab_size=3)
+    drawn = torch.cat([sampler.next(logits) for _ in range(4000)])
+    share = drawn.bincount(minlength=3) / 4000
+    # Four standard deviations of a share of 4000 draws.
+    torch.testing.assert_close(share, logits[0].exp(), atol=4 * (0.25 / 4000) ** 0.5, rtol=0)
+
+
+def test_a_row_does_not_depend_on_its_mates() -> None:
+    options = SamplingOptions(temperature=1.5, repetition_penalty=1.2, seed=11)
+    together = Sampler(options, [[1], [2, 3], [4]], vocab_size=VOCAB)
+    alone = Sampler(options, [[4]], vocab_size=VOCAB)
+    batch, single = [], []
+    for step in range(30):
+        if step == 10:
+            together.keep([0, 2])
+        if step == 20:
+            together.keep([1])
+        logits = random_logits(seed=step)
+        rows = logits if step < 10 else logits[[0, 2]] if step < 20 else logits[2:]
+        batch.append(together.next(rows)[-1].item())
+        single.append(alone.next(logits[2:]).item())
+    assert batch == single
+
+
+def test_seeds() -> None:
+    def draw(seed: int | None) -> list[list[int]]:
+        sampler = Sampler(
+            SamplingOptions(temperature=5.0, seed=seed), [[0], [0]], vocab_size=VOCAB
+        )
+        logits = random_logits(1).expand(2, -1)
+        return torch.stack([sampler.next(logits) for _ in range(20)], dim=1).tolist()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1)[0] == draw(1)[1]
+    unseeded = draw(None)
+    assert unseeded[0] != unseeded[1]
+    assert unseeded != draw(None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float) -> None:
+    logits = random_logits()
+    logits[1, 5] = bad
+    with pytest.raises(MoacError, match="not finite"):
+        sample(logits, SamplingOptions(temperature=temperature), generators=generators(3))
+
+
+def test_half_precision_logits_are_sampled_in_float32() -> None:
+    logits = random_logits().bfloat16()
+    options = SamplingOptions(temperature=0.9, top_p=0.9)
+    expected = sample(logits.float(), options, generators=generators(3))
+    assert sample(logits, options, generators=generators(3)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("max_tokens", 0),
+        ("stop", ("",)),
+        ("stop", ""),
+    ],
+)
+def test_options_are_checked(option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{option} must be .*got"):
+        SamplingOptions(**{option: value})
+
+
+def test_one_stop_string_is_not_taken_apart() -> None:
+    assert SamplingOptions(stop="END").stop == ("END",)
+    assert SamplingOptions(stop=["a", "b"]).stop == ("a", "b")
