@@ -55,7 +55,8 @@ def test_top_p_is_transformers(p: float) -> None:
 @pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
 def test_min_p_is_transformers(p: float) -> None:
     logits = random_logits()
-    expected = MinPLogitsWarper(p)(None, logits)
+    warper: Any = MinPLogitsWarper(p)
+    expected = warper(None, logits)
     torch.testing.assert_close(filter_scores(logits, SamplingOptions(min_p=p)), expected)
 
 
@@ -74,7 +75,7 @@ def test_all_filters_in_transformers_order() -> None:
         temperature=0.7, top_k=30, top_p=0.8, min_p=0.02, repetition_penalty=1.3, seed=5
     )
     history = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
-    chain = LogitsProcessorList(
+    chain: Any = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(1.3),
             TemperatureLogitsWarper(0.7),

@@ -141,7 +141,7 @@ USER = {"role": "user", "content": "  What is 2 < 3 & 'é'? 😀 "}
 ASSISTANT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nTrue."}
 SYSTEM = {"role": "system", "content": "Be brief. "}
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, Any] = {
     "user": [USER],
     "system": [SYSTEM, USER],
     "turns": [SYSTEM, USER, ASSISTANT, USER],
@@ -214,12 +214,12 @@ def test_chat_reads_as_transformers_renders_it(
     name: str, conversation: str, add_generation_prompt: bool
 ) -> None:
     messages = CONVERSATIONS[conversation]
-    reference = PreTrainedTokenizerFast(
+    reference: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=byte_backend(), bos_token="<s>", eos_token="</s>"
     )
     reference.chat_template = TEMPLATES[name]
 
-    def expected() -> str:
+    def expected() -> Any:
         return reference.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
