@@ -300,6 +300,14 @@ def test_sizes_are_checked_before_any_hash(package: Path) -> None:
         start_opening(package)
 
 
+def test_an_unreadable_file_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("moac_runtime.integrity.sha256", deny)
+    refused(package, "cannot be read (Permission denied)", "check its permissions")
+
+
 def test_a_changed_manifest_is_refused(package: Path) -> None:
     edit(package, lambda data: data.update(capacity=65), sign=False)
     refused(package, "moac.json was altered", "copy the package again")
@@ -364,11 +372,13 @@ def test_a_wrong_rope_is_refused(package: Path) -> None:
     refused(package, "model.rope.inv_freq", "2 values")
 
 
-@pytest.mark.parametrize(
-    "field",
-    "schema_version minimum_reader digest model dtype capacity head_order targets files "
-    "provenance verification".split(),
-)
+FIELDS = """
+    schema_version minimum_reader digest model dtype capacity head_order targets files
+    provenance verification
+"""
+
+
+@pytest.mark.parametrize("field", FIELDS.split())
 def test_a_missing_field_is_named(package: Path, field: str) -> None:
     edit(package, lambda data: data.pop(field), sign=field != "digest")
     refused(package, f"lacks the field '{field}'")
@@ -754,7 +764,7 @@ def test_a_full_disk_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(f"moac.packaging.{place}", full_disk)
     full = pytest.raises(
-        MoacError, match=r"^the disk of [^\n]* is full [^\n]*free some space[^\n]*$"
+        MoacError, match=r"^the package does not fit [^\n]*: free some space[^\n]*$"
     )
     with full, staged(package, force=True) as folder:
         fill(folder)
@@ -772,7 +782,7 @@ def test_a_disk_full_of_weights_is_one_sentence(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(writer, "save_file", refuse)
-    with pytest.raises(MoacError, match="is full"), staged(tmp_path / "out") as folder:
+    with pytest.raises(MoacError, match="does not fit"), staged(tmp_path / "out") as folder:
         fill(folder)
     assert list(tmp_path.iterdir()) == []
 

@@ -171,6 +171,6 @@ def _explaining(target: Path) -> Iterator[None]:
 def _disk_full(target: Path) -> str:
     free = shutil.disk_usage(next(path for path in target.parents if path.exists())).free
     return (
-        f"the disk of {target.parent} is full ({free / 1e6:.0f} MB free) and {target} is as it "
-        "was: free some space or choose a folder on another disk"
+        f"the package does not fit on the disk of {target.parent} ({free / 1e6:.0f} MB free) and "
+        f"{target} is as it was: free some space or choose a folder on another disk"
     )
