@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moac.calibration.text import Document, ends_sentence, running_words, separated_words
+from moac.calibration.text import Document, ends_clause, running_words, separated_words
 
 FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -36,7 +36,7 @@ def haystack_words(
 
 
 def hide(words: Sequence[str], needles: Sequence[Needle]) -> str:
-    """The text of `words` with each needle put behind the first sentence end past its depth."""
+    """The text of `words` with each needle put behind the clause end nearest to its depth."""
     places = sorted((_place(words, needle.depth), needle.text) for needle in needles)
     parts: list[str] = []
     done = 0
@@ -47,11 +47,10 @@ def hide(words: Sequence[str], needles: Sequence[Needle]) -> str:
 
 
 def _place(words: Sequence[str], depth: float) -> int:
-    wanted = round(depth * len(words))
-    if wanted == 0:
-        return 0
-    ends = (i + 1 for i in range(wanted - 1, len(words)) if ends_sentence(words[i]))
-    return next(ends, len(words))
+    """The sentence or clause end nearest to `depth`, as a count of words before the needle."""
+    wanted = depth * len(words)
+    ends = [0, *(i for i, word in enumerate(words, start=1) if ends_clause(word)), len(words)]
+    return min(ends, key=lambda end: abs(end - wanted))
 
 
 def most_words(render: Callable[[int], Sequence[int]], budget: int, limit: int) -> int:

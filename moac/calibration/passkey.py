@@ -117,7 +117,7 @@ def plain_text_windows(
 ) -> list[tuple[int, ...]]:
     """`count` windows of exactly `length` tokens of held-out text, for its NLL.
 
-    Evenly spread from a random start; they overlap only where `count * length` exceeds the text.
+    At random places; they overlap, evenly spread, only where `count * length` exceeds the text.
     Raises UsageError where one window does.
     """
     text = "\n\n".join(document.text for document in held_out_text())
@@ -128,10 +128,16 @@ def plain_text_windows(
             f"the held-out text has {len(tokens)} tokens, fewer than a window of {length}; "
             "evaluate at a shorter length"
         )
-    step = max(1, min(length, room) if count == 1 else room // (count - 1))
-    shift = random.Random(f"windows/{seed}").randint(0, max(0, room - step * (count - 1)))
-    starts = [min(room, shift + step * i) for i in range(count)]
-    return [tuple(tokens[start : start + length]) for start in starts]
+    return [tuple(tokens[start : start + length]) for start in _starts(room, length, count, seed)]
+
+
+def _starts(room: int, length: int, count: int, seed: int) -> list[int]:
+    slack = room - (count - 1) * length
+    if slack < 0:
+        return [i * room // (count - 1) for i in range(count)]
+    rng = random.Random(f"windows/{seed}")
+    gaps = sorted(rng.randint(0, slack) for _ in range(count))
+    return [i * length + gap for i, gap in enumerate(gaps)]
 
 
 def _token_at(format: PromptFormat, prompt: str, character: int) -> int:

@@ -72,6 +72,6 @@ def running_words(documents: Sequence[Document], rng: random.Random, count: int)
     return (words * (count // len(words) + 1))[:count]
 
 
-def ends_sentence(word: str) -> bool:
-    """Whether a word as `separated_words` gives it closes a sentence or a paragraph."""
-    return "\n" in word or re.search(r"[.!?][\"'\u2019\u201d)]*\s*$", word) is not None
+def ends_clause(word: str) -> bool:
+    """Whether a word as `separated_words` gives it closes a clause, a sentence or a paragraph."""
+    return "\n" in word or re.search(r"[.!?;:][\"'\u2019\u201d)]*\s*$", word) is not None

@@ -1,0 +1,396 @@
+"""Calibration samples: text, haystacks, spans, dense answers, user lines, held-out cases."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moac.calibration import (
+    CalibrationSample,
+    build_calibration,
+    calibration_text,
+    held_out_text,
+    passkey_case,
+    plain_text_windows,
+    read_calibration,
+    user_samples,
+)
+from moac.calibration.answers import DenseReader, stop_tokens
+from moac.calibration.haystack import Needle, hide, most_words
+from moac.calibration.passkey import WORDINGS
+from moac.calibration.prompt import PromptFormat
+from moac.calibration.samples import DOMAINS
+from moac.calibration.tasks import INTRODUCTIONS, draw_facts
+from moac.calibration.text import ends_clause, running_words, separated_words
+from moac_runtime.errors import CheckpointError, UsageError
+
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
+    """A tiny random model and its tokenizer, chat template included."""
+    folder = tiny_checkpoint("llama")
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+@pytest.fixture
+def tokenizer(checkpoint: tuple[Any, Any]) -> Any:
+    return checkpoint[1]
+
+
+@pytest.fixture
+def plain_tokenizer(tiny_checkpoint: Callable[..., Path]) -> Any:
+    """The tokenizer of a base model: no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("llama"))
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+class Reader:
+    """A stand-in for a model that reads well: answers with the planted value it finds.
+
+    Its cache is the list of all token ids read. `reply`: what it says instead.
+    """
+
+    device = torch.device("cpu")
+    generation_config = SimpleNamespace(eos_token_id=[2])
+
+    def __init__(self, tokenizer: Any, *, reply: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.reply = reply
+        self.calls: list[int] = []
+        self.script: list[int] = []
+
+    def __call__(self, *, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
+        read = [*(past_key_values or []), *input_ids[0].tolist()]
+        self.calls.append(input_ids.shape[1])
+        if input_ids.shape[1] > 1:
+            text = self.reply or self.find(self.tokenizer.decode(read))
+            self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        logits = torch.zeros(1, 1, len(self.tokenizer))
+        logits[0, 0, self.script.pop(0) if self.script else 2] = 1.0
+        return SimpleNamespace(logits=logits, past_key_values=read)
+
+    @staticmethod
+    def find(text: str) -> str:
+        """The planted sentence that shares most with the last question, weighed by its length."""
+        words = set(re.findall(r"[\w'-]+", re.findall(r"([^\n.]*)\?", text)[-1]))
+        sentences = re.findall(r"[^.?\n<>]+\.", text)
+
+        def shared(sentence: str) -> float:
+            found = re.findall(r"[\w'-]+", sentence)
+            return len(words & set(found)) / (len(found) + 2)
+
+        best = max(sentences, key=shared)
+        return f"{(re.findall(r'[0-9]{4,}', best) or re.findall(r'[a-zA-Z]+', best))[-1]}. Indeed."
+
+
+def build(model: Any, tokenizer: Any, **options: Any) -> list[CalibrationSample]:
+    return build_calibration(model, tokenizer, **{"samples_per_length": {LENGTH: 2}, **options})
+
+
+def test_the_two_texts_share_no_paragraph_and_are_long_enough() -> None:
+    calibration = {p for d in calibration_text() for p in d.paragraphs}
+    held_out = {p for d in held_out_text() for p in d.paragraphs}
+    assert not calibration & held_out
+    assert sum(map(len, calibration)) > 300_000
+    assert sum(map(len, held_out)) > 150_000
+    assert {d.domain for d in calibration_text()} == {"fiction", "technical"}
+
+
+def test_every_text_file_has_its_origin_and_licence_and_no_trademark() -> None:
+    data = Path(__file__).parents[1] / "moac" / "calibration" / "data"
+    told = (data / "README.md").read_text()
+    for file in data.glob("*/*.txt"):
+        assert f"{file.parent.name}/{file.name}" in told
+        assert "gutenberg" not in file.read_text(encoding="utf-8").lower()
+        assert file.stat().st_size < 2**20
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (data / "PSF-2.0.txt").read_text()
+
+
+def test_words_give_the_text_back() -> None:
+    document = calibration_text()[0]
+    assert "".join(separated_words(document.paragraphs)).strip() == document.text
+
+
+def test_running_words_go_round_where_the_text_ends() -> None:
+    everything = sum(len(separated_words(d.paragraphs)) for d in held_out_text())
+    assert len(running_words(held_out_text(), random.Random(0), everything * 2)) == everything * 2
+
+
+def test_clause_ends() -> None:
+    assert ends_clause("sea. ")
+    assert ends_clause("thus:) ")
+    assert ends_clause('cried."\n\n')
+    assert ends_clause("title\n\n")
+    assert not ends_clause("and, ")
+
+
+def test_needles_stand_at_sentence_ends_near_their_depths() -> None:
+    words = running_words(calibration_text(), random.Random(1), 2000)
+    depths = [0.0, 0.25, 0.5, 0.9]
+    text = hide(words, [Needle(f"NEEDLE{i}", depth) for i, depth in enumerate(depths)])
+    assert text.startswith("NEEDLE0")
+    for i, depth in enumerate(depths):
+        before = text.split(f"NEEDLE{i}")[0]
+        assert abs(len(before) / len(text) - depth) < 0.1
+        assert not before or ends_clause(before)
+    assert re.sub(r"NEEDLE\d ?", "", text) == "".join(words).rstrip()
+
+
+def test_most_words_is_the_largest_that_fits() -> None:
+    assert most_words(lambda n: [0] * (2 * n + 3), 100, 1000) == 48
+    assert most_words(lambda n: [0] * (2 * n + 3), 100, 20) == 20
+    assert most_words(lambda n: [0] * (n + 300), 100, 20) == -1
+
+
+def test_facts_have_different_questions_and_one_pass_key_at_most() -> None:
+    for seed in range(200):
+        facts = draw_facts(random.Random(seed), 10)
+        assert len({fact.question for fact in facts}) == 10
+        assert all(fact.value in fact.needle for fact in facts)
+        assert sum("pass key" in fact.question for fact in facts) <= 1
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_samples_fill_their_length_and_never_pass_it(
+    checkpoint: tuple[Any, Any], domain: str
+) -> None:
+    for length in (512, LENGTH):
+        samples = build(*checkpoint, samples_per_length={length: 2}, domains=[domain])
+        assert [sample.length for sample in samples] == [length, length]
+        for sample in samples:
+            assert 0.75 * length < len(sample.token_ids) <= length
+            assert len(sample.answer_spans) == len(sample.correct) >= 1
+            edges = [edge for span in sample.answer_spans for edge in span]
+            assert edges == sorted(edges)
+            assert edges[-1] <= len(sample.token_ids)
+            assert all(start < end for start, end in sample.answer_spans)
+
+
+def test_answers_are_the_dense_models_own_greedy_tokens(checkpoint: tuple[Any, Any]) -> None:
+    """One whole forward pass must agree with what the kept cache produced over many turns."""
+    model, tokenizer = checkpoint
+    (sample,) = build(model, tokenizer, samples_per_length={LENGTH: 1}, domains=["retrieval"])
+    stops = list(stop_tokens(model, tokenizer))
+    with torch.inference_mode():
+        logits = model(torch.tensor([sample.token_ids])).logits[0]
+    logits = logits.clone()
+    for start, end in sample.answer_spans:
+        logits[start - 1, stops] = -torch.inf
+        expected = logits[start - 1 : end - 1].argmax(-1).tolist()
+        assert list(sample.token_ids[start:end]) == expected
+
+
+def test_a_good_reader_is_marked_correct_and_answers_one_sentence(tokenizer: Any) -> None:
+    (sample,) = build(
+        Reader(tokenizer), tokenizer, samples_per_length={4096: 1}, domains=["retrieval"]
+    )
+    assert sum(map(bool, sample.correct)) > len(sample.correct) / 2 > 1
+    assert "Indeed" not in tokenizer.decode(sample.token_ids)
+
+
+def test_a_wrong_answer_is_kept_and_marked(tokenizer: Any) -> None:
+    (sample, _) = build(Reader(tokenizer, reply="No idea."), tokenizer, domains=["retrieval"])
+    assert set(sample.correct) == {False}
+    start, end = sample.answer_spans[0]
+    assert tokenizer.decode(sample.token_ids[start:end]) == "No idea."
+
+
+def test_the_haystack_is_read_once(tokenizer: Any) -> None:
+    reader = Reader(tokenizer, reply="No idea.")
+    (sample,) = build(reader, tokenizer, samples_per_length={2048: 1}, domains=["retrieval"])
+    assert sum(reader.calls) <= len(sample.token_ids)
+    assert sum(call > 1 for call in reader.calls) == len(sample.answer_spans)
+
+
+def test_samples_depend_on_the_seed_alone_and_not_on_the_count(
+    checkpoint: tuple[Any, Any],
+) -> None:
+    few = build(*checkpoint, samples_per_length={512: 1}, domains=["retrieval"])
+    more = build(*checkpoint, samples_per_length={512: 2}, domains=["text", "retrieval"])
+    other = build(*checkpoint, samples_per_length={512: 1}, domains=["retrieval"], seed=1)
+    assert few[0] == more[2]
+    assert few[0] != other[0]
+
+
+def test_progress_counts_every_sample(checkpoint: tuple[Any, Any]) -> None:
+    seen: list[tuple[int, int]] = []
+    build(*checkpoint, domains=["text"], progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_too_short_a_length_and_an_unknown_domain_are_refused(
+    checkpoint: tuple[Any, Any],
+) -> None:
+    with pytest.raises(UsageError, match="64 tokens are too few for a retrieval"):
+        build(*checkpoint, samples_per_length={64: 1}, domains=["retrieval"])
+    with pytest.raises(UsageError, match="domain 'poems' is unknown; choose from retrieval"):
+        build(*checkpoint, domains=["poems"])
+
+
+def test_turns_join_into_what_the_template_renders(tokenizer: Any) -> None:
+    format = PromptFormat(tokenizer)
+    answer = format.encode("Blue.")
+    whole = format.messages(
+        [
+            {"role": "user", "content": "Which colour?"},
+            {"role": "assistant", "content": "Blue."},
+            {"role": "user", "content": "Sure?"},
+        ]
+    )
+    assert [*format.opening("Which colour?"), *answer, *format.turn("Sure?")] == whole
+
+
+def test_without_a_template_the_prompt_is_plain_and_a_line_ends_the_answer(
+    plain_tokenizer: Any,
+) -> None:
+    format = PromptFormat(plain_tokenizer)
+    text = plain_tokenizer.decode([*format.opening("One?"), *format.turn("Two?")])
+    assert text.endswith("One?\nAnswer:\n\nQuestion: Two?\nAnswer:")
+    reader = DenseReader(Reader(plain_tokenizer, reply="Three\nFour"), format)
+    reader.feed(format.opening("One?"))
+    assert plain_tokenizer.decode(reader.answer(24)) == "Three"
+
+
+def test_a_template_that_drops_answers_is_refused(plain_tokenizer: Any) -> None:
+    plain_tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(CheckpointError, match="drops an assistant message"):
+        PromptFormat(plain_tokenizer).turn("Two?")
+
+
+def lines(tmp_path: Path, *entries: Any) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(e if isinstance(e, str) else json.dumps(e) for e in entries))
+    return path
+
+
+def test_user_lines_carry_loss_on_the_response(
+    tmp_path: Path, checkpoint: tuple[Any, Any]
+) -> None:
+    model, tokenizer = checkpoint
+    talk = [{"role": "user", "content": "Name a colour."}]
+    path = lines(
+        tmp_path, {"prompt": "Name a colour.", "response": "Blue."}, "", {"messages": talk}
+    )
+    given, made = user_samples(read_calibration(path), model, tokenizer, lengths=[512, 256])
+    start, end = given.answer_spans[0]
+    assert tokenizer.decode(given.token_ids[start:end]) == "Blue."
+    assert (given.domain, given.length) == ("user", 256)
+    assert made.token_ids[:start] == given.token_ids[:start]
+    assert made.answer_spans[0][1] == len(made.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: expected a JSON object, found list"),
+        ({"prompt": "a", "answer": "b"}, "line 2: unknown key 'answer'"),
+        ({"response": "b"}, 'line 2: give either "prompt" or "messages"'),
+        ({"prompt": "a", "messages": []}, 'line 2: give either "prompt" or "messages"'),
+        ({"prompt": " "}, 'line 2: "prompt" must be text that is not empty'),
+        ({"prompt": "a", "response": 7}, 'line 2: "response" must be text'),
+        ({"messages": [{"role": "user"}]}, 'line 2: "messages" must be a list of'),
+        ({"messages": []}, 'line 2: the last of "messages" must have the role "user"'),
+    ],
+)
+def test_a_bad_user_line_is_named(tmp_path: Path, entry: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_calibration(lines(tmp_path, {"prompt": "fine"}, entry))
+
+
+def test_a_user_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the calibration file"):
+        read_calibration(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="holds no calibration line"):
+        read_calibration(lines(tmp_path, ""))
+
+
+def test_a_user_line_longer_than_every_length_is_refused(
+    tmp_path: Path, checkpoint: tuple[Any, Any]
+) -> None:
+    samples = read_calibration(lines(tmp_path, {"prompt": "long " * 200}))
+    with pytest.raises(UsageError, match=r"line 1: the sample takes \d+ tokens .* is 64;"):
+        user_samples(samples, *checkpoint, lengths=[64, 32])
+
+
+def test_messages_need_a_chat_template(
+    tmp_path: Path, checkpoint: tuple[Any, Any], plain_tokenizer: Any
+) -> None:
+    talk = [{"role": "user", "content": "Hello"}]
+    samples = read_calibration(lines(tmp_path, {"messages": talk}))
+    with pytest.raises(UsageError, match="line 1: the checkpoint has no chat template"):
+        user_samples(samples, checkpoint[0], plain_tokenizer, lengths=[64])
+
+
+def test_a_template_that_refuses_a_role_is_told_with_the_line(
+    tmp_path: Path, checkpoint: tuple[Any, Any], plain_tokenizer: Any
+) -> None:
+    plain_tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    talk = [{"role": "user", "content": "Hello"}]
+    samples = read_calibration(lines(tmp_path, {"messages": talk}))
+    with pytest.raises(UsageError, match="line 1: the checkpoint's chat template refused: no"):
+        user_samples(samples, checkpoint[0], plain_tokenizer, lengths=[64])
+
+
+@pytest.mark.parametrize("haystack", ["filler", "text"])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_passkey_cases_say_where_the_needle_and_the_question_stand(
+    tokenizer: Any, haystack: Any, depth: float
+) -> None:
+    for seed in range(4):
+        case = passkey_case(tokenizer, LENGTH, depth, seed, haystack=haystack)
+        assert LENGTH - 64 < len(case.token_ids) <= LENGTH
+        rest = tokenizer.decode(case.token_ids[case.needle_start :])
+        assert rest.index(case.answer) < 60
+        question = tokenizer.decode(case.token_ids[case.question_start :])
+        assert WORDINGS[seed].question in question[: len(WORDINGS[seed].question) + 4]
+        assert case.answer not in question
+        share = case.needle_start / case.question_start
+        assert abs(share - (0.2 + 0.7 * depth)) < 0.25
+        assert passkey_case(tokenizer, LENGTH, depth, seed, haystack=haystack) == case
+
+
+def test_half_of_the_passkey_wordings_are_none_of_calibrations() -> None:
+    asked = {
+        re.sub(r"\d{4,5}", "{key}", text)
+        for seed in range(300)
+        for fact in draw_facts(random.Random(seed), 10)
+        for text in (fact.needle, fact.question)
+    }
+    fresh = [wording for wording in WORDINGS if not wording.seen]
+    assert len(fresh) * 2 >= len(WORDINGS)
+    for wording in fresh:
+        assert wording.needle not in asked
+        assert wording.question not in asked
+        assert wording.introduction not in INTRODUCTIONS
+
+
+def test_too_short_a_passkey_case_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="64 tokens are too few for a passkey case"):
+        passkey_case(tokenizer, 64, 0.5, 0)
+
+
+def test_plain_windows_are_exact_disjoint_and_held_out(tokenizer: Any) -> None:
+    windows = plain_text_windows(tokenizer, LENGTH, 8, 0)
+    assert [len(window) for window in windows] == [LENGTH] * 8
+    assert len(set(windows)) == 8
+    everything = "\n\n".join(document.text for document in held_out_text())
+    assert tokenizer.decode(windows[0][4:-4]).strip() in everything
+    assert plain_text_windows(tokenizer, LENGTH, 8, 0) == windows
+    assert plain_text_windows(tokenizer, LENGTH, 8, 1) != windows
+    with pytest.raises(UsageError, match=r"the held-out text has \d+ tokens, fewer than"):
+        plain_text_windows(tokenizer, 10_000_000, 1, 0)
