@@ -1,0 +1,1 @@
+"""Attention kernels and the oracle they are held against. Imports torch alone."""
