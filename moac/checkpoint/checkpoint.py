@@ -25,7 +25,7 @@ from moac.checkpoint.source import download_settings, download_weights, local_pa
 from moac.checkpoint.tensors import check_tensors
 from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from moac.checkpoint.weights import SafetensorsWeights, open_weights
-from moac_runtime.errors import CheckpointError, UsageError
+from moac_runtime.errors import CheckpointError, MoacError
 from moac_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ class Checkpoint:
             )
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return loaded
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer in transformers, chat template and all."""
+        if self.path.is_dir():
+            return load_tokenizer(self.path)
+        return gguf_tokenizer(open_gguf(self.path))
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the package's `tokenizer/` files into `folder`, made where it is missing."""
@@ -211,7 +217,7 @@ def _check_tied(spec: ModelSpec, weights: SafetensorsWeights) -> None:
 def _check_installed(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
-            raise UsageError(
+            raise MoacError(
                 f"opening this checkpoint needs {package}; run `pip install 'moac[compile]'`"
             )
 

@@ -17,15 +17,16 @@ _ROTARY = {
     "qwen3": "Qwen3RotaryEmbedding",
 }
 
-_SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
+# The largest value of each that is read as meant; beyond it a config is damaged.
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "num_attention_heads": 2**31,
+    "num_key_value_heads": 2**31,
+    "vocab_size": 2**31,
+    "max_position_embeddings": 2**31,
+}
 
 
 def parse_config(values: dict[str, Any], where: str) -> Any:
@@ -34,19 +35,11 @@ def parse_config(values: dict[str, Any], where: str) -> Any:
     Older files (`rope_theta`, `rope_scaling`, `torch_dtype`) are upgraded as transformers does.
     """
     check_config_file(values)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     try:
         return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+    except Exception as error:  # what a wrong value raises in the library is not its contract
         raise CheckpointError(
             f"{where} is not a valid {values['model_type']} config ({_one_line(error)}); "
             "restore it from the original checkpoint"
@@ -60,6 +53,7 @@ def model_spec(config: Any) -> ModelSpec:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     _check_sizes(config)
     attention_bias = bool(getattr(config, "attention_bias", False))
+    rope = _rope_spec(config)
     return ModelSpec(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -79,17 +73,22 @@ def model_spec(config: Any) -> ModelSpec:
         qk_norm=family == "qwen3",
         tied_embeddings=bool(config.tie_word_embeddings),
         windows=_windows(config),
-        rope=_rope_spec(config),
+        rope=rope,
     )
 
 
 def _check_sizes(config: Any) -> None:
-    for name in _SIZES:
-        if getattr(config, name) < 1:
+    for name, limit in _SIZES.items():
+        if not 1 <= getattr(config, name) <= limit:
             raise CheckpointError(
-                f"config.json says {name} {getattr(config, name)} where at least 1 was expected; "
-                "restore it from the original checkpoint"
+                f"config.json says {name} {getattr(config, name)} where 1 to {limit} was "
+                "expected; restore it from the original checkpoint"
             )
+    if not 0 <= config.rms_norm_eps < math.inf:
+        raise CheckpointError(
+            f"config.json says rms_norm_eps {config.rms_norm_eps} where a small positive number "
+            "was expected; restore it from the original checkpoint"
+        )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise CheckpointError(
@@ -152,6 +151,8 @@ def _context(config: Any) -> int:
 
 def _rope_spec(config: Any) -> RopeSpec:
     rope, family = config.rope_parameters, config.model_type
+    if rope["rope_type"] in ("linear", "dynamic") and not _is_factor(rope.get("factor")):
+        raise refuse("RoPE factor", rope.get("factor"), "a number of at least 1")
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     try:
         rotary = getattr(module, _ROTARY[family])(config)
@@ -177,5 +178,9 @@ def _rope_spec(config: Any) -> RopeSpec:
     )
 
 
+def _is_factor(value: object) -> bool:
+    return isinstance(value, (int, float)) and 1 <= value < math.inf
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -25,7 +25,8 @@ def check_config_file(config: Mapping[str, Any]) -> None:
     """Refuse a raw config.json that asks for something not served, before a library reads it."""
     _check_kind(config)
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise refuse(
             "quantization_config with quant_method",
             method,
@@ -37,7 +38,7 @@ def check_config_file(config: Mapping[str, Any]) -> None:
     for key in _SOFTCAPS:
         if config.get(key):
             raise refuse(key, config[key], "attention and logits without a cap")
-    if (config.get("pretraining_tp") or 1) > 1:
+    if config.get("pretraining_tp") not in (None, 1):
         raise refuse("pretraining_tp", config["pretraining_tp"], "1 (undivided projections)")
     _check_rope(config)
 
@@ -48,7 +49,8 @@ def _check_kind(config: Mapping[str, Any]) -> None:
         raise refuse("model_type", family, ", ".join(FAMILIES))
     if config.get("is_encoder_decoder"):
         raise refuse("is_encoder_decoder", True, "decoder-only models")
-    architectures = config.get("architectures") or ["ForCausalLM"]
+    named = config.get("architectures") or ["ForCausalLM"]
+    architectures = named if isinstance(named, list) else [named]
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise refuse("architecture", architectures[0], "a causal language model (...ForCausalLM)")
     activation = config.get("hidden_act", "silu")
