@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from moac_kernels.reference import layer_mask, masked_attention
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.model_spec import model_spec
 from moac.packaging.fuse import head_order, pack_weights
+from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.decoder import Decoder
 from moac_runtime.plan import Plan
 from moac_runtime.session import Session
@@ -31,27 +31,57 @@ def _reference(
     attention_mask: Tensor | None,
     scaling: float,
     *,
-    oracle_spans: Sequence[Sequence[HeadSpan]],
+    oracle_masks: Sequence[Tensor],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    heads, place = oracle_spans[module.layer_idx], torch.arange(query.shape[2])
-    mask = layer_mask(lambda q, k, h: visible(q, k, heads[h]), place, place, len(heads))
-    return masked_attention(query, key, value, mask, scaling).transpose(1, 2), None
+    out = masked_attention(query, key, value, oracle_masks[module.layer_idx], scaling)
+    return out.to(query.dtype).transpose(1, 2), None
 
 
 AttentionInterface.register(ORACLE, _reference)
 
 
+def span_masks(heads: Sequence[HeadSpan], length: int) -> Tensor:
+    """What the queries of one layer see, `[K, length, length]`."""
+    place = torch.arange(length)
+    return layer_mask(lambda q, k, h: visible(q, k, heads[h]), place, place, len(heads))
+
+
+def grown_masks(plan: Plan, layer: int, phases: Sequence[tuple[int, int]]) -> Tensor:
+    """What the queries of one layer see where a session grew, `[K, T, T]`.
+
+    `phases`: a capacity, and the tokens fed when it was left for the next. A key out of the last
+    query's sight when a phase ends is lost to all later queries.
+    """
+    length = phases[-1][1]
+    mask = torch.zeros(len(plan.rules[layer]), length, length, dtype=torch.bool)
+    lost = torch.zeros(len(plan.rules[layer]), 1, length, dtype=torch.bool)
+    first = 0
+    for capacity, stop in phases:
+        seen = span_masks(plan.spans(capacity)[layer], length)
+        mask[:, first:stop] = seen[:, first:stop] & ~lost
+        lost[:, :, :stop] |= ~seen[:, stop - 1 : stop, :stop]
+        first = stop
+    return mask
+
+
 @torch.no_grad()
+def masked_logits(
+    model: PreTrainedModel, tokens: Sequence[int], masks: Sequence[Tensor]
+) -> Tensor:
+    """Float32 logits `[T, V]` of `tokens` under one mask `[K, T, T]` a layer."""
+    model.set_attn_implementation(ORACLE)
+    out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
+    logits: Tensor = out.logits[0]
+    return logits.float()
+
+
 def oracle_logits(
     model: PreTrainedModel, tokens: Sequence[int], plan: Plan, capacity: int
 ) -> Tensor:
     """Float32 logits `[T, V]` of `tokens` under the spans of `plan` at `capacity`."""
-    model.set_attn_implementation(ORACLE)
-    ids = torch.tensor([list(tokens)])
-    out = model(ids, use_cache=False, oracle_spans=plan.spans(capacity))
-    logits: Tensor = out.logits[0]
-    return logits.float()
+    masks = [span_masks(heads, len(tokens)) for heads in plan.spans(capacity)]
+    return masked_logits(model, tokens, masks)
 
 
 def packed(

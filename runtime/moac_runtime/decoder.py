@@ -84,8 +84,8 @@ class Decoder:
     """A decoder-only model on one device in one dtype; it holds weights and no state.
 
     `tensors`: the package's weights by name, heads in packed order (ARCHITECTURE.md, "Package
-    format"). `dtype`: None is the dtype of the embedding. Raises ArtifactError where one is missing or has another shape than `spec` says, and
-    for an activation not served.
+    format"). `dtype`: None is the embedding's own. Raises ArtifactError where a weight is missing
+    or has another shape than `spec` says, and for an activation not served.
     """
 
     def __init__(
