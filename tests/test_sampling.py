@@ -17,7 +17,14 @@ from transformers import (
 )
 
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.sampling import Sampler, SamplingOptions, filter_scores, penalise, sample
+from moac_runtime.sampling import (
+    Sampler,
+    SamplingOptions,
+    filter_scores,
+    penalise,
+    probabilities,
+    sample,
+)
 
 VOCAB = 97
 
@@ -52,6 +59,20 @@ def test_top_p_is_transformers(p: float) -> None:
     torch.testing.assert_close(filter_scores(logits, SamplingOptions(top_p=p)), expected)
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9])
+def test_top_p_of_a_large_vocabulary_flat_or_peaked(p: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([[0.0], [0.01], [1.0], [4.0], [30.0]])
+    logits = torch.randn(5, 5000, generator=generator) * scales
+    logits[3, 7:] = -math.inf
+    kept = filter_scores(logits, SamplingOptions(top_p=p)).isfinite()
+    expected = TopPLogitsWarper(p)(None, logits).isfinite()
+    # Sums in another order round differently: at most the token on the edge may differ.
+    assert (kept.sum(-1) - expected.sum(-1)).abs().max() <= 1
+    mass = logits.softmax(-1).where(kept, 0).sum(-1)
+    assert (mass >= p - 1e-5).all()
+
+
 @pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
 def test_min_p_is_transformers(p: float) -> None:
     logits = random_logits()
@@ -70,11 +91,12 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
 
 
 def test_all_filters_in_transformers_order() -> None:
-    """Same seed, same generator, same probabilities: the very same tokens."""
+    """Another order gives other probabilities: temperature before top-p and min-p, say."""
     options = SamplingOptions(
-        temperature=0.7, top_k=30, top_p=0.8, min_p=0.02, repetition_penalty=1.3, seed=5
+        temperature=0.7, top_k=30, top_p=0.8, min_p=0.02, repetition_penalty=1.3
     )
     history = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, history, True)
     chain: Any = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(1.3),
@@ -84,17 +106,10 @@ def test_all_filters_in_transformers_order() -> None:
             MinPLogitsWarper(0.02),
         ]
     )
-    sampler = Sampler(options, history.tolist(), vocab_size=VOCAB)
-    mine, theirs = generators(3, 5), history
-    for step in range(20):
+    for step in range(50):
         logits = random_logits(seed=step)
-        probabilities = chain(theirs, logits).softmax(-1)
-        expected = [
-            torch.multinomial(row, 1, generator=g)
-            for row, g in zip(probabilities, mine, strict=True)
-        ]
-        theirs = torch.cat([theirs, torch.stack(expected)], dim=1)
-        assert sampler.next(logits).tolist() == torch.cat(expected).tolist()
+        found = probabilities(logits, options, seen=seen)
+        torch.testing.assert_close(found, chain(history, logits).softmax(-1))
 
 
 def test_temperature_zero_is_greedy_whatever_the_filters() -> None:
@@ -123,6 +138,17 @@ def test_samples_follow_the_probabilities() -> None:
     share = drawn.bincount(minlength=3) / 4000
     # Four standard deviations of a share of 4000 draws.
     torch.testing.assert_close(share, logits[0].exp(), atol=4 * (0.25 / 4000) ** 0.5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}])
+def test_filtered_tokens_are_never_drawn(options: dict[str, Any]) -> None:
+    settings = SamplingOptions(temperature=2.0, seed=0, **options)
+    sampler = Sampler(settings, [[0]], vocab_size=VOCAB)
+    logits = random_logits(1)
+    allowed = probabilities(logits, settings)[0].nonzero().flatten().tolist()
+    drawn = {sampler.next(logits).item() for _ in range(500)}
+    assert 1 < len(allowed) < VOCAB
+    assert drawn == set(allowed)
 
 
 def test_a_row_does_not_depend_on_its_mates() -> None:
@@ -165,6 +191,11 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float)
     logits[1, 5] = bad
     with pytest.raises(MoacError, match="not finite"):
         sample(logits, SamplingOptions(temperature=temperature), generators=generators(3))
+
+
+def test_every_row_needs_a_generator() -> None:
+    with pytest.raises(ValueError, match="got 1 for 3 rows"):
+        sample(random_logits(), SamplingOptions(temperature=1.0), generators=generators(1))
 
 
 def test_half_precision_logits_are_sampled_in_float32() -> None:

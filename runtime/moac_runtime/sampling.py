@@ -74,9 +74,7 @@ def sample(
     `seen` `[B, V]` bool: tokens of the row's prompt and answer, for the repetition penalty.
     `generators`: one per row, unused when greedy. Raises MoacError where logits are not finite.
     """
-    scores = logits.float()
-    if seen is not None and options.repetition_penalty != 1:
-        scores = penalise(scores, seen, options.repetition_penalty)
+    scores = _scores(logits, options, seen)
     best, choice = scores.max(dim=-1)
     if not best.isfinite().all():
         raise MoacError(
@@ -85,16 +83,46 @@ def sample(
         )
     if options.temperature == 0:
         return choice
+    return _draw(_probabilities(scores, best, options), generators)
+
+
+def probabilities(
+    logits: Tensor, options: SamplingOptions, *, seen: Tensor | None = None
+) -> Tensor:
+    """What `sample` draws from at a temperature above 0, `[B, V]` float32, rows summing to 1."""
+    scores = _scores(logits, options, seen)
+    return _probabilities(scores, scores.amax(dim=-1), options)
+
+
+def _scores(logits: Tensor, options: SamplingOptions, seen: Tensor | None) -> Tensor:
+    scores = logits.float()
+    if seen is None or options.repetition_penalty == 1:
+        return scores
+    return penalise(scores, seen, options.repetition_penalty)
+
+
+def _probabilities(scores: Tensor, best: Tensor, options: SamplingOptions) -> Tensor:
     # Taking the maximum off first changes no probability and survives any small temperature.
     scores = (scores - best.unsqueeze(-1)) / max(options.temperature, _COLDEST)
-    return _draw(filter_scores(scores, options).softmax(dim=-1), generators)
+    return filter_scores(scores, options).softmax(dim=-1)
 
 
 def _draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Inverse transform sampling: one random number a row, each from the row's own generator."""
     import torch
 
-    pairs = zip(probabilities, generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in pairs])
+    if len(generators) != len(probabilities):
+        raise ValueError(
+            f"generators must be one per row, got {len(generators)} for {len(probabilities)} rows"
+        )
+    reached = probabilities.double().cumsum(dim=-1)
+    draws = [
+        torch.rand(1, generator=own, dtype=reached.dtype, device=own.device) for own in generators
+    ]
+    points = torch.stack(draws) * reached[:, -1:]
+    # The first token whose sum passes the point has a probability above 0.
+    chosen = torch.searchsorted(reached, points, right=True).squeeze(-1)
+    return chosen.clamp(max=probabilities.shape[-1] - 1)
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -120,10 +148,17 @@ def _top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def _top_p(scores: Tensor, p: float) -> Tensor:
-    ascending, order = scores.sort(dim=-1)
-    drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
-    drop[..., -1] = False
-    return scores.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    import torch
+
+    probabilities = scores.softmax(dim=-1)
+    # Tokens at or below this sum to at most 1 - p, so they fall: only the others need sorting.
+    negligible = (1 - p) / scores.shape[-1]
+    most = int((probabilities > negligible).sum(dim=-1).max())
+    best, tokens = probabilities.topk(max(most, 1), dim=-1)
+    keep = best.cumsum(dim=-1) - best < p
+    keep[..., 0] = True
+    drop = torch.ones_like(scores, dtype=torch.bool).scatter(-1, tokens, ~keep)
+    return scores.masked_fill(drop, -math.inf)
 
 
 def _min_p(scores: Tensor, p: float) -> Tensor:
