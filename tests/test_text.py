@@ -11,7 +11,6 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.text import StopStrings, Tokenizer
@@ -213,6 +212,8 @@ def write_tokenizer(folder: Path, **settings: Any) -> tuple[Path, Path]:
 def test_chat_reads_as_transformers_renders_it(
     name: str, conversation: str, add_generation_prompt: bool
 ) -> None:
+    from transformers import PreTrainedTokenizerFast  # other tests import this file, not that one
+
     messages = CONVERSATIONS[conversation]
     reference: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=byte_backend(), bos_token="<s>", eos_token="</s>"
