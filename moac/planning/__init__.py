@@ -3,13 +3,13 @@
 from moac.planning.front import pareto_front
 from moac.planning.milp import (
     FrontPoint,
-    SolverOptions,
     SolverRecord,
     solve_minmax,
     solve_weighted,
 )
 from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
 from moac.planning.rules import candidate_rules
+from moac.planning.solver import SolverOptions
 from moac.planning.uniform import largest_density_between, matching_uniform, uniform_plan
 
 __all__ = [

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moac.planning.milp import TIE_BREAK, Choices, FrontPoint, SolverOptions, minimise
+from moac.planning.milp import TIE_BREAK, Choices, FrontPoint, minimise
 from moac.planning.problem import Floats, Problem
+from moac.planning.solver import SolverOptions
+
+FRONT_GAP = 1e-2  # a hundredth of the loss: less than the tables can tell apart
 
 
 def pareto_front(
@@ -24,7 +27,7 @@ def pareto_front(
     """
     if points < 1:
         raise ValueError(f"points must be >= 1, got {points}")
-    options = options or SolverOptions()
+    options = options or SolverOptions(gap=FRONT_GAP)
     choices = Choices.of(problem)
     found = [_extreme(choices, k, options) for k in range(len(problem.objectives))]
     for bounds in _sweep(np.array([point.losses for point in found]), 2 * points):
@@ -38,7 +41,7 @@ def pareto_front(
 
 
 def _extreme(choices: Choices, lead: int, options: SolverOptions) -> FrontPoint:
-    """The best plan for objective `lead`, and of those one that is good for the others."""
+    """The best plan for objective `lead` (to within the gap), and of those the others' best."""
     count = len(choices.scale)
     free = np.full(count, np.inf)
     first = minimise(choices, weights=_leading(choices, lead), bounds=free, options=options)
@@ -47,7 +50,8 @@ def _extreme(choices: Choices, lead: int, options: SolverOptions) -> FrontPoint:
     if count == 1:
         return first
     bounds = free.copy()
-    bounds[lead] = first.losses[lead] + 1e-6 * choices.scale[lead]
+    given = options.gap * (first.losses[lead] - choices.ideal[lead])
+    bounds[lead] = first.losses[lead] + given + 1e-5 * choices.scale[lead]
     others = np.where(np.arange(count) == lead, 0.0, 1 / choices.scale)
     return minimise(choices, weights=others, bounds=bounds, options=options) or first
 

@@ -17,24 +17,12 @@ import numpy as np
 
 from moac.planning.problem import Bools, Floats, Ints, Problem, plan_losses, undominated
 from moac.planning.program import Program
+from moac.planning.solver import SolverOptions, solve
 from moac_runtime.errors import BudgetError
 from moac_runtime.plan import Plan
 
+CORE_CHOICES = 8
 TIE_BREAK = 1e-3  # share of the other objectives in one that leads: no loss is given away for free
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolverOptions:
-    """`time_limit`: seconds a solve may take, None for as long as it needs.
-
-    `gap`: the share of the loss (above the loss of the best rules without a budget) by which the
-    result may miss the optimum; 0 asks for a proof.
-    """
-
-    time_limit: float | None = None
-    gap: float = 1e-4
-    seed: int = 0
-    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +178,15 @@ def minimise(
     """
     lp, floor, unit = _program(choices, weights, bounds, units)
     started = time.perf_counter()
-    start = None if np.isfinite(bounds).any() else choices.smallest()
-    status, chosen, bound = _run(lp, choices, start, options)
+    # A limit on rules leaves too few plans inside a core; elsewhere a handful a head is plenty.
+    core = 0 if choices.problem.limit else CORE_CHOICES * choices.problem.layout.num_heads
+    outcome = solve(lp, core=core, options=options)
     seconds = time.perf_counter() - started
-    if chosen is None:
+    if outcome.values is not None:
+        chosen = np.flatnonzero(outcome.values[: len(choices.rule)] > 0.5)
+    elif outcome.status == "time limit" and not np.isfinite(bounds).any():
+        chosen = choices.smallest()
+    else:
         return None
     plan = choices.plan(chosen)
     _check(choices.problem, plan)
@@ -201,10 +194,10 @@ def minimise(
     objective = float(weights @ losses)
     if units is not None:
         objective += float((losses / units).max())
-    least = min(max(floor, floor + unit * bound), objective)
+    least = min(max(floor, floor + unit * outcome.bound), objective)
     gap = 0.0 if least == objective else (objective - least) / (objective - floor)
     return FrontPoint(
-        plan, losses, SolverRecord(status, objective, least, gap, options.seed, seconds)
+        plan, losses, SolverRecord(outcome.status, objective, least, gap, options.seed, seconds)
     )
 
 
@@ -309,38 +302,6 @@ def _add_worst(program: Program, choices: Choices, ratios: Floats, slack: Floats
             lower=np.array([-np.inf]),
             upper=np.array([room]),
         )
-
-
-def _run(
-    lp: highspy.HighsLp, choices: Choices, start: Ints | None, options: SolverOptions
-) -> tuple[str, Ints | None, float]:
-    """Status, the choice of every head (None where there is no plan), and the lower bound."""
-    solver = _solver(options)
-    solver.passModel(lp)
-    solver.run()
-    status, info = solver.getModelStatus(), solver.getInfo()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        return "infeasible", None, 0.0
-    if status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
-        raise RuntimeError(f"the solver stopped with {solver.modelStatusToString(status)}")
-    word = "optimal" if status == highspy.HighsModelStatus.kOptimal else "time limit"
-    bound = info.mip_dual_bound if np.isfinite(info.mip_dual_bound) else 0.0
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return word, start, bound
-    values = np.array(solver.getSolution().col_value)[: len(choices.rule)]
-    return word, np.flatnonzero(values > 0.5), bound
-
-
-def _solver(options: SolverOptions) -> highspy.Highs:
-    solver = highspy.Highs()
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("threads", options.threads)
-    solver.setOptionValue("random_seed", options.seed)
-    solver.setOptionValue("mip_rel_gap", options.gap)
-    solver.setOptionValue("mip_abs_gap", 1e-9)
-    if options.time_limit is not None:
-        solver.setOptionValue("time_limit", options.time_limit)
-    return solver
 
 
 def _check(problem: Problem, plan: Plan) -> None:

@@ -213,7 +213,7 @@ def _best(costs: Floats) -> Bools:
     no_worse = (costs[:, None, :] <= costs[None, :, :]).all(axis=-1)
     first = np.tri(len(costs), k=-1, dtype=np.bool_).T
     beats = no_worse & (~no_worse.T | first)
-    best: Bools = ~beats.any(axis=0)
+    best: Bools = np.logical_not(beats.any(axis=0))
     return best
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from moac.planning.problem import Layout, allowed_tokens, check_budget
 from moac_runtime.plan import Plan
@@ -68,8 +69,9 @@ def _fullest(layout: Layout, allowed: Mapping[int, int]) -> Plan:
     def held(rule: Rule) -> list[int]:
         return [int(n) * layout.num_kv_heads for n in layout.sizes([rule], lengths)[:, 0].sum(0)]
 
-    def too_much(rule: Rule) -> bool:
-        return any(h > allowed[n] for n, h in zip(lengths, held(rule), strict=True))
+    def too_much(alpha: int, step: int) -> bool:
+        tokens = held(Rule(alpha, step / BETA_STEPS))
+        return any(h > allowed[n] for n, h in zip(lengths, tokens, strict=True))
 
     def share(rule: Rule) -> float:
         return sum(h / n for n, h in zip(lengths, held(rule), strict=True))
@@ -77,7 +79,6 @@ def _fullest(layout: Layout, allowed: Mapping[int, int]) -> Plan:
     fitting = [Rule(alpha=layout.min_span, beta=0.0)]
     least = -(min(lengths) // layout.block) * layout.block
     for alpha in range(least, max(lengths) + 1, layout.block):
-        steps = [Rule(alpha, k / BETA_STEPS) for k in range(BETA_STEPS + 1)]
-        last = bisect_right(steps, False, key=too_much) - 1
-        fitting.extend(steps[last : last + 1] if last >= 0 else [])
+        last = bisect_right(range(BETA_STEPS + 1), False, key=partial(too_much, alpha)) - 1
+        fitting.extend([Rule(alpha, last / BETA_STEPS)] if last >= 0 else [])
     return layout.uniform(max(fitting, key=lambda rule: (share(rule), -abs(rule.alpha))))
