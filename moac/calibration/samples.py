@@ -15,6 +15,7 @@ from moac.calibration.answers import DenseReader
 from moac.calibration.haystack import Needle, haystack_words, hide, most_words
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.tasks import (
+    CLOSINGS,
     INTRODUCTIONS,
     Fact,
     Question,
@@ -28,7 +29,7 @@ DOMAINS = ("retrieval", "documents", "text")
 DEFAULT_SAMPLES: Mapping[int, int] = {1024: 6, 2048: 4, 4096: 2}
 
 _ANSWER_TOKENS = 24
-_MOST_FACTS = 10
+_MOST_FACTS = 8
 _SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
 _FILLER_SHARE = 0.25
 _DOCUMENT_TOKENS = 400
@@ -94,14 +95,14 @@ def retrieval_sample(
     questions = [_about(fact) for fact in facts]
     depths = {fact: rng.random() for fact in facts}
     needles = [Needle(fact.needle, depth) for fact, depth in depths.items()]
-    introduction = rng.choice(INTRODUCTIONS)
+    introduction, closing = rng.choice(INTRODUCTIONS), rng.choice(CLOSINGS)
     filler = rng.random() < _FILLER_SHARE
     words = haystack_words(calibration_text(), rng, length, filler=filler)
     rng.shuffle(questions)
 
     def render(count: int) -> list[int]:
-        text = f"{introduction}\n\n{hide(words[:count], needles)}\n\n{questions[0].text}"
-        return format.opening(text)
+        haystack = hide(words[:count], needles)
+        return format.opening(f"{introduction}\n\n{haystack}\n\n{closing} {questions[0].text}")
 
     reserved = questions[: max(1, len(questions) - _SPARE_FACTS)]
     opening = _longest(format, render, length, reserved, "retrieval")
@@ -184,9 +185,9 @@ def _title(words: Sequence[str]) -> str:
 
 
 def _affordable(format: PromptFormat, facts: Sequence[Fact], length: int) -> list[Fact]:
-    """As many facts as take half of `length` with their questions and answers, one at least."""
+    """As many facts as take two fifths of `length` with their questions, one at least."""
     chosen: list[Fact] = []
-    room = length // 2
+    room = length * 2 // 5
     for fact in facts:
         asked = len(format.turn(fact.question)) + _ANSWER_TOKENS
         room -= len(format.encode(fact.needle)) + asked

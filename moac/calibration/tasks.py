@@ -44,6 +44,12 @@ INTRODUCTIONS = (
     "The following document contains several codes and facts. Answer the questions after it.",
 )
 
+CLOSINGS = (
+    "That is the end of the text. Now answer a question about the facts you memorized.",
+    "Now answer a question about it with one short sentence.",
+    "End of the text. Here is a question about one of the facts in it.",
+)
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -58,7 +64,7 @@ COLOURS = _words("red blue green yellow purple orange silver white black golden"
 OBJECTS = _words("lantern compass violin umbrella telescope kettle hammer mirror ladder basket")
 PLACES = _words("attic cellar garden kitchen library stable tower chapel workshop boathouse")
 CITIES = _words("Lisbon Vienna Oslo Cairo Lima Dublin Prague Athens Madrid Warsaw Ottawa Nairobi")
-FRUITS = _words("apricots cherries figs grapes lemons mangoes peaches pears plums quinces")
+FRUITS = _words("apricot banana coconut grape kiwi lemon mango melon orange pear plum papaya")
 ADJECTIVES = _words("brave calm clever eager fancy gentle happy jolly kind lively proud silly")
 NOUNS = _words("badger canyon falcon forest harbor island meadow panther river rocket tiger")
 
@@ -91,7 +97,7 @@ def _magic_number(rng: random.Random) -> Fact:
     city, key = rng.choice(CITIES), _number(rng)
     return Fact(
         f"One of the special magic numbers for {city} is: {key}.",
-        f"What is the special magic number for {city} mentioned in the provided text?",
+        f"What is the special magic number for {city}?",
         key,
     )
 
@@ -128,21 +134,23 @@ def _register(rng: random.Random) -> Fact:
     )
 
 
-def _hiding_place(rng: random.Random) -> Fact:
+def _kept_place(rng: random.Random) -> Fact:
     thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
-    return Fact(f"The {thing} is hidden in the {place}.", f"Where is the {thing} hidden?", place)
+    return Fact(f"The {thing} is kept in the {place}.", f"Where is the {thing} kept?", place)
 
 
 def _favourite_fruit(rng: random.Random) -> Fact:
     name, fruit = rng.choice(FIRST_NAMES), rng.choice(FRUITS)
     return Fact(
-        f"{name}'s favourite fruit is {fruit}.", f"What is {name}'s favourite fruit?", fruit
+        f"The favourite fruit of {name} is {fruit}.",
+        f"What is the favourite fruit of {name}?",
+        fruit,
     )
 
 
 def _home(rng: random.Random) -> Fact:
     name, city = rng.choice(FIRST_NAMES), rng.choice(CITIES)
-    return Fact(f"{name} lives in the city of {city}.", f"In which city does {name} live?", city)
+    return Fact(f"The home town of {name} is {city}.", f"What is the home town of {name}?", city)
 
 
 _KINDS: tuple[Callable[[random.Random], Fact], ...] = (
@@ -151,12 +159,19 @@ _KINDS: tuple[Callable[[random.Random], Fact], ...] = (
     _access_code,
     _telephone,
     _box,
-    _hiding_place,
+    _kept_place,
     _favourite_fruit,
     _home,
     _register,
 )
 _REGISTER_SHARE = 1 / 3  # small models misread registers, and then repeat their own mistake
+
+
+def _repeated(fact: Fact, rng: random.Random) -> Fact:
+    """Every second fact is said twice, as the classic pass key is."""
+    if "pass key" in fact.question or rng.random() < 0.5:
+        return fact
+    return Fact(f"{fact.needle} Remember it. {fact.needle}", fact.question, fact.value)
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
@@ -168,7 +183,7 @@ def draw_facts(rng: random.Random, count: int) -> list[Fact]:
         kind = kinds[len(facts) % len(kinds)]
         if kind is _passkey and len(facts) >= len(kinds):
             kind = _access_code
-        fact = kind(rng)
+        fact = _repeated(kind(rng), rng)
         facts.setdefault(fact.question, fact)
     return rng.sample(list(facts.values()), count)
 
