@@ -1,0 +1,295 @@
+"""The command line of the build host: compile, run, inspect, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moac_runtime.errors import CheckFailed, MoacError, UsageError
+
+if TYPE_CHECKING:
+    from moac.request import CompileRequest
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and leave with its exit code: 0, 1, 2, 3 (check not held) or 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:
+        # One parser for `moac run` and `python PACKAGE`, and nothing but the runtime loaded.
+        from moac_runtime.command import main as run_main
+
+        sys.exit(run_main(arguments[1:]))
+    sys.exit(_invoke(arguments))
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    try:
+        cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to go on", err=True)
+        return _INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except MoacError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99})
+@click.version_option(package_name="moac")
+def cli() -> None:
+    """Compile long-context language models to packages that hold less KV memory.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not hold, 130 interrupted.
+    """
+
+
+@cli.command("run", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run_command(arguments: tuple[str, ...]) -> None:
+    """Answer prompts with a package: moac run PACKAGE --prompt TEXT (see moac run --help)."""
+    from moac_runtime.command import main as run_main
+
+    sys.exit(run_main(list(arguments)))
+
+
+def _numbers(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of tokens such as 1024,2048") from None
+
+
+def _words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(","))
+
+
+def _size(context: click.Context, option: click.Parameter, value: str) -> int:
+    from moac.packaging.writer import parse_size
+
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@cli.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--budget",
+    default=0.5,
+    show_default=True,
+    metavar="SHARE",
+    help="share of the dense model's KV memory that may stay, above 0 and at most 1",
+)
+@click.option(
+    "--lengths",
+    callback=_numbers,
+    metavar="N,N,...",
+    help="prompt lengths to profile and plan for, in tokens  [from the context]",
+)
+@click.option(
+    "--capacity", type=int, metavar="N", help="most tokens a session may hold  [the context]"
+)
+@click.option(
+    "--target",
+    "targets",
+    default="torch",
+    show_default=True,
+    callback=_words,
+    metavar="NAME,...",
+    help="backends to build for",
+)
+@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the checkpoint's]")
+@click.option(
+    "--rules-per-layer",
+    type=int,
+    metavar="N",
+    help="at most so many distinct span rules in a layer  [no limit]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='your own samples, JSONL of {"prompt"|"messages", "response"?}',
+)
+@click.option(
+    "--samples",
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="calibration samples per domain at the shortest length",
+)
+@click.option(
+    "--sink", default=64, show_default=True, metavar="N", help="first tokens every head keeps"
+)
+@click.option(
+    "--block", default=64, show_default=True, metavar="N", help="spans are multiples of this"
+)
+@click.option(
+    "--min-span", default=128, show_default=True, metavar="N", help="smallest span, sink included"
+)
+@click.option(
+    "--plans",
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="plans of the Pareto front to compare",
+)
+@click.option(
+    "--seed", default=0, show_default=True, metavar="N", help="of the calibration samples"
+)
+@click.option(
+    "--max-shard-size",
+    default="1GB",
+    show_default=True,
+    callback=_size,
+    metavar="SIZE",
+    help="largest weight file, as 2GB or 500MiB",
+)
+@click.option("--revision", metavar="NAME", help="revision of a hub id")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="where each stage's result is kept  [$MOAC_CACHE or ~/.cache/moac]",
+)
+@click.option("--force", is_flag=True, help="replace the output once the new one is verified")
+@click.option("--dry-run", is_flag=True, help="print the stages with time and memory, and stop")
+@click.option("--json", "as_json", is_flag=True, help="the summary as JSON")
+def compile_command(
+    model: str,
+    output: Path,
+    work_dir: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    max_shard_size: int,
+    **choices: Any,
+) -> None:
+    """Compile MODEL, a checkpoint directory, hub id or .gguf file, into a package.
+
+    Finds out how far back each attention head looks, hands the budget out over the heads, writes
+    the package and verifies it.
+    """
+    _require_compile_extra()
+    from moac.request import CompileRequest
+
+    request = CompileRequest(max_shard_size=max_shard_size, **choices)
+    if dry_run:
+        _print_estimate(model, output, request, force=force, as_json=as_json)
+        return
+    from moac.compiler import compile_model
+    from moac.summary import compile_summary
+
+    result = compile_model(model, output, request=request, work_dir=work_dir, force=force)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "path": str(result.path),
+                    "record": result.record,
+                    "checks": [check.to_json() for check in result.checks],
+                    "seconds": result.seconds,
+                    "peak_memory_bytes": result.peak_memory_bytes,
+                },
+                indent=2,
+            )
+        )
+    else:
+        click.echo(compile_summary(result))
+
+
+def _print_estimate(
+    model: str, output: Path, request: CompileRequest, *, force: bool, as_json: bool
+) -> None:
+    from moac.estimate import estimate
+    from moac.summary import estimate_table
+
+    stages = estimate(model, output, request, force=force)
+    click.echo(
+        json.dumps([stage.to_json() for stage in stages], indent=2)
+        if as_json
+        else estimate_table(stages)
+    )
+
+
+@cli.command("inspect")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="everything as JSON")
+def inspect_command(package: Path, as_json: bool) -> None:
+    """Show PACKAGE: its plan, density and KV bytes at each length, kernels, provenance."""
+    from moac.inspection import inspect_package
+    from moac.summary import inspection_text
+
+    found = inspect_package(package)
+    click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found))
+
+
+@cli.command("verify")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    metavar="MODEL",
+    help="the checkpoint it was compiled from: compare with the original model",
+)
+@click.option(
+    "--lengths",
+    callback=_numbers,
+    metavar="N,N,...",
+    help="prompt lengths for --source, in tokens  [64,1000,4000]",
+)
+@click.option("--json", "as_json", is_flag=True, help="the checks as JSON")
+def verify_command(
+    package: Path, source: str | None, lengths: tuple[int, ...] | None, as_json: bool
+) -> None:
+    """Check PACKAGE: its files, its golden logits and, with --source, the original model."""
+    from moac.verify import SOURCE_LENGTHS, verify
+
+    if lengths is not None and source is None:
+        raise UsageError("--lengths are those compared with the original model; give --source")
+    if lengths is not None and min(lengths) < 1:
+        raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
+    checkpoint = None
+    if source is not None:
+        _require_compile_extra()
+        from moac.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(source)
+    checks = []
+    for check in verify(package, checkpoint=checkpoint, lengths=lengths or SOURCE_LENGTHS):
+        checks.append(check)
+        if not as_json:
+            word = "ok    " if check.ok else "FAILED"
+            click.echo(f"{word}  {check.name}  {check.value:.4g} (limit {check.limit:.4g})")
+    ok = all(check.ok for check in checks)
+    if as_json:
+        click.echo(json.dumps({"ok": ok, "checks": [c.to_json() for c in checks]}, indent=2))
+    if not ok:
+        raise CheckFailed(f"{package} does not hold what it promises; compile it again")
+
+
+def _require_compile_extra() -> None:
+    from importlib.util import find_spec
+
+    for name in ("transformers", "accelerate", "highspy", "rich"):
+        if find_spec(name) is None:
+            raise UsageError(
+                f"this command needs {name}, which is not installed; "
+                "run: pip install 'moac[compile]'"
+            )

@@ -1,0 +1,130 @@
+"""`moac compile --dry-run`: the stages of a compile with their time and memory, guessed ahead.
+
+Time is floating-point operations over a rate measured here in half a second, so it is right to a
+factor of two at best; memory counts weights and activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moac.calibration import DOMAINS
+from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.compiler import measuring_dtype, prepare, sample_counts
+from moac.packaging.staging import check_target
+from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, activation_bytes
+from moac.request import CompileRequest
+from moac.stages import VALIDATION_SAMPLES
+from moac.workspace import pick_device
+from moac_runtime.generation import DTYPE_BYTES
+from moac_runtime.spec import ModelSpec
+
+_LIBRARIES_BYTES = 400 << 20
+_ANSWER_TOKENS = 150  # that the dense model writes for one sample, about
+_DECODE_SECONDS_PER_BYTE = 1 / 5e9  # decoding reads the weights once a token
+_SOLVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageEstimate:
+    """One stage: what it does, wall seconds and peak bytes."""
+
+    name: str
+    work: str
+    seconds: float
+    memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+
+def estimate(
+    source: str, out: Path, request: CompileRequest, *, force: bool
+) -> list[StageEstimate]:
+    """What `compile_model` with these arguments would do; raises as it would before any work."""
+    check_target(out, force=force)
+    checkpoint = open_checkpoint(source, revision=request.revision)
+    lengths, _ = prepare(checkpoint, request)
+    spec, device = checkpoint.spec, pick_device()
+    dtype = measuring_dtype(checkpoint, device)
+    rate = _measured_rate(spec, dtype, device)
+    weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
+    base = weights + _LIBRARIES_BYTES
+    counts = {n: c * len(DOMAINS) for n, c in sample_counts(lengths, request.samples).items()}
+    lines = [n for n, count in counts.items() for _ in range(count)]
+    checked = VALIDATION_SAMPLES * len(DOMAINS)
+    plans = request.plans + 2
+    working = max(_working_bytes(spec, n, dtype) for n in lengths.profiled)
+    exact = _parameters(checkpoint) * 4
+    return [
+        StageEstimate(
+            "calibrate",
+            f"{len(lines)} samples",
+            _forward(spec, lines) / rate
+            + len(lines) * _ANSWER_TOKENS * weights * _DECODE_SECONDS_PER_BYTE,
+            base + working // 4,
+        ),
+        StageEstimate(
+            "profile",
+            f"{len(lines)} samples at {', '.join(map(str, lengths.profiled))} tokens",
+            4 * _forward(spec, lines) / rate,
+            base + working,
+        ),
+        StageEstimate("optimise", f"{request.plans} plans", _SOLVE_SECONDS, base),
+        StageEstimate(
+            "validate",
+            f"{plans} plans on {checked} samples of {lengths.unseen} tokens",
+            plans * _forward(spec, [lengths.unseen] * checked) / rate,
+            base + working // 4,
+        ),
+        StageEstimate(
+            "emit",
+            "weights, golden logits, checks",
+            12 * _forward(spec, [lengths.profiled[0]]) / rate + weights / 2e8,
+            base + 2 * exact,
+        ),
+    ]
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    spec = checkpoint.spec
+    table = spec.vocab_size * spec.hidden_size
+    return table * (1 if spec.tied_embeddings else 2) + spec.num_layers * _layer_weights(spec)
+
+
+def _layer_weights(spec: ModelSpec) -> int:
+    attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
+    return attention + 3 * spec.hidden_size * spec.intermediate_size
+
+
+def _forward(spec: ModelSpec, lengths: Iterable[int]) -> float:
+    """Floating-point operations of one forward pass of each length."""
+    width = spec.num_heads * spec.head_dim
+    linear = 2 * spec.num_layers * _layer_weights(spec)
+    return float(sum(n * linear + 2 * spec.num_layers * n * n * width for n in lengths))
+
+
+def _working_bytes(spec: ModelSpec, length: int, dtype: str) -> int:
+    kept = activation_bytes(spec, length, DTYPE_BYTES[dtype])
+    return kept if kept <= ACTIVATION_BYTES_LIMIT else kept // spec.num_layers * 2
+
+
+def _measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:
+    """Operations a second of this model's largest product, at 512 rows."""
+    kind: torch.dtype = getattr(torch, dtype)
+    x = torch.ones(512, spec.hidden_size, dtype=kind, device=device)
+    weight = torch.ones(spec.intermediate_size, spec.hidden_size, dtype=kind, device=device)
+    float((x @ weight.T).float().sum())
+    started, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < 0.5:
+        float((x @ weight.T)[0, 0])
+        count += 1
+    # A model's passes reach about half the rate of one product.
+    return 2 * x.numel() * spec.intermediate_size * count / seconds / 2

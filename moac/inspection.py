@@ -1,0 +1,62 @@
+"""What a package holds, as data: `moac inspect --json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.generation import DTYPE_BYTES
+
+
+def inspect_package(path: Path) -> dict[str, Any]:
+    """Everything a user may ask of the package at `path`; raises ArtifactError.
+
+    `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
+    `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
+    """
+    artifact = open_artifact(path)
+    record = load_plan_record(artifact)
+    lengths = planned_lengths(record)
+    plan = artifact.plan
+    return {
+        "path": str(path),
+        "model": artifact.spec.to_json(),
+        "dtype": artifact.dtype,
+        "capacity": artifact.capacity,
+        "targets": list(artifact.targets),
+        "kernels": [],
+        "budget": record["budget"],
+        "lengths": lengths,
+        "sink": plan.sink,
+        "block": plan.block,
+        "min_span": plan.min_span,
+        "rules": plan.to_json()["rules"],
+        "density": {str(n): plan.density(n) for n in lengths},
+        "kv_bytes": {str(n): kv_bytes(artifact, n) for n in lengths},
+        "spans": {
+            str(n): [[head.size for head in layer] for layer in plan.spans(n)] for n in lengths
+        },
+        "weight_bytes": sum(
+            file.size for name, file in artifact.files.items() if name.startswith("weights/")
+        ),
+        "planning": {key: value for key, value in record.items() if key not in plan.to_json()},
+        "provenance": dict(artifact.provenance),
+        "verification": dict(artifact.verification),
+    }
+
+
+def planned_lengths(record: dict[str, Any]) -> list[int]:
+    """The lengths, in tokens, at which a plan promises its budget."""
+    extrapolated = record["extrapolated"]
+    return [*record["lengths"], *([] if extrapolated is None else [extrapolated])]
+
+
+def kv_bytes(artifact: Artifact, length: int) -> dict[str, int]:
+    """Bytes of one sequence's keys and values at a capacity of `length`: held, and if dense."""
+    spec = artifact.spec
+    token = spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
+    return {
+        "held": artifact.plan.held_tokens(length) * token,
+        "dense": spec.num_layers * spec.num_kv_heads * length * token,
+    }

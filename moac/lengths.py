@@ -1,0 +1,74 @@
+"""Which lengths a plan is made for, measured at and checked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moac_runtime.errors import UsageError
+
+_LONGEST_ON_CPU = 4096
+_LONGEST_ON_GPU = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens. `profiled`: where influence is measured, ascending. `extrapolated`: where the
+    budget must hold too, None where the context ends before. `unseen`: where plans are compared.
+    """
+
+    profiled: tuple[int, ...]
+    extrapolated: int | None
+    unseen: int
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """Every length at which the plan meets the budget."""
+        return self.profiled if self.extrapolated is None else (*self.profiled, self.extrapolated)
+
+
+def choose_lengths(
+    asked: Sequence[int] | None, *, context: int, block: int, min_span: int, gpu: bool
+) -> Lengths:
+    """The lengths asked for, else three doubling ones up to half of the context.
+
+    Raises UsageError for a length beyond the context or too short to hold a span and more.
+    """
+    profiled = sorted(set(asked)) if asked else _default(context, block, min_span, gpu=gpu)
+    for length in profiled:
+        if length > context:
+            raise UsageError(
+                f"the length {length} is beyond the model's context of {context} tokens; "
+                "give --lengths within it"
+            )
+        if length <= min_span:
+            raise UsageError(
+                f"the length {length} is no longer than the smallest span of {min_span} tokens, "
+                "so there is nothing to plan; give longer --lengths"
+            )
+    longest = profiled[-1]
+    extrapolated = min(2 * longest, context)
+    return Lengths(
+        profiled=tuple(profiled),
+        extrapolated=extrapolated if extrapolated > longest else None,
+        unseen=_unseen(profiled, block),
+    )
+
+
+def _default(context: int, block: int, min_span: int, *, gpu: bool) -> list[int]:
+    longest = min(context // 2, _LONGEST_ON_GPU if gpu else _LONGEST_ON_CPU) // block * block
+    lengths = [longest // 4 // block * block, longest // 2 // block * block, longest]
+    fitting = sorted({length for length in lengths if length >= 2 * min_span})
+    if not fitting:
+        raise UsageError(
+            f"the model's context of {context} tokens is too short for spans of at least "
+            f"{min_span} tokens; give --lengths, and smaller --sink and --min-span"
+        )
+    return fitting
+
+
+def _unseen(profiled: Sequence[int], block: int) -> int:
+    """Between the two shortest profiled lengths: unseen, and cheap enough for many plans."""
+    if len(profiled) > 1:
+        return (profiled[0] + profiled[1]) // 2
+    return profiled[0] - block // 2

@@ -1,0 +1,54 @@
+"""From influence per sample to one loss table per length, domains weighed against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moac.calibration import CalibrationSample
+from moac.planning import Objective, plan_losses
+from moac.planning.problem import Floats
+from moac_runtime.plan import Plan
+
+
+def length_objectives(
+    samples: Sequence[CalibrationSample], tables: Sequence[Tensor], reference: Plan
+) -> list[Objective]:
+    """One objective per length: the mean over domains of their losses.
+
+    Each domain counts in units of what `reference` (a uniform plan at the same budget) loses in
+    it, so that none drowns another whatever its scale.
+    """
+    lengths = sorted({sample.length for sample in samples})
+    return [_length_objective(n, samples, tables, reference) for n in lengths]
+
+
+def _length_objective(
+    length: int, samples: Sequence[CalibrationSample], tables: Sequence[Tensor], reference: Plan
+) -> Objective:
+    domains: dict[str, list[Tensor]] = {}
+    for sample, table in zip(samples, tables, strict=True):
+        if sample.length == length:
+            domains.setdefault(sample.domain, []).append(table)
+    parts = [_in_units_of(reference, length, _expected(found)) for found in domains.values()]
+    return Objective(name=f"{length}", length=length, table=np.mean(parts, axis=0))
+
+
+def _expected(tables: Sequence[Tensor]) -> Floats:
+    """The expected loss of each span, `[layers, kv_heads, spans]`, from the samples' influence.
+
+    At the dense model the signed first order averages out over samples; what a change costs is
+    its square (the diagonal of the Fisher information), which is a loss by nature. A narrower
+    span never counts as cheaper than a wider one of the same head.
+    """
+    squared: Floats = torch.stack(list(tables)).double().square().mean(0).numpy()
+    widest_first = np.maximum.accumulate(squared[..., ::-1], axis=-1)
+    return widest_first[..., ::-1].copy()
+
+
+def _in_units_of(reference: Plan, length: int, table: Floats) -> Floats:
+    unit = plan_losses(reference, [Objective("unit", length, table)])[0]
+    return table / unit if unit > 0 else table

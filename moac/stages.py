@@ -1,0 +1,243 @@
+"""The stages between a checkpoint and a plan, each kept in the work folder under its key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moac.calibration import (
+    DOMAINS,
+    CalibrationSample,
+    build_calibration,
+    read_calibration,
+    user_samples,
+)
+from moac.lengths import Lengths
+from moac.planning import (
+    FrontPoint,
+    Layout,
+    Objective,
+    Problem,
+    candidate_rules,
+    matching_uniform,
+    pareto_front,
+    uniform_plan,
+)
+from moac.profiling.aggregate import length_objectives
+from moac.profiling.influence import answer_loss, sample_influence
+from moac.progress import stage
+from moac.request import CompileRequest
+from moac.workspace import Workspace, code_digest, key
+from moac_runtime.plan import Plan
+from moac_runtime.span import DENSE
+
+if TYPE_CHECKING:
+    from moac.checkpoint import Checkpoint
+
+VALIDATION_SAMPLES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The dense model at work: everything a stage needs to measure and to keep results."""
+
+    checkpoint: Checkpoint
+    model: Any
+    tokenizer: Any
+    layout: Layout
+    workspace: Workspace
+    request: CompileRequest
+
+    def key(self, code: str, **parts: Any) -> str:
+        """A key that also names the checkpoint and how package `code` computes its numbers."""
+        return key(
+            code=code_digest(code),
+            checkpoint=self.checkpoint.fingerprint,
+            dtype=str(self.model.dtype),
+            device=self.model.device.type,
+            torch=torch.__version__.split("+")[0],
+            **parts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A plan's mean answer-token loss in nats, per domain, at the unseen length."""
+
+    name: str
+    plan: Plan
+    losses: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean over domains."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+def calibrate(bench: Bench, counts: dict[int, int], *, seed: int) -> list[CalibrationSample]:
+    """`counts[length]` samples of every domain, and the user's own where a file was given."""
+    samples: list[CalibrationSample] = []
+    with stage("calibrate") as advance:
+        steps = [(length, domain) for length in sorted(counts) for domain in DOMAINS]
+        for done, (length, domain) in enumerate(steps, start=1):
+            samples += _domain_samples(bench, length, domain, counts[length], seed)
+            advance(done, len(steps))
+        if bench.request.calibration is not None:
+            samples += _users_own(bench, sorted(counts))
+    return samples
+
+
+def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
+    """Each sample's influence `[layers, kv_heads, spans]`, in the samples' order."""
+    tables = []
+    with stage("profile") as advance:
+        for done, sample in enumerate(samples, start=1):
+            tables.append(_sample_table(bench, sample))
+            advance(done, len(samples))
+    return tables
+
+
+def optimise(
+    bench: Bench, samples: Sequence[CalibrationSample], tables: Sequence[Tensor], lengths: Lengths
+) -> tuple[list[FrontPoint], list[Objective]]:
+    """The Pareto front over the profiled lengths, and the objectives it was made for."""
+    request, layout = bench.request, bench.layout
+    with stage("optimise") as advance:
+        uniform = uniform_plan(layout, budget=request.budget, lengths=lengths.planned)
+        objectives = length_objectives(samples, tables, uniform)
+        rules = candidate_rules(
+            lengths.profiled,
+            block=request.block,
+            min_span=request.min_span,
+            extrapolated=lengths.planned[len(lengths.profiled) :],
+        )
+        problem = Problem(
+            layout=layout,
+            rules=rules,
+            lengths=lengths.planned,
+            objectives=tuple(objectives),
+            budget=request.budget,
+            rules_per_layer=request.rules_per_layer,
+        )
+        front = pareto_front(problem, points=request.plans)
+        advance(1, 1)
+    return front, objectives
+
+
+def validate(
+    bench: Bench, front: Sequence[FrontPoint], lengths: Lengths
+) -> tuple[FrontPoint, list[Measured]]:
+    """The front's plan with the lowest loss at the unseen length, and the whole table.
+
+    Dense and a uniform plan of the winner's density stand in the table for comparison.
+    """
+    samples = calibrate_validation(bench, lengths)
+    with stage("validate") as advance:
+        total = (len(front) + 2) * len(samples)
+        rows: list[Measured] = []
+
+        def measure(name: str, plan: Plan | None, shown: Plan) -> Measured:
+            losses: dict[str, list[float]] = {}
+            for sample in samples:
+                losses.setdefault(sample.domain, []).append(_sample_loss(bench, sample, plan))
+                advance(min(len(rows) * len(samples) + len(losses), total), total)
+            means = {domain: float(np.mean(values)) for domain, values in losses.items()}
+            rows.append(Measured(name, shown, means))
+            return rows[-1]
+
+        measured = [
+            measure(f"plan {number}", point.plan, point.plan)
+            for number, point in enumerate(front, start=1)
+        ]
+        best = min(range(len(front)), key=lambda i: measured[i].loss)
+        winner = front[best].plan
+        uniform = matching_uniform(winner, lengths=lengths.planned)
+        measure("uniform", uniform, uniform)
+        measure("dense", None, bench.layout.uniform(DENSE))
+    return front[best], rows
+
+
+def calibrate_validation(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
+    """Samples of the unseen length that no profile has seen."""
+    return calibrate(
+        bench, {lengths.unseen: VALIDATION_SAMPLES}, seed=bench.request.seed + 1_000_003
+    )
+
+
+def _domain_samples(
+    bench: Bench, length: int, domain: str, count: int, seed: int
+) -> list[CalibrationSample]:
+    name = bench.key(
+        "moac.calibration", stage="calibrate", length=length, domain=domain, count=count, seed=seed
+    )
+    kept = bench.workspace.load_json("calibration", name)
+    if kept is None:
+        made = build_calibration(
+            bench.model,
+            bench.tokenizer,
+            samples_per_length={length: count},
+            domains=(domain,),
+            seed=seed,
+        )
+        kept = [asdict(sample) for sample in made]
+        bench.workspace.save_json("calibration", name, kept)
+    return [_sample(data) for data in kept]
+
+
+def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
+    path = bench.request.calibration
+    lines = read_calibration(path) if path is not None else []
+    name = bench.key(
+        "moac.calibration",
+        stage="user",
+        lines=[asdict(line) for line in lines],
+        lengths=list(lengths),
+    )
+    kept = bench.workspace.load_json("calibration", name)
+    if kept is None:
+        made = user_samples(lines, bench.model, bench.tokenizer, lengths=lengths)
+        kept = [asdict(sample) for sample in made]
+        bench.workspace.save_json("calibration", name, kept)
+    return [_sample(data) for data in kept]
+
+
+def _sample(data: dict[str, Any]) -> CalibrationSample:
+    return CalibrationSample(
+        domain=data["domain"],
+        length=data["length"],
+        token_ids=tuple(data["token_ids"]),
+        answer_spans=tuple((start, end) for start, end in data["answer_spans"]),
+        correct=tuple(data["correct"]),
+    )
+
+
+def _sample_table(bench: Bench, sample: CalibrationSample) -> Tensor:
+    name = bench.key(
+        "moac.profiling",
+        stage="profile",
+        sample=asdict(sample),
+        sink=bench.layout.sink,
+        block=bench.layout.block,
+    )
+    kept = bench.workspace.load_tensors("profile", name)
+    if kept is None:
+        kept = {
+            "influence": sample_influence(bench.model, bench.checkpoint.spec, sample, bench.layout)
+        }
+        bench.workspace.save_tensors("profile", name, kept)
+    return kept["influence"]
+
+
+def _sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> float:
+    stated = None if plan is None else plan.to_json()
+    name = bench.key("moac.profiling", stage="validate", sample=asdict(sample), plan=stated)
+    kept = bench.workspace.load_json("loss", name)
+    if kept is None:
+        kept = answer_loss(bench.model, sample, plan)
+        bench.workspace.save_json("loss", name, kept)
+    return float(kept)

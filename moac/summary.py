@@ -1,0 +1,124 @@
+"""Tables for people: of a compile, an estimate, a package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from moac.inspection import inspect_package
+
+if TYPE_CHECKING:
+    from moac.compiler import CompileResult
+    from moac.estimate import StageEstimate
+
+_MIB = 1 << 20
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as they need to be, text to the left and numbers to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        parts = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(parts).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def compile_summary(result: CompileResult) -> str:
+    """The plan's figures, what was measured, and the checks the package passed."""
+    out = StringIO()
+    print(_validation_table(result.record), file=out)
+    print(file=out)
+    print(_density_table(inspect_package(result.path)), file=out)
+    print(file=out)
+    passed = sum(check.ok for check in result.checks)
+    print(f"checks    {passed} of {len(result.checks)} hold", file=out)
+    print(f"time      {result.seconds:.0f} s", file=out)
+    print(f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB at most", file=out)
+    print(f"package   {result.path}", end="", file=out)
+    return out.getvalue()
+
+
+def inspection_text(found: dict[str, Any]) -> str:
+    """A package for the eye: model, densities, spans per layer, kernels, provenance."""
+    model, provenance = found["model"], found["provenance"]
+    versions = ", ".join(f"{name} {text}" for name, text in provenance["versions"].items())
+    facts = [
+        ("package", found["path"]),
+        (
+            "model",
+            f"{model['family']}, {model['num_layers']} layers, {model['num_heads']} query "
+            f"and {model['num_kv_heads']} KV heads of {model['head_dim']}",
+        ),
+        ("weights", f"{found['weight_bytes'] / _MIB:.1f} MiB, {found['dtype']}"),
+        ("capacity", f"{found['capacity']} tokens"),
+        ("targets", ", ".join(found["targets"])),
+        ("kernels", "none: the torch target needs none"),
+        (
+            "budget",
+            f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
+            f"smallest span {found['min_span']}",
+        ),
+        ("source", f"{provenance['source']}, sha256 {provenance['fingerprint'][:16]}"),
+        ("made", f"{provenance['created']} with {versions}"),
+    ]
+    out = StringIO()
+    for name, text in facts:
+        print(f"{name:<9} {text}", file=out)
+    print(f"\n{_density_table(found)}", file=out)
+    print(f"\n{_validation_table(found['planning'])}", file=out)
+    print(f"\n{_spans_table(found)}", end="", file=out)
+    return out.getvalue()
+
+
+def estimate_table(stages: Sequence[StageEstimate]) -> str:
+    """What a compile would do, how long and in how much memory."""
+    rows = [
+        (stage.name, stage.work, f"{stage.seconds:.0f} s", f"{stage.memory_bytes / 2**30:.1f} GiB")
+        for stage in stages
+    ]
+    total = sum(stage.seconds for stage in stages)
+    peak = max(stage.memory_bytes for stage in stages) / 2**30
+    rows.append(("all", "", f"{total:.0f} s", f"{peak:.1f} GiB"))
+    return table(("stage", "work", "time", "memory"), rows)
+
+
+def _validation_table(record: dict[str, Any]) -> str:
+    rows = record["measured_loss"]
+    chosen = {point["plan"] for point in record["front"] if point["chosen"]}
+    domains = list(rows[0]["losses"])
+    return table(
+        (f"loss at {record['unseen']} tokens", *domains, "mean"),
+        [
+            (f"{row['plan']}{' *' if row['plan'] in chosen else ''}",
+             *(f"{row['losses'][d]:.3f}" for d in domains), f"{row['loss']:.3f}")
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _density_table(found: dict[str, Any]) -> str:
+    rows = [
+        (f"{n} tokens", f"{found['density'][str(n)]:.4f}",
+         f"{found['kv_bytes'][str(n)]['held'] / _MIB:.2f} MiB",
+         f"{found['kv_bytes'][str(n)]['dense'] / _MIB:.2f} MiB")
+        for n in found["lengths"]
+    ]  # fmt: skip
+    return table(("capacity", "density", "KV held", "KV dense"), rows)
+
+
+def _spans_table(found: dict[str, Any]) -> str:
+    """Every KV head's span at every planned length, layer by layer."""
+    lengths = [str(n) for n in found["lengths"]]
+    rows = [
+        (f"layer {layer}",
+         *(" ".join(f"{span:>5}" for span in found["spans"][n][layer]) for n in lengths))
+        for layer in range(found["model"]["num_layers"])
+    ]  # fmt: skip
+    return table(("spans of KV heads", *(f"at {n}" for n in lengths)), rows)

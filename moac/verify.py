@@ -1,0 +1,165 @@
+"""Does a package do what its plan and its source say? Files, golden logits, the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.decoder import Decoder
+from moac_runtime.errors import UsageError
+from moac_runtime.golden import GoldenPrompt, load_golden
+from moac_runtime.plan import Plan, dense_plan
+from moac_runtime.session import Session
+from moac_runtime.weights import load_weights
+
+if TYPE_CHECKING:
+    from moac.checkpoint import Checkpoint
+
+FLOAT32_LIMIT = 2e-3
+"""Largest difference of two float32 logits that reordered sums explain."""
+
+SOURCE_LENGTHS = (64, 1000, 4000)
+_DECODED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: `value` against `limit`, both in the unit its name tells."""
+
+    name: str
+    ok: bool
+    value: float
+    limit: float
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"name", "ok", "value", "limit"}`."""
+        return asdict(self)
+
+
+def verify(
+    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] = SOURCE_LENGTHS
+) -> Iterator[Check]:
+    """Yield every check of the package at `path`, one after another.
+
+    Without `checkpoint`: file integrity and golden logits, in the package's dtype and in float32.
+    With it: logits against the original in transformers under the same masks, in float32, at
+    each of `lengths` that the capacity allows. Raises ArtifactError where the package is damaged.
+    """
+    artifact = open_artifact(path)
+    yield Check("files unaltered", True, len(artifact.files), len(artifact.files))
+    for dtype in dict.fromkeys([artifact.dtype, "float32"]):
+        yield from _golden_checks(artifact, dtype)
+    if checkpoint is not None:
+        yield from _source_checks(artifact, checkpoint, lengths)
+
+
+def runtime_logits(
+    decoder: Decoder,
+    plan: Plan,
+    head_order: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    decoded: int = 0,
+) -> Tensor:
+    """The runtime's logits `[len(positions), V]`; the last `decoded` tokens go one by one."""
+    session = Session(decoder, plan, head_order, batch=1, capacity=len(tokens))
+    split = len(tokens) - decoded
+    ahead = [p for p in positions if p < split]
+    parts = list(session.extend_at([list(tokens[:split])], [ahead]))
+    for place in range(split, len(tokens)):
+        logits = session.decode(torch.tensor([tokens[place]]))
+        parts.extend([logits] if place in positions else [])
+    return torch.cat(parts)
+
+
+def undropping(artifact: Artifact) -> Plan:
+    """The plan that drops nothing of the same model."""
+    plan = artifact.plan
+    return dense_plan(
+        len(plan.rules),
+        len(plan.rules[0]),
+        sink=plan.sink,
+        block=plan.block,
+        min_span=plan.min_span,
+        windows=plan.windows,
+    )
+
+
+def _golden_checks(artifact: Artifact, dtype: str) -> Iterator[Check]:
+    limit = _limit(artifact, dtype)
+    decoder = _decoder(artifact, dtype)
+    for prompt in load_golden(artifact):
+        name = f"golden {len(prompt.tokens)} tokens {dtype}"
+        yield from _compare(artifact, decoder, name, prompt, limit)
+
+
+def _source_checks(
+    artifact: Artifact, checkpoint: Checkpoint, lengths: Sequence[int]
+) -> Iterator[Check]:
+    from moac.packaging.golden import golden_prompt
+
+    if checkpoint.spec != artifact.spec:
+        raise UsageError(
+            f"{checkpoint.source} is another model than this package's: it is a "
+            f"{checkpoint.spec.family} of {checkpoint.spec.num_layers} layers and width "
+            f"{checkpoint.spec.hidden_size}, and the package one of {artifact.spec.family}, "
+            f"{artifact.spec.num_layers} and {artifact.spec.hidden_size}, or their options "
+            "differ; give the checkpoint it was compiled from"
+        )
+    # The package rounds weights to its dtype; everything after that is compared in float32.
+    model = checkpoint.load_model(artifact.dtype).float()
+    decoder = _decoder(artifact, "float32")
+    for length in sorted({min(length, artifact.capacity) for length in lengths}):
+        prompt = golden_prompt(model, artifact.plan, _tokens(artifact, length))
+        name = f"source {length} tokens float32"
+        yield from _compare(artifact, decoder, name, prompt, FLOAT32_LIMIT)
+
+
+def _compare(
+    artifact: Artifact, decoder: Decoder, name: str, prompt: GoldenPrompt, limit: float
+) -> Iterator[Check]:
+    """Prefill and decode against the expected logits, and that a sparse plan shows."""
+    tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
+    order, plan = artifact.head_order, artifact.plan
+    decoded = min(_DECODED, len(tokens) - 1)
+    prefill = runtime_logits(decoder, plan, order, tokens, positions)
+    stepped = runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
+    yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
+    yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
+    drops = plan.density(prompt.capacity) < undropping(artifact).density(prompt.capacity)
+    if drops and decoder.dtype == torch.float32:
+        dense = runtime_logits(decoder, undropping(artifact), order, tokens, positions)
+        change = _distance(dense, prompt.logits)
+        yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; a value that is no number is infinitely far."""
+    return float((found.cpu() - expected).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _at_most(name: str, value: float, limit: float) -> Check:
+    return Check(name, value <= limit, value, limit)
+
+
+def _limit(artifact: Artifact, dtype: str) -> float:
+    """The error allowed in `dtype`: what the original model itself showed, measured at compile."""
+    return float(artifact.verification["limits"][dtype])
+
+
+def _decoder(artifact: Artifact, dtype: str) -> Decoder:
+    kind: torch.dtype = getattr(torch, dtype)
+    return Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+
+
+def _tokens(artifact: Artifact, length: int) -> list[int]:
+    """A golden prompt's tokens, repeated with a shift, to the wanted length."""
+    golden = max(load_golden(artifact), key=lambda prompt: len(prompt.tokens)).tokens.tolist()
+    return [golden[(i + i // len(golden)) % len(golden)] for i in range(length)]
