@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import highspy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -220,6 +221,16 @@ def test_same_input_gives_the_same_plans_and_records():
     fronts = [pareto_front(make_problem(layers=4, limit=2), points=5) for _ in range(2)]
     assert fronts[0] == fronts[1]
     assert fronts[0][0].record.seed == 0
+
+
+def test_another_thread_count_in_the_process_changes_nothing():
+    before = solve_weighted(make_problem(), {"128": 1.0})
+    highspy.Highs.resetGlobalScheduler(True)
+    other = highspy.Highs()
+    other.setOptionValue("output_flag", False)
+    other.setOptionValue("threads", 2)
+    other.maximize(other.addBinary())
+    assert solve_weighted(make_problem(), {"128": 1.0}) == before
 
 
 def test_time_limit_returns_a_feasible_plan_with_an_honest_bound():

@@ -29,7 +29,6 @@ class SolverOptions:
     time_limit: float | None = None
     gap: float = 1e-4
     seed: int = 0
-    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +47,7 @@ def solve(lp: highspy.HighsLp, *, core: int, options: SolverOptions) -> Outcome:
     """Minimise `lp`, whose objective is never negative. `core`: columns to search first, or 0."""
     limit = np.inf if options.time_limit is None else options.time_limit
     deadline = time.perf_counter() + limit
+    highspy.Highs.resetGlobalScheduler(True)  # it keeps the thread count of the first solve
     integrality, upper = lp.integrality_, np.array(lp.col_upper_)
     lp.integrality_ = []
     relaxed = _run(lp, options, deadline)
@@ -108,7 +108,7 @@ def _run(
     solver = highspy.Highs()  # type: ignore[no-untyped-call]
     settings: dict[str, bool | int | float | str] = {
         "output_flag": False,
-        "threads": options.threads,
+        "threads": 1,  # the same plan on every machine
         "random_seed": options.seed,
         "mip_rel_gap": options.gap,
         "mip_abs_gap": ABSOLUTE_GAP,
