@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -371,6 +372,7 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
             "RoPE factor 0.5 is not served; served is a number of at least 1",
         ),
         ({"head_dim": 15}, None),
+        ({"head_dim": 10**9}, None),
     ],
 )
 def test_options_not_served(
@@ -664,3 +666,21 @@ def test_a_cut_gguf(tmp_path: Path, keep: int) -> None:
     write_gguf(path)
     path.write_bytes(path.read_bytes()[:keep])
     assert f"{path} is not a whole GGUF file" in refusal(path)
+
+
+def test_no_damaged_gguf_header_ends_in_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole, chance = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(11_000)] = chance.randrange(256)
+        damaged[chance.randrange(1_200)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            open_checkpoint(str(path))
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 20

@@ -138,11 +138,8 @@ def gguf_config(file: GgufFile) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the metadata of {file.path} is not usable ({' '.join(str(error).split())}); "
-            "download it again"
-        ) from None
+    except Exception as error:  # what damage raises in the library is not its contract
+        raise _unusable(file, "metadata", error) from None
     return config
 
 
@@ -151,7 +148,10 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise _unusable(file, "tokenizer", error) from None
     if file.fields.get("tokenizer.ggml.pre") == "smollm":
         # transformers takes it for GPT-2's; SmolLM splits digits first ("a  1": "a", "  ", "1").
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -161,6 +161,13 @@ def gguf_tokenizer(file: GgufFile) -> Any:
             ]
         )
     return tokenizer
+
+
+def _unusable(file: GgufFile, part: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the {part} of {file.path} is not usable ({' '.join(str(error).split())[:300]}); "
+        "download it again"
+    )
 
 
 def load_gguf_model(path: Path, dtype: Any) -> Any:

@@ -95,8 +95,9 @@ def _check_sizes(config: Any) -> None:
             f"config.json says {heads} attention heads over {kv_heads} key-value heads, which do "
             "not divide; restore it from the original checkpoint"
         )
-    if _head_dim(config) < 2 or _head_dim(config) % 2:
-        raise refuse("head_dim", _head_dim(config), "an even head size, which RoPE needs")
+    head_dim = _head_dim(config)
+    if not 2 <= head_dim <= 1024 or head_dim % 2:
+        raise refuse("head_dim", head_dim, "an even head size from 2 to 1024")
 
 
 def _head_dim(config: Any) -> int:
