@@ -277,11 +277,12 @@ def verify_command(
         if not as_json:
             word = "ok    " if check.ok else "FAILED"
             click.echo(f"{word}  {check.name}  {check.value:.4g} (limit {check.limit:.4g})")
-    ok = all(check.ok for check in checks)
+    failed = [check for check in checks if not check.ok]
     if as_json:
-        click.echo(json.dumps({"ok": ok, "checks": [c.to_json() for c in checks]}, indent=2))
-    if not ok:
-        raise CheckFailed(f"{package} does not hold what it promises; compile it again")
+        found = {"ok": not failed, "checks": [check.to_json() for check in checks]}
+        click.echo(json.dumps(found, indent=2))
+    if failed:
+        raise CheckFailed(failed[0].reason or f"{package} does not hold what it promises")
 
 
 def _require_compile_extra() -> None:

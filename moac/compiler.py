@@ -82,7 +82,7 @@ def compile_model(
         bench = open_bench(checkpoint, layout, request, work_dir)
     with clock("calibrate"):
         counts = sample_counts(lengths, request.samples)
-        samples = calibrate(bench, counts, seed=request.seed)
+        samples = calibrate(bench, counts)
     with clock("profile"):
         tables = profile(bench, samples)
     with clock("optimise"):

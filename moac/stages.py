@@ -23,6 +23,7 @@ from moac.planning import (
     Layout,
     Objective,
     Problem,
+    SolverOptions,
     candidate_rules,
     matching_uniform,
     pareto_front,
@@ -30,16 +31,18 @@ from moac.planning import (
 )
 from moac.profiling.aggregate import length_objectives
 from moac.profiling.influence import answer_loss, sample_influence
-from moac.progress import stage
+from moac.progress import Advance, stage
 from moac.request import CompileRequest
 from moac.workspace import Workspace, code_digest, key
 from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
 VALIDATION_SAMPLES = 2
+_FRONT_GAP = 1e-2
+_SECONDS_A_SOLVE = 5.0
+_UNSEEN_SEED = 1_000_003
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,6 @@ class Measured:
     """A plan's mean answer-token loss in nats, per domain, at the unseen length."""
 
     name: str
-    plan: Plan
     losses: dict[str, float]
 
     @property
@@ -79,16 +81,12 @@ class Measured:
         return sum(self.losses.values()) / len(self.losses)
 
 
-def calibrate(bench: Bench, counts: dict[int, int], *, seed: int) -> list[CalibrationSample]:
+def calibrate(bench: Bench, counts: dict[int, int]) -> list[CalibrationSample]:
     """`counts[length]` samples of every domain, and the user's own where a file was given."""
-    samples: list[CalibrationSample] = []
     with stage("calibrate") as advance:
-        steps = [(length, domain) for length in sorted(counts) for domain in DOMAINS]
-        for done, (length, domain) in enumerate(steps, start=1):
-            samples += _domain_samples(bench, length, domain, counts[length], seed)
-            advance(done, len(steps))
-        if bench.request.calibration is not None:
-            samples += _users_own(bench, sorted(counts))
+        samples = _samples(bench, counts, bench.request.seed, advance)
+    if bench.request.calibration is not None:
+        samples += _users_own(bench, sorted(counts))
     return samples
 
 
@@ -124,9 +122,15 @@ def optimise(
             budget=request.budget,
             rules_per_layer=request.rules_per_layer,
         )
-        front = pareto_front(problem, points=request.plans)
+        front = pareto_front(problem, points=request.plans, options=_solver_options(request))
         advance(1, 1)
     return front, objectives
+
+
+def _solver_options(request: CompileRequest) -> SolverOptions:
+    """A limit on distinct rules makes the program hard: there a solve may end at its time."""
+    limited = request.rules_per_layer is not None
+    return SolverOptions(gap=_FRONT_GAP, time_limit=_SECONDS_A_SOLVE if limited else None)
 
 
 def validate(
@@ -134,39 +138,44 @@ def validate(
 ) -> tuple[FrontPoint, list[Measured]]:
     """The front's plan with the lowest loss at the unseen length, and the whole table.
 
-    Dense and a uniform plan of the winner's density stand in the table for comparison.
+    Dense and a uniform plan of the winner's density stand in the table for comparison. The
+    samples are ones that no profile has seen.
     """
-    samples = calibrate_validation(bench, lengths)
     with stage("validate") as advance:
-        total = (len(front) + 2) * len(samples)
+        counts = {lengths.unseen: VALIDATION_SAMPLES}
+        samples = _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
+        total = len(front) + 2
         rows: list[Measured] = []
-
-        def measure(name: str, plan: Plan | None, shown: Plan) -> Measured:
-            losses: dict[str, list[float]] = {}
-            for sample in samples:
-                losses.setdefault(sample.domain, []).append(_sample_loss(bench, sample, plan))
-                advance(min(len(rows) * len(samples) + len(losses), total), total)
-            means = {domain: float(np.mean(values)) for domain, values in losses.items()}
-            rows.append(Measured(name, shown, means))
-            return rows[-1]
-
-        measured = [
-            measure(f"plan {number}", point.plan, point.plan)
-            for number, point in enumerate(front, start=1)
-        ]
-        best = min(range(len(front)), key=lambda i: measured[i].loss)
-        winner = front[best].plan
-        uniform = matching_uniform(winner, lengths=lengths.planned)
-        measure("uniform", uniform, uniform)
-        measure("dense", None, bench.layout.uniform(DENSE))
+        for number, point in enumerate(front, start=1):
+            rows.append(_measure(bench, samples, f"plan {number}", point.plan))
+            advance(number, total)
+        best = min(range(len(front)), key=lambda i: rows[i].loss)
+        uniform = matching_uniform(front[best].plan, lengths=lengths.planned)
+        rows.append(_measure(bench, samples, "uniform", uniform))
+        advance(total - 1, total)
+        rows.append(_measure(bench, samples, "dense", None))
+        advance(total, total)
     return front[best], rows
 
 
-def calibrate_validation(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
-    """Samples of the unseen length that no profile has seen."""
-    return calibrate(
-        bench, {lengths.unseen: VALIDATION_SAMPLES}, seed=bench.request.seed + 1_000_003
-    )
+def _measure(
+    bench: Bench, samples: Sequence[CalibrationSample], name: str, plan: Plan | None
+) -> Measured:
+    losses: dict[str, list[float]] = {}
+    for sample in samples:
+        losses.setdefault(sample.domain, []).append(_sample_loss(bench, sample, plan))
+    return Measured(name, {domain: float(np.mean(found)) for domain, found in losses.items()})
+
+
+def _samples(
+    bench: Bench, counts: dict[int, int], seed: int, advance: Advance
+) -> list[CalibrationSample]:
+    samples: list[CalibrationSample] = []
+    steps = [(length, domain) for length in sorted(counts) for domain in DOMAINS]
+    for done, (length, domain) in enumerate(steps, start=1):
+        samples += _domain_samples(bench, length, domain, counts[length], seed)
+        advance(done, len(steps))
+    return samples
 
 
 def _domain_samples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.decoder import Decoder
-from moac_runtime.errors import UsageError
+from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.golden import GoldenPrompt, load_golden
+from moac_runtime.integrity import MANIFEST
 from moac_runtime.plan import Plan, dense_plan
 from moac_runtime.session import Session
 from moac_runtime.weights import load_weights
@@ -30,16 +31,20 @@ _DECODED = 8
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: `value` against `limit`, both in the unit its name tells."""
+    """One check: `value` against `limit`, both in the unit its name tells.
+
+    `reason`: the sentence for the user where more is known of a failure.
+    """
 
     name: str
     ok: bool
     value: float
     limit: float
+    reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """`{"name", "ok", "value", "limit"}`."""
-        return asdict(self)
+        return {"name": self.name, "ok": self.ok, "value": self.value, "limit": self.limit}
 
 
 def verify(
@@ -49,10 +54,17 @@ def verify(
 
     Without `checkpoint`: file integrity and golden logits, in the package's dtype and in float32.
     With it: logits against the original in transformers under the same masks, in float32, at
-    each of `lengths` that the capacity allows. Raises ArtifactError where the package is damaged.
+    each of `lengths` that the capacity allows. Nothing follows a failed check of the files.
+    Raises ArtifactError where there is no package at all.
     """
-    artifact = open_artifact(path)
-    yield Check("files unaltered", True, len(artifact.files), len(artifact.files))
+    try:
+        artifact = open_artifact(path)
+    except ArtifactError as error:
+        if not (path / MANIFEST).is_file():
+            raise
+        yield Check("damaged files", False, 1, 0, reason=str(error))
+        return
+    yield Check("damaged files", True, 0, 0)
     for dtype in dict.fromkeys([artifact.dtype, "float32"]):
         yield from _golden_checks(artifact, dtype)
     if checkpoint is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,7 +54,8 @@ def _profiled_loss(sample: CalibrationSample, logits: Tensor) -> Tensor:
     if sample.domain == RUNNING_TEXT:
         chances = logits.detach().softmax(-1).cpu()
         drawn = torch.multinomial(chances, 1, generator=_generator(sample)).to(logits.device)
-        return F.cross_entropy(logits, drawn[:, 0], reduction="sum") / len(drawn) ** 0.5
+        surprise: Tensor = F.cross_entropy(logits, drawn[:, 0], reduction="sum")
+        return surprise / math.sqrt(len(drawn))
     answer = _answers(sample, logits.device)[:, None]
     others = logits.scatter(1, answer, float("-inf")).logsumexp(-1)
     odds: Tensor = others - logits.gather(1, answer)[:, 0]
