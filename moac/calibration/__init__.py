@@ -1,7 +1,12 @@
 """Long-dependency calibration samples made offline, their answers given by the dense model."""
 
 from moac.calibration.jsonl import UserSample, read_calibration, user_samples
-from moac.calibration.passkey import PasskeyCase, passkey_case, plain_text_windows
+from moac.calibration.passkey import (
+    PASSKEY_ANSWER_TOKENS,
+    PasskeyCase,
+    passkey_case,
+    plain_text_windows,
+)
 from moac.calibration.samples import (
     DEFAULT_SAMPLES,
     DOMAINS,
@@ -13,6 +18,7 @@ from moac.calibration.text import Document, calibration_text, held_out_text
 __all__ = [
     "DEFAULT_SAMPLES",
     "DOMAINS",
+    "PASSKEY_ANSWER_TOKENS",
     "CalibrationSample",
     "Document",
     "PasskeyCase",

@@ -1,7 +1,8 @@
 """Held-out evaluation: pass keys in haystacks, and windows of plain text.
 
-Protocol: MoA's passkey task (first integer in at most 10 new tokens, answer NLL beside it), over
-text no calibration sample is made of; every second wording is none of calibration's.
+Protocol: MoA's passkey task (the first integer the model says), over text no calibration sample
+is made of; every second wording is none of calibration's. Chat models answer in a sentence, so
+`PASSKEY_ANSWER_TOKENS` are allowed before the integer must be complete.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from moac.calibration.haystack import Needle, haystack_words, hide, most_words
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.text import held_out_text
 from moac_runtime.errors import UsageError
+
+PASSKEY_ANSWER_TOKENS = 24
 
 Haystack = Literal["filler", "text"]
 
@@ -33,7 +36,7 @@ WORDINGS = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
         "it. I will quiz you about the important information there.",
         "The pass key is {key}. Remember it. {key} is the pass key.",
-        "What is the pass key?",
+        "That is the end of the text. What is the pass key?",
         seen=True,
     ),
     Wording(
@@ -46,7 +49,7 @@ WORDINGS = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
         "it. I will quiz you about the important information there.",
         "The pass key is {key}. Remember it. {key} is the pass key.",
-        "What is the pass key? The pass key is",
+        "Now tell me: which number is the pass key?",
         seen=True,
     ),
     Wording(
@@ -60,7 +63,7 @@ WORDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class PasskeyCase:
-    """A prompt of at most the wanted length; the model's answer should begin with `answer`.
+    """A prompt of at most the wanted length; the first integer of a right answer is `answer`.
 
     `needle_start`, `question_start`: token positions; `depth`: the needle's wanted place, 0 to 1.
     """
@@ -78,7 +81,7 @@ def passkey_case(
 ) -> PasskeyCase:
     """A prompt of at most `length` tokens with a pass key at `depth`, through the chat template.
 
-    Even seeds use the classic wording, odd seeds one that calibration never uses. `tokenizer`
+    Even seeds use the classic wording, odd seeds a needle and question calibration never uses. `tokenizer`
     must give offsets (every `tokenizer.json` does). Raises UsageError for too short a length.
     """
     format = PromptFormat(tokenizer)
