@@ -81,8 +81,9 @@ def passkey_case(
 ) -> PasskeyCase:
     """A prompt of at most `length` tokens with a pass key at `depth`, through the chat template.
 
-    Even seeds use the classic wording, odd seeds a needle and question calibration never uses. `tokenizer`
-    must give offsets (every `tokenizer.json` does). Raises UsageError for too short a length.
+    Even seeds use the classic wording, odd seeds a needle and question calibration never uses.
+    `tokenizer` must give offsets (every `tokenizer.json` does). Raises UsageError for too short a
+    length.
     """
     format = PromptFormat(tokenizer)
     rng = random.Random(f"passkey/{seed}")
