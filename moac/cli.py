@@ -32,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _invoke(arguments: Sequence[str]) -> int:
     try:
         cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        return _INTERRUPTED
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):  # click makes an Abort of most interrupts
         click.echo("interrupted; run the same command again to go on", err=True)
         return _INTERRUPTED
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "moac"
+        sentence = error.format_message().removesuffix(".")
+        click.echo(f"error: {sentence} (see {command} --help)", err=True)
         return error.exit_code
     except MoacError as error:
         click.echo(f"error: {error}", err=True)

@@ -15,6 +15,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 from families import save_checkpoint, tiny_model
+from tiny import CONTEXT, Compiled, request
 
 torch.set_num_threads(1)
 
@@ -35,3 +36,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_package(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Compiled:
+    """A tiny Llama compiled at budget 0.5, made once: copy the package to change it."""
+    from moac import compile_model
+
+    folder = tmp_path_factory.mktemp("compiled")
+    checkpoint = tiny_checkpoint("llama", max_position_embeddings=CONTEXT)
+    made = Compiled(checkpoint, folder / "out", folder / "work")
+    compile_model(checkpoint, made.package, request=request(), work_dir=made.work_dir)
+    return made

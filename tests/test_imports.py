@@ -1,0 +1,97 @@
+"""Who may import whom, in the sources and in a process that runs a package."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import Compiled
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"transformers", "accelerate", "gguf", "highspy", "onnx", "onnxruntime", "rich", "moac"}
+
+# Beside the standard library; a package's host has installed just these.
+ALLOWED = {
+    "runtime/moac_runtime": {"moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"},
+    "kernels/moac_kernels": {"moac_kernels", "torch"},
+}
+
+RUN_AS_COMMAND = """
+import json, sys
+from moac_runtime.command import main
+code = main(sys.argv[1:])
+"""
+RUN_AS_FOLDER = """
+import json, runpy, sys
+package = sys.argv.pop(1)
+try:
+    runpy.run_path(package, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+"""
+RUN_AS_MOAC = """
+import json, sys
+from moac.cli import main
+try:
+    main(["run", *sys.argv[1:]])
+except SystemExit as stop:
+    code = stop.code
+"""
+TELL = """
+runtime = sys.modules["moac_runtime"].__file__
+print("\\n" + json.dumps([code, runtime, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top-level names that a source file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; name the package"
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_the_lower_packages_import_what_they_may(folder: str) -> None:
+    sources = sorted((ROOT / folder).rglob("*.py"))
+    assert sources
+    found = {name for path in sources for name in imported(path)}
+    assert found - set(sys.stdlib_module_names) - ALLOWED[folder] == set()
+
+
+@pytest.mark.parametrize("folder", ["runtime", "kernels"])
+def test_the_folders_are_no_packages(folder: str) -> None:
+    # an importable top-level `kernels` would break transformers
+    assert not list((ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "script", [RUN_AS_COMMAND, RUN_AS_FOLDER, RUN_AS_MOAC], ids=["command", "folder", "moac"]
+)
+def test_running_a_package_imports_the_runtime_alone(
+    tiny_package: Compiled, script: str, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_package.package), "--prompt", "hi", "--max-tokens", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", script + TELL, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    code, runtime, modules = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    allowed = {"moac"} if script == RUN_AS_MOAC else set()
+    assert HEAVY & set(modules) == allowed
+    inside = Path(runtime).is_relative_to(tiny_package.package)
+    assert inside == (script == RUN_AS_FOLDER)

@@ -1,0 +1,48 @@
+"""Compiles small enough for tests: short lengths, small spans, one sample of each domain."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import moac.cli
+from moac import CompileRequest
+
+CONTEXT = 2048
+LENGTHS = (512, 768)
+_CHOICES: dict[str, Any] = {"sink": 16, "block": 16, "min_span": 32, "plans": 2, "samples": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A tiny checkpoint, the package made from it, and the work folder with every stage."""
+
+    checkpoint: Path
+    package: Path
+    work_dir: Path
+
+
+def request(**changes: Any) -> CompileRequest:
+    """What a tiny compile asks for; `changes` are fields of the request."""
+    return CompileRequest(**{"lengths": LENGTHS, **_CHOICES, **changes})
+
+
+def options(**changes: Any) -> list[str]:
+    """The same for the command line."""
+    asked = asdict(request(**changes))
+    chosen = {name: asked[name] for name in (*_CHOICES, *changes) if name != "lengths"}
+    lengths = ",".join(map(str, asked["lengths"]))
+    words = ["--lengths", lengths]
+    for name, value in chosen.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def moac_command(*arguments: str | Path) -> int:
+    """Run `moac ARGUMENTS` in this process and return its exit code."""
+    try:
+        moac.cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
