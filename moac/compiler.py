@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moac.calibration import plain_text_windows
+from moac.calibration import DenseModel, plain_text_windows
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.fuse import head_order, pack_weights
@@ -134,9 +134,11 @@ def open_bench(
 ) -> Bench:
     """Load the dense model, on the GPU if there is one, for calibration and measurement."""
     device = pick_device()
+    dtype = measuring_dtype(checkpoint, device)
     return Bench(
         checkpoint=checkpoint,
-        model=checkpoint.load_model(measuring_dtype(checkpoint, device), device),
+        model=checkpoint.load_model(dtype, device),
+        reader=DenseModel(checkpoint, dtype, device),
         tokenizer=checkpoint.load_tokenizer(),
         layout=layout,
         workspace=Workspace(Path(work_dir) if work_dir is not None else default_work_dir()),

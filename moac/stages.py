@@ -13,6 +13,7 @@ from torch import Tensor
 from moac.calibration import (
     DOMAINS,
     CalibrationSample,
+    DenseModel,
     build_calibration,
     read_calibration,
     user_samples,
@@ -51,6 +52,7 @@ class Bench:
 
     checkpoint: Checkpoint
     model: Any
+    reader: DenseModel
     tokenizer: Any
     layout: Layout
     workspace: Workspace
@@ -187,7 +189,7 @@ def _domain_samples(
     kept = bench.workspace.load_json("calibration", name)
     if kept is None:
         made = build_calibration(
-            bench.model,
+            bench.reader,
             bench.tokenizer,
             samples_per_length={length: count},
             domains=(domain,),
@@ -209,7 +211,7 @@ def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
     )
     kept = bench.workspace.load_json("calibration", name)
     if kept is None:
-        made = user_samples(lines, bench.model, bench.tokenizer, lengths=lengths)
+        made = user_samples(lines, bench.reader, bench.tokenizer, lengths=lengths)
         kept = [asdict(sample) for sample in made]
         bench.workspace.save_json("calibration", name, kept)
     return [_sample(data) for data in kept]

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +23,14 @@ from moac.calibration import (
     read_calibration,
     user_samples,
 )
-from moac.calibration.answers import DenseReader, stop_tokens
+from moac.calibration.answers import DenseModel, DenseReader, stop_tokens
 from moac.calibration.haystack import Needle, hide, most_words
 from moac.calibration.passkey import WORDINGS
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.samples import DOMAINS
 from moac.calibration.tasks import INTRODUCTIONS, draw_facts
 from moac.calibration.text import ends_clause, running_words, separated_words
+from moac.checkpoint import open_checkpoint
 from moac_runtime.errors import CheckpointError, UsageError
 
 LENGTH = 1024
@@ -39,10 +39,8 @@ LENGTH = 1024
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
     """A tiny random model and its tokenizer, chat template included."""
-    folder = tiny_checkpoint("llama")
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
-        folder
-    )
+    opened = open_checkpoint(str(tiny_checkpoint("llama")))
+    return DenseModel(opened, "float32", torch.device("cpu")), opened.load_tokenizer()
 
 
 @pytest.fixture
@@ -61,27 +59,37 @@ def plain_tokenizer(tiny_checkpoint: Callable[..., Path]) -> Any:
 class Reader:
     """A stand-in for a model that reads well: answers with the planted value it finds.
 
-    Its cache is the list of all token ids read. `reply`: what it says instead.
+    Its session is the list of all token ids read. `reply`: what it says instead.
     """
 
-    device = torch.device("cpu")
-    generation_config = SimpleNamespace(eos_token_id=[2])
+    eos_token_ids = (2,)
 
     def __init__(self, tokenizer: Any, *, reply: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.reply = reply
         self.calls: list[int] = []
         self.script: list[int] = []
+        self.read: list[int] = []
 
-    def __call__(self, *, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
-        read = [*(past_key_values or []), *input_ids[0].tolist()]
-        self.calls.append(input_ids.shape[1])
-        if input_ids.shape[1] > 1:
-            text = self.reply or self.find(self.tokenizer.decode(read))
-            self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-        logits = torch.zeros(1, 1, len(self.tokenizer))
-        logits[0, 0, self.script.pop(0) if self.script else 2] = 1.0
-        return SimpleNamespace(logits=logits, past_key_values=read)
+    def open(self, capacity: int) -> Reader:
+        self.read = []
+        return self
+
+    def extend(self, tokens: list[list[int]]) -> torch.Tensor:
+        self.read += tokens[0]
+        text = self.reply or self.find(self.tokenizer.decode(self.read))
+        self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        return self._next(len(tokens[0]))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.read += tokens.tolist()
+        return self._next(1)
+
+    def _next(self, count: int) -> torch.Tensor:
+        self.calls.append(count)
+        logits = torch.zeros(1, len(self.tokenizer))
+        logits[0, self.script.pop(0) if self.script else 2] = 1.0
+        return logits
 
     @staticmethod
     def find(text: str) -> str:
@@ -180,13 +188,16 @@ def test_samples_fill_their_length_and_never_pass_it(
             assert all(start < end for start, end in sample.answer_spans)
 
 
-def test_answers_are_the_dense_models_own_greedy_tokens(checkpoint: tuple[Any, Any]) -> None:
+def test_answers_are_the_dense_models_own_greedy_tokens(
+    checkpoint: tuple[Any, Any], tiny_checkpoint: Callable[..., Path]
+) -> None:
     """One whole forward pass must agree with what the kept cache produced over many turns."""
     model, tokenizer = checkpoint
     (sample,) = build(model, tokenizer, samples_per_length={LENGTH: 1}, domains=["retrieval"])
-    stops = list(stop_tokens(model, tokenizer))
+    stops = list(stop_tokens(model, PromptFormat(tokenizer)))
+    original = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([sample.token_ids])).logits[0]
+        logits = original(torch.tensor([sample.token_ids])).logits[0]
     logits = logits.clone()
     for start, end in sample.answer_spans:
         logits[start - 1, stops] = -torch.inf
@@ -260,7 +271,7 @@ def test_without_a_template_the_prompt_is_plain_and_a_line_ends_the_answer(
     format = PromptFormat(plain_tokenizer)
     text = plain_tokenizer.decode([*format.opening("One?"), *format.turn("Two?")])
     assert text.endswith("One?\nAnswer:\n\nQuestion: Two?\nAnswer:")
-    reader = DenseReader(Reader(plain_tokenizer, reply="Three\nFour"), format)
+    reader = DenseReader(Reader(plain_tokenizer, reply="Three\nFour"), format, capacity=512)
     reader.feed(format.opening("One?"))
     assert plain_tokenizer.decode(reader.answer(24)) == "Three"
 

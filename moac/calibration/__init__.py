@@ -1,5 +1,6 @@
 """Long-dependency calibration samples made offline, their answers given by the dense model."""
 
+from moac.calibration.answers import DenseModel
 from moac.calibration.jsonl import UserSample, read_calibration, user_samples
 from moac.calibration.passkey import (
     PASSKEY_ANSWER_TOKENS,
@@ -20,6 +21,7 @@ __all__ = [
     "DOMAINS",
     "PASSKEY_ANSWER_TOKENS",
     "CalibrationSample",
+    "DenseModel",
     "Document",
     "PasskeyCase",
     "UserSample",

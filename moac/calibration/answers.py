@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from moac.calibration.prompt import PromptFormat
+from moac.packaging.fuse import pack_weights
+from moac_runtime.decoder import Decoder
+from moac_runtime.plan import dense_plan
+from moac_runtime.session import Session
+
+if TYPE_CHECKING:
+    from moac.checkpoint import Checkpoint
+
+
+class Reading(Protocol):
+    """One sequence being read; `extend` and `decode` return logits `[1, V]`."""
+
+    def extend(self, tokens: list[list[int]]) -> Tensor: ...
+    def decode(self, tokens: Tensor) -> Tensor: ...
+
+
+class AnswersModel(Protocol):
+    """A model that reads sequences of at most `capacity` tokens."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    def open(self, capacity: int) -> Reading: ...
+
+
+class DenseModel:
+    """The checkpoint on this project's runtime with nothing dropped.
+
+    The same function as transformers computes, and about twice as fast a token on a CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
+        spec = checkpoint.spec
+        self._order = [tuple(range(spec.num_kv_heads))] * spec.num_layers
+        tensors = dict(pack_weights(checkpoint.tensor, spec, self._order))
+        self._decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
+        self.eos_token_ids = checkpoint.eos_token_ids
+
+    def open(self, capacity: int) -> Session:
+        """A session of one sequence."""
+        spec = self._decoder.spec
+        plan = dense_plan(
+            spec.num_layers,
+            spec.num_kv_heads,
+            sink=0,
+            block=1,
+            min_span=1,
+            windows=spec.windows,
+        )
+        return Session(self._decoder, plan, self._order, batch=1, capacity=capacity)
 
 
 class DenseReader:
     """The checkpoint reading one sequence: feed it tokens, then let it answer.
 
-    `tokens` holds everything fed and answered so far, on one growing KV cache, so that a haystack
-    is read once however many questions follow it.
+    `tokens` holds everything fed and answered so far, at most `capacity`, on one KV cache, so
+    that a haystack is read once however many questions follow it.
     """
 
-    def __init__(self, model: Any, format: PromptFormat) -> None:
+    def __init__(self, model: AnswersModel, format: PromptFormat, *, capacity: int) -> None:
         self.tokens: list[int] = []
-        self._model = model
+        self._session = model.open(capacity)
         self._format = format
-        self._stops = stop_tokens(model, format.tokenizer)
-        self._cache: Any = None
+        self._stops = stop_tokens(model, format)
         self._unread: list[int] = []
-        self._scores: torch.Tensor | None = None
+        self._scores: Tensor | None = None
 
     def feed(self, ids: list[int]) -> None:
         """Append `ids` to the sequence."""
@@ -61,21 +110,15 @@ class DenseReader:
             scores[list(self._stops)] = -torch.inf
         return int(scores.argmax())
 
-    @torch.inference_mode()
     def _read(self) -> None:
-        out = self._model(
-            input_ids=torch.tensor([self._unread], device=self._model.device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache, self._unread = out.past_key_values, []
-        self._scores = out.logits[0, -1].float()
+        if len(self._unread) == 1:
+            scores = self._session.decode(torch.tensor(self._unread))
+        else:
+            scores = self._session.extend([self._unread])
+        self._scores, self._unread = scores[0], []
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(model: AnswersModel, format: PromptFormat) -> frozenset[int]:
     """Every end-of-sequence id of the checkpoint: its generation config's and its tokenizer's."""
-    config = getattr(model, "generation_config", None)
-    stated = getattr(config, "eos_token_id", None)
-    ids = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    own = format.tokenizer.eos_token_id
+    return frozenset(model.eos_token_ids) | ({own} if own is not None else frozenset())

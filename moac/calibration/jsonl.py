@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moac.calibration.answers import DenseReader
+from moac.calibration.answers import AnswersModel, DenseReader
 from moac.calibration.prompt import Message, PromptFormat
 from moac.calibration.samples import CalibrationSample
 from moac_runtime.errors import UsageError
@@ -49,7 +49,7 @@ def read_calibration(path: Path) -> list[UserSample]:
 
 def user_samples(
     samples: Sequence[UserSample],
-    model: Any,
+    model: AnswersModel,
     tokenizer: Any,
     *,
     lengths: Sequence[int],
@@ -68,7 +68,11 @@ def user_samples(
 
 
 def _tokenized(
-    sample: UserSample, model: Any, format: PromptFormat, most: int, lengths: Sequence[int]
+    sample: UserSample,
+    model: AnswersModel,
+    format: PromptFormat,
+    most: int,
+    lengths: Sequence[int],
 ) -> CalibrationSample:
     opening = _opening(sample, format)
     response = [] if sample.response is None else format.encode(sample.response)
@@ -79,7 +83,7 @@ def _tokenized(
             f"{most}; shorten it or plan a longer length"
         )
     if sample.response is None:
-        reader = DenseReader(model, format)
+        reader = DenseReader(model, format, capacity=most)
         reader.feed(opening)
         response = reader.answer(min(_RESPONSE_TOKENS, most - len(opening)))
     tokens = (*opening, *response)

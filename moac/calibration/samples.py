@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moac.calibration.answers import DenseReader
+from moac.calibration.answers import AnswersModel, DenseReader
 from moac.calibration.haystack import Needle, haystack_words, hide, most_words
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.tasks import (
@@ -53,7 +53,7 @@ class CalibrationSample:
 
 
 def build_calibration(
-    model: Any,
+    model: AnswersModel,
     tokenizer: Any,
     *,
     samples_per_length: Mapping[int, int] = DEFAULT_SAMPLES,
@@ -63,7 +63,7 @@ def build_calibration(
 ) -> list[CalibrationSample]:
     """`samples_per_length[length]` samples of every domain, shortest first.
 
-    `model`, `tokenizer`: the dense checkpoint in transformers. Equal arguments give equal
+    `model`: the dense checkpoint; `tokenizer`: its own in transformers. Equal arguments give equal
     samples, and a sample does not depend on how many others are asked for. `progress(done,
     total)` is called after each. Raises UsageError for an unknown domain or too short a length.
     """
@@ -88,7 +88,7 @@ def build_calibration(
 
 
 def retrieval_sample(
-    model: Any, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
 ) -> CalibrationSample:
     """Facts at uniform depths of a haystack, then one question and answer after another."""
     facts = _affordable(format, draw_facts(rng, _MOST_FACTS), length)
@@ -110,7 +110,7 @@ def retrieval_sample(
 
 
 def documents_sample(
-    model: Any, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
 ) -> CalibrationSample:
     """Several numbered passages with titles, then quotes and summaries of some of them."""
     number = max(2, min(8, length // _DOCUMENT_TOKENS))
@@ -131,7 +131,7 @@ def documents_sample(
 
 
 def text_sample(
-    model: Any, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
 ) -> CalibrationSample:
     """Running text of exactly `length` tokens; all past the first quarter carry loss."""
     words = running_words(calibration_text(), rng, length)
@@ -141,7 +141,9 @@ def text_sample(
     return CalibrationSample("text", length, tokens, (span,), (None,))
 
 
-_MAKERS: Mapping[str, Callable[[Any, PromptFormat, int, random.Random], CalibrationSample]] = {
+_MAKERS: Mapping[
+    str, Callable[[AnswersModel, PromptFormat, int, random.Random], CalibrationSample]
+] = {
     "retrieval": retrieval_sample,
     "documents": documents_sample,
     "text": text_sample,
@@ -149,7 +151,7 @@ _MAKERS: Mapping[str, Callable[[Any, PromptFormat, int, random.Random], Calibrat
 
 
 def converse(
-    model: Any,
+    model: AnswersModel,
     format: PromptFormat,
     domain: str,
     opening: list[int],
@@ -157,7 +159,7 @@ def converse(
     length: int,
 ) -> CalibrationSample:
     """Read `opening`, which asks the first question, then ask every other one that has room."""
-    reader = DenseReader(model, format)
+    reader = DenseReader(model, format, capacity=length)
     spans: list[tuple[int, int]] = []
     correct: list[bool | None] = []
     for question in questions:

@@ -100,13 +100,15 @@ def _recomputing(model: PreTrainedModel, spec: ModelSpec, length: int) -> Iterat
     if activation_bytes(spec, length, itemsize) <= ACTIVATION_BYTES_LIMIT:
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers renamed the pair in 5.2x and warns about the old names.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     model.train()  # transformers recomputes in training mode alone; these models drop nothing
     try:
         yield
     finally:
         model.eval()
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def activation_bytes(spec: ModelSpec, length: int, itemsize: int) -> int:

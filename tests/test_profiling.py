@@ -1,0 +1,232 @@
+"""Influence: equal to its definition written out, true to first order, linear in memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from moac.attention import INFLUENCE, PLANNED, REFERENCE, attention, span_attention
+from moac.calibration import CalibrationSample
+from moac.planning import Layout
+from moac.profiling import attention as profiled
+from moac.profiling.aggregate import length_objectives
+from moac.profiling.attention import InfluenceRecorder, influence_attention
+from moac.profiling.influence import answer_loss, sample_influence
+from moac_kernels.reference import layer_mask, masked_attention
+from moac_runtime.span import DENSE, HeadSpan, Rule, visible
+
+SINK, BLOCK, KV_HEADS, GROUP, DIM = 32, 16, 2, 3, 16
+SCALE = DIM**-0.5
+
+
+def _qkv(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(length)
+    q = torch.randn(1, KV_HEADS * GROUP, length, DIM, requires_grad=True)
+    k = torch.randn(1, KV_HEADS, length, DIM, requires_grad=True)
+    v = torch.randn(1, KV_HEADS, length, DIM, requires_grad=True)
+    return q, k, v, torch.randn(1, KV_HEADS * GROUP, length, DIM)
+
+
+def _masks(length: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    seen = (j <= i) & (i - j < (window or length))
+    return i, j, seen
+
+
+def _by_definition(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, span: int, window: int | None
+) -> Tensor:
+    """The joint form, dense and span by span: `[kv_heads]`."""
+    length = q.shape[2]
+    i, j, seen = _masks(length, window)
+    keys, values = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
+    weights = ((q @ keys.mT) * SCALE).masked_fill(~seen, -math.inf).softmax(-1)
+    delta = (grad * (weights @ values)).sum(-1, keepdim=True)
+    dropped = (j >= SINK) & (i - j >= span - SINK) & seen
+    mass = (weights * dropped).sum(-1)
+    flow = (weights * (grad @ values.mT - delta) * dropped).sum(-1)
+    joint = -flow / (1 - mass).clamp_min(1e-3)
+    return joint.sum((0, 2)).view(KV_HEADS, GROUP).sum(1)
+
+
+@pytest.mark.parametrize(("length", "window"), [(300, None), (256, None), (333, 100), (40, None)])
+@pytest.mark.parametrize("tile", [1 << 21, 1 << 13])
+def test_influence_equals_its_definition(
+    length: int, window: int | None, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiled, "_TILE_ELEMENTS", tile)
+    q, k, v, grad = _qkv(length)
+    recorder = InfluenceRecorder(SINK, BLOCK, (window,))
+    influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
+    table = recorder.tables[0]
+    assert table.shape == (KV_HEADS, -(-length // BLOCK) + 1)
+    assert table[:, : SINK // BLOCK + 1].isinf().all()
+    for entry in range(SINK // BLOCK + 1, table.shape[1]):
+        expected = _by_definition(q, k, v, grad, entry * BLOCK, window)
+        torch.testing.assert_close(table[:, entry], expected.double(), atol=2e-4, rtol=1e-4)
+    assert table[:, -1].abs().max() == 0  # a span of the whole length drops nothing
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_backward_pass_is_that_of_attention(window: int | None) -> None:
+    q, k, v, grad = _qkv(200)
+    recorder = InfluenceRecorder(SINK, BLOCK, (window,))
+    found = influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder)
+    gradients = torch.autograd.grad(found, (q, k, v), grad)
+    *_, seen = _masks(200, window)
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE, enable_gqa=True)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(gradients, torch.autograd.grad(plain, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_influence_is_the_exact_change_of_a_linear_loss() -> None:
+    """With a loss linear in the output, dropping one head's keys changes it by just that much."""
+    q, k, v, grad = _qkv(160)
+    recorder = InfluenceRecorder(SINK, BLOCK, (None,))
+    dense = influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder)
+    dense.backward(grad)
+    span = 64
+    heads = [HeadSpan(span, SINK), HeadSpan(160, 0)]
+    sparse = span_attention(q, k, v, heads, SCALE)
+    change = ((sparse - dense) * grad).sum()
+    torch.testing.assert_close(
+        change.double(), recorder.tables[0][0, span // BLOCK], atol=1e-3, rtol=1e-3
+    )
+
+
+def test_sink_off_the_block_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of block"):
+        InfluenceRecorder(sink=10, block=16, windows=(None,))
+
+
+@pytest.mark.parametrize("length", [7, 64, 300, 513])
+def test_span_attention_equals_the_oracle(length: int) -> None:
+    q, k, v, _ = _qkv(length)
+    heads = [HeadSpan(min(96, length), SINK if length > 96 else 0), HeadSpan(length, 0)]
+    place = torch.arange(length)
+    mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), place, place, KV_HEADS)
+    expected = masked_attention(q, k, v, mask, SCALE)
+    found = span_attention(q, k, v, heads, SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_span_attention_keeps_the_checkpoints_own_window() -> None:
+    q, k, v, _ = _qkv(300)
+    heads = [HeadSpan(64, 32, window=100), HeadSpan(100, 0, window=100)]
+    place = torch.arange(300)
+    mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), place, place, KV_HEADS)
+    expected = masked_attention(q, k, v, mask, SCALE)
+    torch.testing.assert_close(
+        span_attention(q, k, v, heads, SCALE), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def _layout(model: object) -> Layout:
+    config = model.config  # type: ignore[attr-defined]
+    windows = (None,) * config.num_hidden_layers
+    return Layout(config.num_key_value_heads, SINK, BLOCK, 48, windows)
+
+
+def _sample(length: int, domain: str = "retrieval") -> CalibrationSample:
+    tokens = torch.randint(5, 300, (length,), generator=torch.Generator().manual_seed(1))
+    spans = ((length - 20, length - 12), (length - 6, length))
+    return CalibrationSample(domain, length + 10, tuple(tokens.tolist()), spans, (True, True))
+
+
+def _spec(model: object) -> object:
+    from moac.checkpoint.model_spec import model_spec
+
+    return model_spec(model.config)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("domain", ["retrieval", "text"])
+def test_recomputing_activations_changes_nothing(
+    domain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    sample, layout = _sample(200, domain), _layout(model)
+    kept = sample_influence(model, _spec(model), sample, layout)
+    monkeypatch.setattr("moac.profiling.influence.ACTIVATION_BYTES_LIMIT", 0)
+    recomputed = sample_influence(model, _spec(model), sample, layout)
+    torch.testing.assert_close(kept, recomputed, atol=1e-6, rtol=1e-5)
+    assert kept.shape == (2, 2, -(-210 // BLOCK) + 1)
+    assert not model.training
+    assert kept[..., SINK // BLOCK + 1].abs().max() > 0
+
+
+def test_planned_and_reference_attention_agree_in_a_model() -> None:
+    model = tiny_model("qwen3").eval()
+    layout = _layout(model)
+    plan = layout.plan([[Rule(64, 0.0), DENSE], [DENSE, Rule(96, 0.0)]])
+    ids = torch.randint(5, 300, (1, 200))
+    with torch.inference_mode():
+        dense = model(input_ids=ids).logits
+        found = {}
+        for name in (PLANNED, REFERENCE):
+            with attention(model, name):
+                found[name] = model(input_ids=ids, moac_spans=plan.spans(200)).logits
+    torch.testing.assert_close(found[PLANNED], found[REFERENCE], atol=1e-4, rtol=1e-4)
+    assert (found[PLANNED] - dense).abs().max() > 1e-2
+    assert model.config._attn_implementation not in (PLANNED, REFERENCE, INFLUENCE)
+
+
+def test_answer_loss_counts_answer_tokens_alone() -> None:
+    model = tiny_model("llama").eval()
+    sample, layout = _sample(200), _layout(model)
+    ids = torch.tensor([sample.token_ids])
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0]
+    places = [i for start, end in sample.answer_spans for i in range(start, end)]
+    expected = F.cross_entropy(logits[[i - 1 for i in places]], ids[0, places])
+    assert answer_loss(model, sample, None) == pytest.approx(float(expected), rel=1e-5)
+    dense = layout.uniform(DENSE)
+    assert answer_loss(model, sample, dense) == pytest.approx(float(expected), rel=1e-5)
+    narrow = layout.uniform(Rule(48, 0.0))
+    assert answer_loss(model, sample, narrow) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_every_domain_weighs_the_same_however_large_its_loss() -> None:
+    model = tiny_model("llama")
+    layout = _layout(model)
+    reference = layout.uniform(Rule(64, 0.0))
+    length = 160
+    spans = length // BLOCK + 1
+    samples = [
+        CalibrationSample(domain, length, (1,), ((0, 1),), (None,)) for domain in ("a", "b")
+    ]
+    torch.manual_seed(0)
+    small = torch.rand(2, 2, spans)
+    tables = [small, 1000 * torch.rand(2, 2, spans)]
+    (objective,) = length_objectives(samples, tables, reference)
+    swapped = length_objectives(samples, [small, tables[1] / 1000], reference)[0]
+    torch.testing.assert_close(
+        torch.tensor(objective.table), torch.tensor(swapped.table), rtol=1e-6, atol=1e-9
+    )
+    # A narrower span never counts as cheaper than a wider one.
+    assert (objective.table[..., :-1] >= objective.table[..., 1:]).all()
+
+
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_profiling_stores_tables_not_matrices(length: int) -> None:
+    """What outlives a backward pass is O(heads x spans), and no tile passes its fixed size."""
+    sizes: list[int] = []
+    original = profiled._Backward.tile
+
+    def spying(self: profiled._Backward, start: int, block: int) -> tuple[Tensor, Tensor]:
+        weights, flows = original(self, start, block)
+        sizes.append(weights.numel())
+        return weights, flows
+
+    q, k, v, grad = _qkv(length)
+    recorder = InfluenceRecorder(SINK, BLOCK, (None,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiled._Backward, "tile", spying)
+        influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
+    assert max(sizes) <= max(profiled._TILE_ELEMENTS, KV_HEADS * GROUP * BLOCK * length)
+    assert recorder.tables[0].numel() == KV_HEADS * (length // BLOCK + 1)
