@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moac.calibration import read_calibration
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac_runtime.errors import UsageError
 from moac_runtime.manifest import DTYPES
@@ -54,6 +55,8 @@ class CompileRequest:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
         self._check_spans()
+        if self.calibration is not None:
+            read_calibration(self.calibration)  # a bad line is named now, not after minutes
 
     def _check_spans(self) -> None:
         if self.sink < 0 or self.sink % self.block or self.min_span % self.block:

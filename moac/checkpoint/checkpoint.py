@@ -101,7 +101,8 @@ class Checkpoint:
     ) -> PreTrainedModel:
         """The model in transformers: eval mode, no gradients, scaled-dot-product attention.
 
-        `dtype`: the checkpoint's own where left out.
+        `dtype`: the checkpoint's own where left out. Raises CheckpointError for a weight that is
+        not finite in it.
         """
         wanted = dtype or self.dtype
         with _no_progress_bars():
@@ -111,6 +112,7 @@ class Checkpoint:
                 else load_gguf_model(self.path, wanted)
             )
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        _check_finite(loaded, self.source)
         return loaded
 
     def load_tokenizer(self) -> Any:
@@ -212,6 +214,16 @@ def _check_tied(spec: ModelSpec, weights: SafetensorsWeights) -> None:
             "config.json says tie_word_embeddings, but lm_head.weight differs from "
             "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
         )
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(
+                f"{name} of {source} holds values that are not finite as "
+                f"{str(weight.dtype).removeprefix('torch.')}, expected finite weights; "
+                "download the checkpoint again"
+            )
 
 
 def _check_installed(*packages: str) -> None:
