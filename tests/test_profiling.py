@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,6 +190,16 @@ def test_answer_loss_counts_answer_tokens_alone() -> None:
     assert answer_loss(model, sample, dense) == pytest.approx(float(expected), rel=1e-5)
     narrow = layout.uniform(Rule(48, 0.0))
     assert answer_loss(model, sample, narrow) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_wrong_answers_carry_no_loss_unless_there_are_no_others() -> None:
+    model = tiny_model("llama").eval()
+    both = _sample(200)
+    first = replace(both, answer_spans=both.answer_spans[:1], correct=(None,))
+    judged = replace(both, correct=(True, False))
+    assert answer_loss(model, judged, None) == pytest.approx(answer_loss(model, first, None))
+    wrong = replace(both, correct=(False, False))
+    assert answer_loss(model, wrong, None) == pytest.approx(answer_loss(model, both, None))
 
 
 def test_every_domain_weighs_the_same_however_large_its_loss() -> None:

@@ -83,13 +83,20 @@ def answer_loss(model: PreTrainedModel, sample: CalibrationSample, plan: Plan | 
 
 def _answer_logits(model: PreTrainedModel, sample: CalibrationSample, **inputs: object) -> Tensor:
     """Float32 logits `[A, V]` that predict each answer token; none are made for the others."""
-    place = torch.cat([torch.arange(*span) for span in sample.answer_spans]).to(model.device)
+    place = torch.cat([torch.arange(*span) for span in _believed(sample)]).to(model.device)
     logits: Tensor = model(**inputs, logits_to_keep=place - 1, use_cache=False).logits
     return logits[0].float()
 
 
+def _believed(sample: CalibrationSample) -> list[tuple[int, int]]:
+    """Answers that carry loss: a wrong one tells nothing of where the right one was found."""
+    judged = zip(sample.answer_spans, sample.correct, strict=True)
+    right = [span for span, correct in judged if correct is not False]
+    return right or list(sample.answer_spans)
+
+
 def _answers(sample: CalibrationSample, device: torch.device) -> Tensor:
-    tokens = [token for span in sample.answer_spans for token in sample.token_ids[slice(*span)]]
+    tokens = [token for span in _believed(sample) for token in sample.token_ids[slice(*span)]]
     return torch.tensor(tokens, device=device)
 
 
