@@ -15,7 +15,7 @@ from families import save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, Compiled, moac_command, options
 
-from moac import compiler
+from moac.packaging.fuse import pack_weights
 
 Make = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "written"
 
 
-def refused(code: int, capsys: Capture, *arguments: str | Path) -> str:
+def refused(code: int, capsys: Capture, *arguments: object) -> str:
     """Run `moac ARGUMENTS`, which must fail at once with `code` and one sentence: return it."""
     capsys.readouterr()
     assert moac_command(*arguments) == code
@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_the_old_package(
     def full(staging: Path, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(staging / "plan.json"))
 
-    monkeypatch.setattr(compiler, "write_plan", full)
+    monkeypatch.setattr("moac.compiler.write_plan", full)
     before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
     asked = ["compile", tiny_package.checkpoint, "-o", package, *options(), "--force"]
     capsys.readouterr()
@@ -286,13 +286,11 @@ def test_a_full_disk_leaves_the_old_package(
 def test_a_package_that_fails_its_check_is_not_published(
     tiny_package: Compiled, folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = compiler.pack_weights
-
     def scaled(*arguments: Any) -> Any:
-        for name, tensor in packed(*arguments):
+        for name, tensor in pack_weights(*arguments):
             yield name, tensor * 1.05 if name == "layers.1.o.weight" else tensor
 
-    monkeypatch.setattr(compiler, "pack_weights", scaled)
+    monkeypatch.setattr("moac.compiler.pack_weights", scaled)
     capsys.readouterr()
     asked = ["compile", tiny_package.checkpoint, "-o", folder / "out", *options()]
     assert moac_command(*asked, "--work-dir", tiny_package.work_dir) == 3

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from test_checkpoint import write_gguf
 from tiny import CONTEXT, Compiled, moac_command, options, request
 
 import moac_runtime
-from moac import CompileResult, compile_model, stages
+from moac import CompileResult, compile_model
 from moac.checkpoint import open_checkpoint
+from moac.profiling.influence import sample_influence
 from moac.verify import verify
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.decoder import Decoder
@@ -48,18 +50,25 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+class Profiler:
+    """Stands before the real one: notes the domains that are profiled, and may be interrupted."""
+
+    def __init__(self) -> None:
+        self.domains: list[str] = []
+        self.interrupt_at: int | None = None
+
+    def __call__(self, model: Any, spec: Any, sample: Any, layout: Any) -> Any:
+        if len(self.domains) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.domains.append(sample.domain)
+        return sample_influence(model, spec, sample, layout)
+
+
 @pytest.fixture
-def profiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The domains of the samples that are really profiled, in order."""
-    seen: list[str] = []
-    measure = stages.sample_influence
-
-    def spy(model: Any, spec: Any, sample: Any, layout: Any) -> Any:
-        seen.append(sample.domain)
-        return measure(model, spec, sample, layout)
-
-    monkeypatch.setattr(stages, "sample_influence", spy)
-    return seen
+def profiler(monkeypatch: pytest.MonkeyPatch) -> Profiler:
+    made = Profiler()
+    monkeypatch.setattr("moac.stages.sample_influence", made)
+    return made
 
 
 def recompile(made: Compiled, out: Path, **changes: Any) -> CompileResult:
@@ -111,9 +120,9 @@ def test_a_checkpoint_becomes_a_package_that_does_what_the_original_does(
     assert set(INSPECTED) <= set(found)
     assert found["lengths"] == [512, 768, 1536]
     assert [len(layer) for layer in found["rules"]] == [2, 2]
-    for length in map(str, found["lengths"]):
-        size = found["kv_bytes"][length]
-        assert size["held"] / size["dense"] == pytest.approx(found["density"][length])
+    for planned in map(str, found["lengths"]):
+        size = found["kv_bytes"][planned]
+        assert size["held"] / size["dense"] == pytest.approx(found["density"][planned])
         assert size["held"] <= 0.5 * size["dense"]
 
     lengths = ["--lengths", "64,600,1000"]
@@ -176,11 +185,9 @@ def test_held_bytes_are_those_of_the_tensors_allocated(
     artifact = open_artifact(tiny_package.package)
     decoder = decoder_of(artifact, getattr(torch, artifact.dtype))
     for length in found["lengths"]:
-        allocated = new_tensor_bytes(
-            lambda capacity=length: Session(
-                decoder, artifact.plan, artifact.head_order, batch=1, capacity=capacity
-            )
-        )
+        order = artifact.head_order
+        opening = partial(Session, decoder, artifact.plan, order, batch=1, capacity=length)
+        allocated = new_tensor_bytes(opening)
         size = found["kv_bytes"][str(length)]
         assert allocated == size["held"] <= 0.5 * size["dense"]
 
@@ -213,7 +220,7 @@ def test_rules_per_layer_limits_the_distinct_rules(tiny_package: Compiled, out: 
 
 
 def test_the_users_own_samples_are_profiled(
-    tiny_package: Compiled, out: Path, profiled: list[str], tmp_path: Path
+    tiny_package: Compiled, out: Path, profiler: Profiler, tmp_path: Path
 ) -> None:
     lines = [
         {"prompt": "The key is hidden. What is hidden?", "response": "the key"},
@@ -222,7 +229,7 @@ def test_the_users_own_samples_are_profiled(
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     result = recompile(tiny_package, out, calibration=file)
-    assert profiled == ["user", "user"]
+    assert profiler.domains == ["user", "user"]
     assert result.record["budget"] == 0.5
 
 
@@ -253,36 +260,27 @@ def test_a_gguf_compiles(tmp_path: Path, out: Path) -> None:
 def test_an_interrupted_compile_goes_on_where_it_stopped(
     tiny_package: Compiled,
     out: Path,
-    profiled: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    profiler: Profiler,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    measure = stages.sample_influence
-
-    def interrupted_at_the_fourth(*arguments: Any) -> Any:
-        if len(profiled) == 3:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
     command = ["compile", tiny_package.checkpoint, "-o", out, *options()]
     command += ["--work-dir", tmp_path / "work"]
-    monkeypatch.setattr(stages, "sample_influence", interrupted_at_the_fourth)
+    profiler.interrupt_at = 3
     assert moac_command(*command) == 130
     assert "interrupted; run the same command again to go on" in capsys.readouterr().err
     assert not out.exists()
 
-    monkeypatch.setattr(stages, "sample_influence", measure)
+    profiler.interrupt_at = None
     assert moac_command(*command) == 0
-    assert len(profiled) == 6  # three domains at two lengths, each once
+    assert len(profiler.domains) == 6  # three domains at two lengths, each once
     assert rules_of(out) == rules_of(tiny_package.package)
 
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
-from pathlib import Path
 import torch
-from moac import CompileRequest, compile_model, compiler
+from moac import compile_model, compiler
 from tiny import request
 torch.set_num_threads(1)
 compiler.write_plan = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -292,7 +290,7 @@ compile_model(checkpoint, out, request=request(), work_dir=work, force=True)
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_target_untouched(
-    tiny_package: Compiled, out: Path, profiled: list[str]
+    tiny_package: Compiled, out: Path, profiler: Profiler
 ) -> None:
     work = tiny_package.work_dir
     shutil.copytree(tiny_package.package, out)
@@ -308,14 +306,14 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_target_untouched(
     assert len(list(out.parent.iterdir())) == 2  # the package, and what the dead one was writing
     compile_model(tiny_package.checkpoint, out, request=request(), work_dir=work, force=True)
     assert list(out.parent.iterdir()) == [out]
-    assert profiled == []
+    assert profiler.domains == []
 
 
 def test_another_budget_reuses_the_profile(
-    tiny_package: Compiled, out: Path, profiled: list[str]
+    tiny_package: Compiled, out: Path, profiler: Profiler
 ) -> None:
     plan = recompile(tiny_package, out, budget=0.3).plan
-    assert profiled == []
+    assert profiler.domains == []
     assert all(plan.density(length) <= 0.3 for length in (512, 768, 1536))
 
 

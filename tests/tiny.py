@@ -39,7 +39,7 @@ def options(**changes: Any) -> list[str]:
     return words
 
 
-def moac_command(*arguments: str | Path) -> int:
+def moac_command(*arguments: object) -> int:
     """Run `moac ARGUMENTS` in this process and return its exit code."""
     try:
         moac.cli.main([str(argument) for argument in arguments])

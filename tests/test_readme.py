@@ -1,0 +1,148 @@
+"""Every command and snippet of the README runs, on a tiny checkpoint in the real one's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from tiny import Compiled, moac_command, options, request
+
+import moac
+from moac.cli import cli
+from moac_runtime.command import _parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKPOINT = ".cache/smollm2-135m-instruct"
+MAKE_TARGETS = {"quickstart", "test"}
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks, in order."""
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def shell_commands() -> list[str]:
+    """Those that a checkpoint is enough for: all but the set-up."""
+    return [line for line in commands() if not line.startswith("make ")]
+
+
+@pytest.fixture
+def workplace(tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the project after `make quickstart`, on the tiny checkpoint."""
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / CHECKPOINT).symlink_to(tiny_package.checkpoint)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    shutil.copytree(tiny_package.package, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOAC_CACHE", str(tiny_package.work_dir))
+    monkeypatch.setattr(moac, "CompileRequest", request, raising=False)
+    return tmp_path
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of one line: in this process where it can be, which saves the imports."""
+    words = shlex.split(command)
+    if words[0] == "moac":
+        tiny = options() if words[1] == "compile" else []
+        return moac_command(*words[1:], *tiny)
+    if words[0] == "python" and words[1].startswith("examples/"):
+        return script(words[1:], monkeypatch)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=120,
+    ).returncode
+
+
+def script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", words)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def test_the_commands_are_found() -> None:
+    found = commands()
+    starts = ("moac compile", "moac run", "moac inspect", "moac verify", "python out/")
+    for start in (*starts, "python examples/compile_model.py", "python examples/run_package.py"):
+        assert any(line.startswith(start) for line in found), start
+    assert {line.removeprefix("make ") for line in set(found) - set(shell_commands())} == (
+        MAKE_TARGETS
+    )
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_a_command_runs(
+    command: str,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(command, monkeypatch) == 0, capsys.readouterr().err
+    assert (workplace / "out" / "moac.json").is_file()
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_a_snippet_runs(snippet: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0.5\n")
+
+
+def test_examples_end_in_a_sentence(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script(["examples/run_package.py", "nowhere"], monkeypatch) == 1
+    assert script(["examples/compile_model.py", "./nowhere", "out"], monkeypatch) == 1
+    wrong = ["examples/compile_model.py", CHECKPOINT, "out", "--budget", "2"]
+    assert script(wrong, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split()[0] for line in err.splitlines()] == ["error:"] * 3
+
+
+def test_every_option_stands_in_the_readme() -> None:
+    group = cli.commands["compile"]
+    wanted = {
+        name
+        for parameter in group.params
+        if isinstance(parameter, click.Option)
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    wanted |= {name for name in _parser(None)._option_string_actions if name.startswith("--")}
+    missing = {name for name in wanted if not re.search(rf"{name}(?![\w-])", README)}
+    assert missing == {"--output"}  # shown as -o
+
+
+def test_the_makefile_has_what_the_readme_calls() -> None:
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in (*MAKE_TARGETS, "test-slow", "lint", "types"):
+        assert re.search(rf"^{target}:", rules, re.MULTILINE), target
+    for name in ("-c constraints.txt", "--constraint constraints.txt"):
+        assert name in README + rules
+
+
+def test_linked_files_are_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
