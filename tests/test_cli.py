@@ -21,6 +21,11 @@ Make = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def _own_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOAC_CACHE", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
+
+
 @pytest.fixture
 def checkpoint(tiny_package: Compiled, tmp_path: Path) -> Path:
     """A checkpoint that a test may damage."""
