@@ -132,7 +132,7 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--samples",
-    default=6,
+    default=5,
     show_default=True,
     metavar="N",
     help="calibration samples per domain at the shortest length",
@@ -148,7 +148,7 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--plans",
-    default=8,
+    default=5,
     show_default=True,
     metavar="N",
     help="plans of the Pareto front to compare",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from moac.calibration import read_calibration
@@ -30,11 +30,11 @@ class CompileRequest:
     sink: int = 64
     block: int = 64
     min_span: int = 128
-    plans: int = 8
-    samples: int = 6
+    plans: int = 5
+    samples: int = 5
     seed: int = 0
     max_shard_size: int = DEFAULT_SHARD_SIZE
-    revision: str | None = field(default=None)
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:

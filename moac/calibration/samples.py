@@ -33,6 +33,7 @@ _MOST_FACTS = 8
 _SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
 _FILLER_SHARE = 0.25
 _DOCUMENT_TOKENS = 400
+_TEXT_TOKENS = 1024
 
 Progress = Callable[[int, int], None]
 
@@ -133,11 +134,15 @@ def documents_sample(
 def text_sample(
     model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
 ) -> CalibrationSample:
-    """Running text of exactly `length` tokens; all past the first quarter carry loss."""
+    """Running text of exactly `length` tokens; the last ones, most of all, carry loss.
+
+    At most `_TEXT_TOKENS` of them, which see furthest back: their logits would take more memory
+    than the model.
+    """
     words = running_words(calibration_text(), rng, length)
     encoded = format.tokenizer("".join(words))["input_ids"]
     tokens = tuple(encoded[:length])
-    span = (len(tokens) // 4, len(tokens))
+    span = (max(len(tokens) // 4, len(tokens) - _TEXT_TOKENS), len(tokens))
     return CalibrationSample("text", length, tokens, (span,), (None,))
 
 
