@@ -1,0 +1,1 @@
+"""The portable target: the decoder and its span caches as one ONNX graph."""

@@ -1,0 +1,87 @@
+"""Weights of the graph: the package's own safetensors files, referred to byte by byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx import TensorProto
+
+from moac.export.builder import Builder
+from moac.export.graph import KINDS, Weights
+
+_STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a safetensors file. `location`: from the package's root; the rest in bytes."""
+
+    location: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def stored_tensors(package: Path) -> dict[str, Stored]:
+    """Every weight of the package at `package`, by name."""
+    shards = sorted((package / "weights").glob("*.safetensors"))
+    return {name: tensor for shard in shards for name, tensor in _tensors(package, shard)}
+
+
+def _tensors(package: Path, shard: Path) -> Iterator[tuple[str, Stored]]:
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    location = shard.relative_to(package).as_posix()
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            start = 8 + length + begin
+            kind, shape = _STORED[entry["dtype"]], tuple(entry["shape"])
+            yield name, Stored(location, kind, shape, start, end - begin)
+
+
+def shared_weights(package: Path, dtype: str) -> Weights:
+    """Weights read where they lie, cast to `dtype` in the graph where they are stored otherwise."""
+    source = _Shared(stored_tensors(package), KINDS[dtype])
+    return Weights(source.tensor, source.rows, source.linear)
+
+
+class _Shared:
+    def __init__(self, stored: dict[str, Stored], kind: int) -> None:
+        self._stored = stored
+        self._kind = kind
+        self._cast: dict[str, str] = {}
+
+    def tensor(self, b: Builder, name: str) -> str:
+        if name not in self._cast:
+            self._cast[name] = self._converted(
+                b, name, self._reference(b, name), called=f"{name}.cast"
+            )
+        return self._cast[name]
+
+    def rows(self, b: Builder, name: str, index: str) -> str:
+        # the rows are cast, not the table: a runtime need not hold it twice
+        return self._converted(b, name, b.op("Gather", self._reference(b, name), index, axis=0))
+
+    def linear(self, b: Builder, x: str, name: str, bias: str | None) -> str:
+        biases = [] if bias is None else [self.tensor(b, bias)]
+        return b.op("Gemm", x, self.tensor(b, name), *biases, transB=1)
+
+    def _converted(self, b: Builder, name: str, value: str, *, called: str | None = None) -> str:
+        if self._stored[name].kind == self._kind:
+            return value
+        return b.op("Cast", value, to=self._kind, name=called)
+
+    def _reference(self, b: Builder, name: str) -> str:
+        stored = self._stored[name]
+        tensor = TensorProto(name=name, data_type=stored.kind, dims=stored.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key in ("location", "offset", "length"):
+            tensor.external_data.add(key=key, value=str(getattr(stored, key)))
+        return b.initializer(tensor)
