@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> i
     `package`: the package that runs itself; None reads PACKAGE from `argv`. Raises SystemExit for
     --help alone.
     """
+    # torch warns where numpy is absent; running a package does without it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         return _run(_parser(package).parse_args(argv), package)
     except MoacError as error:
