@@ -26,8 +26,8 @@ from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
 
 _LIBRARIES_BYTES = 400 << 20
-_ANSWER_TOKENS = 150  # that the dense model writes for one sample, about
-_DECODE_SECONDS_PER_BYTE = 1 / 5e9  # decoding reads the weights once a token
+_ANSWER_TOKENS = 70  # that the dense model writes for one sample, about
+_DECODE_SECONDS_PER_BYTE = 1 / 1e10  # decoding reads the weights once a token
 _SOLVE_SECONDS = 10.0
 
 
@@ -74,7 +74,7 @@ def estimate(
         StageEstimate(
             "profile",
             f"{len(lines)} samples at {', '.join(map(str, lengths.profiled))} tokens",
-            4 * _forward(spec, lines) / rate,
+            3 * _forward(spec, lines) / rate,
             base + working,
         ),
         StageEstimate("optimise", f"{request.plans} plans", _SOLVE_SECONDS, base),
