@@ -18,7 +18,10 @@ HEAVY = {"transformers", "accelerate", "gguf", "highspy", "onnx", "onnxruntime",
 
 # Beside the standard library; a package's host has installed just these.
 ALLOWED = {
-    "runtime/moac_runtime": {"moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"},
+    "runtime/moac_runtime": {
+        *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
+        *("numpy", "onnxruntime"),  # the onnx backend's
+    },
     "kernels/moac_kernels": {"moac_kernels", "torch"},
 }
 

@@ -116,7 +116,7 @@ class _Graph:
         """Sizes and positions of the step."""
         b = self._b
         self._chunk = b.op("Shape", "tokens", start=1, end=2)
-        self._places = b.op("Range", *(self._scalar(v) for v in (0, self._chunk, 1)))
+        self._places = self._range(self._chunk)
         self._start = b.op("Unsqueeze", "past_lengths", b.ints(1))
         self._stop = b.op("Add", self._start, b.op("Unsqueeze", "counts", b.ints(1)))
         self._positions = b.op("Add", self._start, self._places)
@@ -124,9 +124,10 @@ class _Graph:
         # every later query's sight, so nothing is lost.
         self._written = b.op("Min", self._positions, self._stop)
 
-    def _scalar(self, value: int | str) -> str:
+    def _range(self, stop: str) -> str:
+        """0 to `stop - 1`, `stop` being `[1]`."""
         b = self._b
-        return b.number(value, INT64) if isinstance(value, int) else b.op("Squeeze", value)
+        return b.op("Range", b.number(0, INT64), b.op("Squeeze", stop), b.number(1, INT64))
 
     def _rotate(self) -> None:
         """Cosines and sines `[B * T, 1, D]`; the sines' first half negated (see Rotation)."""
@@ -169,7 +170,7 @@ class _Graph:
     def _held_until(self, size: str, sink: str, ring: str, window: int | None) -> str:
         """`_until` of the key in each slot `[B, S]`, 0 (no query at all) where it is empty."""
         b = self._b
-        slot = b.op("Range", *(self._scalar(v) for v in (0, size, 1)))
+        slot = self._range(size)
         last = b.op("Sub", self._start, b.ints(1))
         pinned = b.op("Less", slot, sink)
         back = b.op("Mod", b.op("Sub", last, slot), ring)
@@ -258,14 +259,16 @@ class _Graph:
         return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight"), axis=1)
 
     def _attend(self, cache: CacheLayout, q: str, k: str, v: str) -> str:
-        """One cache's heads; `[M, n * G * D]`. Old and new keys are scored apart: no cache moves."""
+        """What one cache's heads attend to, `[M, n * G * D]`.
+
+        Held and own keys are scored apart, so that no cache is copied.
+        """
         b, span, dim = self._b, self._spans[cache.span], self._spec.head_dim
         group, n = self._spec.group_size, cache.num_heads
         with b.scope(f"heads.{cache.first_head}"):
             q = self._queries(q, n)
-            self._new[cache.name] = k, v = tuple(
-                b.op("Reshape", x, self._by_row(n, dim)) for x in (k, v)
-            )
+            k, v = (b.op("Reshape", x, self._by_row(n, dim)) for x in (k, v))
+            self._new[cache.name] = (k, v)
             k, v = (b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (k, v))
             old_k, old_v = f"past.{cache.name}.key", f"past.{cache.name}.value"
             scores = [
@@ -370,7 +373,7 @@ class _Graph:
         batch = b.op("Shape", "tokens", start=0, end=1)
         slots = b.op("Add", self._spans[cache.span].slots, none)
         parts = (
-            b.op("Unsqueeze", b.op("Range", *map(self._scalar, (0, batch, 1))), b.ints(1, 2, 3)),
+            b.op("Unsqueeze", self._range(batch), b.ints(1, 2, 3)),
             b.op("Reshape", b.ints(*range(n)), b.ints(1, 1, n, 1)),
             b.op("Unsqueeze", slots, b.ints(2, 3)),
         )

@@ -47,7 +47,7 @@ def _tensors(package: Path, shard: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def shared_weights(package: Path, dtype: str) -> Weights:
-    """Weights read where they lie, cast to `dtype` in the graph where they are stored otherwise."""
+    """Weights read where they lie; the graph casts those that are not stored in `dtype`."""
     source = _Shared(stored_tensors(package), KINDS[dtype])
     return Weights(source.tensor, source.rows, source.linear)
 

@@ -60,6 +60,11 @@ class Opening:
     def __init__(self, root: Path, manifest: Manifest, check: IntegrityCheck):
         self._root, self._manifest, self._check = root, manifest, check
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The backends the package is built for, known before its files are checked."""
+        return self._manifest.targets
+
     def result(self) -> Artifact:
         """The checked package. Raises ArtifactError."""
         self._check.result()

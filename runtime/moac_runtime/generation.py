@@ -1,6 +1,7 @@
 """Prompts to answers: open a package, tokenise, prefill one ragged batch, decode, stop.
 
-torch loads inside `load`, while another thread checks the package's files.
+A backend's libraries load inside `load`, while other threads check the package's files; a
+package run by onnxruntime needs no torch.
 """
 
 from __future__ import annotations
@@ -8,21 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
+from typing import Literal, Protocol, TypedDict, Unpack
 
-from moac_runtime.artifact import Artifact, start_opening
+from moac_runtime.arrays import Array
+from moac_runtime.artifact import Artifact, Opening, start_opening
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.sampling import Sampler, SamplingOptions
 from moac_runtime.spec import ModelSpec
 from moac_runtime.text import Message, StopStrings, Tokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BACKENDS = ("cuda", "onnx", "torch")  # every name a package or a user may use
-RUNNABLE = ("torch",)  # those this runtime has, best first
+RUNNABLE = ("torch", "onnx")  # those this runtime has, best first
+
+# What a backend needs on its host, and how to get it.
+_NEEDS = {
+    "torch": ("torch", "pip install torch"),
+    "onnx": ("onnxruntime", "pip install 'moac[onnx]'"),
+}
 
 FinishReason = Literal["stop", "length", "interrupted"]
 Prompt = str | Sequence[Message]
@@ -42,12 +48,15 @@ class Sampling(TypedDict, total=False):
 
 
 class OpenSession(Protocol):
-    """What generation asks of a backend's session of `[B]` rows."""
+    """What generation asks of a backend's session of `[B]` rows.
 
-    def extend(self, tokens: list[list[int]]) -> Tensor:
+    Logits are arrays of the backend's own library; `decode` takes what was chosen from them.
+    """
+
+    def extend(self, tokens: list[list[int]]) -> Array:
         """Append a ragged batch of tokens; logits of the last of each row, `[B, V]` float32."""
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Array) -> Array:
         """Append one token a row, `[B]`; logits `[B, V]` float32."""
 
     def keep(self, rows: list[int]) -> None:
@@ -343,7 +352,7 @@ class Model:
         limits = [min(options.max_tokens, size - len(row)) for row in rows]
         return Batch(
             self._open_session(len(rows), size),
-            Sampler(options, rows, vocab_size=self.spec.vocab_size),
+            Sampler(options, rows),
             rows,
             [Answer(self.tokenizer, options.stop, limit=limit) for limit in limits],
             capacity=size,
@@ -420,7 +429,30 @@ def load(
     """
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
-    opening = start_opening(path)  # hashes while torch loads
+    opening = start_opening(path)  # hashes while the backend's libraries load
+    chosen = choose_backend(backend, opening.targets)
+    ready = (_open_onnx if chosen == "onnx" else _open_torch)(opening, dtype, threads)
+    return Model(
+        tokenizer=_tokenizer(ready.artifact),
+        spec=ready.artifact.spec,
+        capacity=ready.artifact.capacity,
+        dtype=ready.dtype,
+        backend=chosen,
+        open_session=ready.open_session,
+        load_s=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A backend that has read a package's weights. `dtype`: of the cache, by name."""
+
+    artifact: Artifact
+    dtype: str
+    open_session: Callable[[int, int], OpenSession]
+
+
+def _open_torch(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
     import torch
 
     from moac_runtime.decoder import Decoder
@@ -430,9 +462,7 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     artifact = opening.result()
-    chosen = choose_backend(backend, artifact.targets)
     precision = dtype or artifact.dtype
-    tokenizer = _tokenizer(artifact)
     torch_dtype = getattr(torch, precision)
     decoder = Decoder(artifact.spec, load_weights(artifact, torch_dtype), dtype=torch_dtype)
 
@@ -440,15 +470,25 @@ def load(
         plan, order = artifact.plan, artifact.head_order
         return Session(decoder, plan, order, batch=batch, capacity=capacity)
 
-    return Model(
-        tokenizer=tokenizer,
-        spec=artifact.spec,
-        capacity=artifact.capacity,
-        dtype=precision,
-        backend=chosen,
-        open_session=open_session,
-        load_s=time.perf_counter() - started,
-    )
+    return _Ready(artifact, precision, open_session)
+
+
+def _open_onnx(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
+    from moac_runtime.onnx_session import OnnxSession, open_graph
+
+    artifact = opening.result()
+    graph = open_graph(artifact, threads=threads)
+    found = graph.layout.dtype
+    if dtype not in (None, found):
+        raise UsageError(
+            f"the package's ONNX graph computes in {found}, not in {dtype}; leave out --dtype, or "
+            f"compile the package with --onnx-dtype {dtype}"
+        )
+
+    def open_session(batch: int, capacity: int) -> OnnxSession:
+        return OnnxSession(graph, batch=batch, capacity=capacity)
+
+    return _Ready(artifact, found, open_session)
 
 
 def choose_backend(asked: str | None, targets: Sequence[str]) -> str:
@@ -465,7 +505,13 @@ def choose_backend(asked: str | None, targets: Sequence[str]) -> str:
             f"{', '.join(targets)}, and this runtime runs {', '.join(RUNNABLE)}; "
             "choose a backend both name, or compile the package again"
         )
-    return runnable[0]
+    present = [name for name in runnable if find_spec(_NEEDS[name][0]) is not None]
+    if not present:
+        module, remedy = _NEEDS[runnable[0]]
+        raise MoacError(
+            f"the backend {runnable[0]} needs {module}, which is not installed; run: {remedy}"
+        )
+    return present[0]
 
 
 def _check_request(backend: str | None, dtype: str | None, threads: int | None) -> None:

@@ -18,9 +18,6 @@ ONNX_MODEL = "model.onnx"
 ONNX_LAYOUT = "onnx.json"
 OPSET = 21
 
-# In place of "no window of its own": more than any distance of two tokens.
-NO_WINDOW = 2**31 - 1
-
 
 @dataclass(frozen=True, slots=True)
 class SpanKind:

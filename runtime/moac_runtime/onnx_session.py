@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 
+from moac_runtime.artifact import Artifact
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
-from moac_runtime.onnx_layout import OnnxLayout
+from moac_runtime.integrity import REMEDY
+from moac_runtime.manifest import read_json
+from moac_runtime.onnx_layout import ONNX_LAYOUT, OnnxLayout
 from moac_runtime.spec import RopeSpec
 
 if TYPE_CHECKING:
@@ -64,6 +67,18 @@ class OnnxGraph:
     def run(self, binding: Any) -> None:
         """Run one step on what is bound."""
         self._session.run_with_iobinding(binding)
+
+
+def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
+    """The graph of a package built for `onnx`. Raises ArtifactError."""
+    data = read_json(artifact.path(ONNX_LAYOUT), ONNX_LAYOUT)
+    try:
+        layout = OnnxLayout.from_json(data)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
+        ) from error
+    return OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
 
 
 class OnnxSession:
@@ -123,8 +138,8 @@ class OnnxSession:
         `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
         """
         self._check_rows(len(tokens))
-        for row in tokens:
-            self._check_vocabulary(row)
+        for fed in tokens:
+            self._check_vocabulary(fed)
         self._check_room([len(row) for row in tokens])
         begin = self.lengths
         found: list[list[Array]] = [
@@ -132,12 +147,12 @@ class OnnxSession:
         ]
         for rows, count in self._shares([len(row) for row in tokens]):
             first = int(self._lengths[rows.start]) - begin[rows.start]
-            fed = [tokens[row][first : first + count] for row in range(rows.start, rows.stop)]
+            chunk = [tokens[row][first : first + count] for row in range(rows.start, rows.stop)]
             places = [
                 [index - first for index in wanted[row] if first <= index < first + count]
                 for row in range(rows.start, rows.stop)
             ]
-            logits = self._feed(rows, np.array(fed, dtype=np.int64), places)
+            logits = self._feed(rows, np.array(chunk, dtype=np.int64), places)
             for row, part in zip(range(rows.start, rows.stop), logits, strict=True):
                 found[row].append(part)
         return [np.concatenate(parts) for parts in found]
@@ -176,7 +191,7 @@ class OnnxSession:
             size = self._spans[cache.span].size
             shape = (batch, cache.num_heads, size, layout.head_dim)
             for part in ("key", "value"):
-                # zeros, not empty: a slot under a mask weighs nothing, but NaN times nothing is NaN
+                # zeros, not empty: a masked slot weighs nothing, but NaN times nothing is NaN
                 yield f"{cache.name}.{part}", np.zeros(shape, dtype=self._graph.dtype)
 
     def _shares(self, counts: Sequence[int]) -> Iterator[tuple[slice, int]]:
@@ -282,4 +297,5 @@ def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> Array:
     stretch = rope.factor * capacity / context - (rope.factor - 1)
     theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return np.reciprocal(np.power(np.float32(theta), exponent))
+    frequencies: Array = np.reciprocal(np.power(np.float32(theta), exponent))
+    return frequencies

@@ -1,8 +1,8 @@
 """Choice of the next token: options, their checks, and one sampler per batch.
 
 Meaning and order of the filters are those of transformers' logits processors: repetition penalty,
-temperature, top-k, top-p, min-p. torch is imported inside functions, so that options can be
-checked before it loads.
+temperature, top-k, top-p, min-p. The same rules choose from torch tensors and numpy arrays, and
+the random numbers come from neither, so a seed means the same on every backend.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from random import Random
 
+from moac_runtime.arrays import Array, library_of
 from moac_runtime.errors import MoacError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 _COLDEST = 1e-30  # a temperature float32 can divide by
 
@@ -63,20 +60,20 @@ def _require(holds: bool, name: str, expected: str, found: object) -> None:
 
 
 def sample(
-    logits: Tensor,
+    logits: Array,
     options: SamplingOptions,
     *,
-    seen: Tensor | None = None,
-    generators: Sequence[torch.Generator] = (),
-) -> Tensor:
-    """The next token of every row, `[B]` int64, from `logits` `[B, V]`.
+    seen: Array | None = None,
+    generators: Sequence[Random] = (),
+) -> Array:
+    """The next token of every row, `[B]` int64, from `logits` `[B, V]`, of the same library.
 
     `seen` `[B, V]` bool: tokens of the row's prompt and answer, for the repetition penalty.
     `generators`: one per row, unused when greedy. Raises MoacError where logits are not finite.
     """
     scores = _scores(logits, options, seen)
-    best, choice = scores.max(dim=-1)
-    if not best.isfinite().all():
+    best, choice = library_of(scores).best(scores)
+    if not library_of(best).finite(best):
         raise MoacError(
             "the model's logits are not finite numbers, so no token can be chosen; "
             "run with --dtype float32"
@@ -86,52 +83,46 @@ def sample(
     return _draw(_probabilities(scores, best, options), generators)
 
 
-def probabilities(
-    logits: Tensor, options: SamplingOptions, *, seen: Tensor | None = None
-) -> Tensor:
+def probabilities(logits: Array, options: SamplingOptions, *, seen: Array | None = None) -> Array:
     """What `sample` draws from at a temperature above 0, `[B, V]` float32, rows summing to 1."""
     scores = _scores(logits, options, seen)
-    return _probabilities(scores, scores.amax(dim=-1), options)
+    return _probabilities(scores, library_of(scores).best(scores)[0], options)
 
 
-def _scores(logits: Tensor, options: SamplingOptions, seen: Tensor | None) -> Tensor:
-    scores = logits.float()
+def _scores(logits: Array, options: SamplingOptions, seen: Array | None) -> Array:
+    scores = library_of(logits).float32(logits)
     if seen is None or options.repetition_penalty == 1:
         return scores
     return penalise(scores, seen, options.repetition_penalty)
 
 
-def _probabilities(scores: Tensor, best: Tensor, options: SamplingOptions) -> Tensor:
+def _probabilities(scores: Array, best: Array, options: SamplingOptions) -> Array:
     # Taking the maximum off first changes no probability and survives any small temperature.
-    scores = (scores - best.unsqueeze(-1)) / max(options.temperature, _COLDEST)
-    return filter_scores(scores, options).softmax(dim=-1)
+    scores = (scores - best[:, None]) / max(options.temperature, _COLDEST)
+    return library_of(scores).softmax(filter_scores(scores, options))
 
 
-def _draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def _draw(probabilities: Array, generators: Sequence[Random]) -> Array:
     """Inverse transform sampling: one random number a row, each from the row's own generator."""
-    import torch
-
     if len(generators) != len(probabilities):
         raise ValueError(
             f"generators must be one per row, got {len(generators)} for {len(probabilities)} rows"
         )
-    reached = probabilities.double().cumsum(dim=-1)
-    draws = [
-        torch.rand(1, generator=own, dtype=reached.dtype, device=own.device) for own in generators
-    ]
-    points = torch.stack(draws) * reached[:, -1:]
-    # The first token whose sum passes the point has a probability above 0.
-    chosen = torch.searchsorted(reached, points, right=True).squeeze(-1)
-    return chosen.clamp(max=probabilities.shape[-1] - 1)
+    library = library_of(probabilities)
+    reached = library.float64(probabilities).cumsum(-1)
+    points = library.like(reached, [[own.random()] for own in generators]) * reached[:, -1:]
+    # The first token whose sum passes the point has a probability above 0, and the last sum does.
+    return (reached <= points).sum(-1)
 
 
-def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise(scores: Array, seen: Array, penalty: float) -> Array:
     """Scores of tokens already `seen` made less likely (Keskar et al., arXiv 1909.05858)."""
-    weakened = (scores * penalty).where(scores < 0, scores / penalty)
-    return weakened.where(seen, scores)
+    library = library_of(scores)
+    weakened = library.where(scores < 0, scores * penalty, scores / penalty)
+    return library.where(seen, weakened, scores)
 
 
-def filter_scores(scores: Tensor, options: SamplingOptions) -> Tensor:
+def filter_scores(scores: Array, options: SamplingOptions) -> Array:
     """`scores` `[B, V]` with every token outside top-k, top-p or min-p at minus infinity."""
     if 0 < options.top_k < scores.shape[-1]:
         scores = _top_k(scores, options.top_k)
@@ -142,60 +133,53 @@ def filter_scores(scores: Tensor, options: SamplingOptions) -> Tensor:
     return scores
 
 
-def _top_k(scores: Tensor, k: int) -> Tensor:
-    smallest_kept = scores.topk(k, dim=-1).values[..., -1:]
-    return scores.masked_fill(scores < smallest_kept, -math.inf)
+def _top_k(scores: Array, k: int) -> Array:
+    library = library_of(scores)
+    smallest_kept = library.top(scores, k)[0][:, -1:]
+    return library.where(scores >= smallest_kept, scores, -math.inf)
 
 
-def _top_p(scores: Tensor, p: float) -> Tensor:
-    import torch
-
-    probabilities = scores.softmax(dim=-1)
+def _top_p(scores: Array, p: float) -> Array:
+    library = library_of(scores)
+    probabilities = library.softmax(scores)
     # Tokens at or below this sum to at most 1 - p, so they fall: only the others need sorting.
     negligible = (1 - p) / scores.shape[-1]
-    most = int((probabilities > negligible).sum(dim=-1).max())
-    best, tokens = probabilities.topk(max(most, 1), dim=-1)
-    keep = best.cumsum(dim=-1) - best < p
-    keep[..., 0] = True
-    drop = torch.ones_like(scores, dtype=torch.bool).scatter(-1, tokens, ~keep)
-    return scores.masked_fill(drop, -math.inf)
+    most = int((probabilities > negligible).sum(-1).max())
+    best, tokens = library.top(probabilities, max(most, 1))
+    keep = best.cumsum(-1) - best < p
+    keep[:, 0] = True
+    return library.where(library.marked(scores, tokens, keep), scores, -math.inf)
 
 
-def _min_p(scores: Tensor, p: float) -> Tensor:
-    probabilities = scores.softmax(dim=-1)
-    drop = probabilities < p * probabilities.amax(dim=-1, keepdim=True)
-    return scores.masked_fill(drop, -math.inf)
+def _min_p(scores: Array, p: float) -> Array:
+    library = library_of(scores)
+    probabilities = library.softmax(scores)
+    likeliest = library.best(probabilities)[0][:, None]
+    return library.where(probabilities >= p * likeliest, scores, -math.inf)
 
 
 class Sampler:
     """`sample` for a batch that shrinks: keeps every row's history and random generator."""
 
-    def __init__(
-        self,
-        options: SamplingOptions,
-        prompts: Sequence[Sequence[int]],
-        *,
-        vocab_size: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
         self._options = options
-        self._generators = self._seeded(len(prompts), device) if options.temperature > 0 else []
-        self._seen = None
-        if options.repetition_penalty != 1:
-            self._seen = _seen(prompts, vocab_size, device)
+        self._prompts = prompts
+        self._generators = self._seeded(len(prompts)) if options.temperature > 0 else []
+        self._seen: Array | None = None
 
-    def _seeded(self, rows: int, device: torch.device | str) -> list[torch.Generator]:
-        import torch
-
+    def _seeded(self, rows: int) -> list[Random]:
         seed = self._options.seed
-        seeds = [secrets.randbits(63) if seed is None else seed for _ in range(rows)]
-        return [torch.Generator(device=device).manual_seed(own) for own in seeds]
+        return [Random(secrets.randbits(63) if seed is None else seed) for _ in range(rows)]
 
-    def next(self, logits: Tensor) -> Tensor:
+    def next(self, logits: Array) -> Array:
         """The next token of every row, `[B]` int64, remembered as part of its history."""
+        if self._options.repetition_penalty == 1:
+            return sample(logits, self._options, generators=self._generators)
+        if self._seen is None:
+            self._seen = _seen(logits, self._prompts)
         tokens = sample(logits, self._options, seen=self._seen, generators=self._generators)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens.unsqueeze(1), True)
+        for row, token in enumerate(tokens.tolist()):
+            self._seen[row, token] = True
         return tokens
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -206,10 +190,9 @@ class Sampler:
             self._seen = self._seen[list(rows)]
 
 
-def _seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> Tensor:
-    import torch
-
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[torch.tensor(prompt, dtype=torch.long, device=device)] = True
+def _seen(logits: Array, prompts: Sequence[Sequence[int]]) -> Array:
+    library = library_of(logits)
+    seen = library.unseen(logits)
+    for row, prompt in enumerate(prompts):
+        library.mark(seen, row, prompt)
     return seen
