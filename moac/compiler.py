@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 
 from moac.calibration import DenseModel, plain_text_windows
 from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.export.target import emit_onnx, require_onnx
+from moac.inspection import inspect_artifact
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import golden_prompt, reference_logits
@@ -31,6 +33,7 @@ from moac.packaging.writer import (
 from moac.planning import FrontPoint, Layout, Objective, largest_density_between
 from moac.planning.problem import check_budget
 from moac.progress import stage
+from moac.report import write_report
 from moac.request import CompileRequest
 from moac.stages import Bench, Measured, calibrate, optimise, profile, validate
 from moac.verify import FLOAT32_LIMIT, Check, verify
@@ -90,9 +93,12 @@ def compile_model(
     with clock("validate"):
         chosen, measured = validate(bench, front, lengths)
     record = planning_record(request, lengths, objectives, front, chosen, measured)
-    with clock("emit"), staged(Path(out), force=force) as staging:
-        write_package(staging, bench, chosen.plan, record, clock.seconds)
-        checks = check_package(staging, checkpoint)
+    with staged(Path(out), force=force) as staging:
+        with clock("emit"):
+            write_package(staging, bench, chosen.plan, record)
+        with clock("verify"):
+            checks = check_package(staging)
+        seal_package(staging, checks, clock)
     return CompileResult(
         path=Path(out),
         plan=chosen.plan,
@@ -126,6 +132,8 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, L
             f"{spec.context} tokens"
         )
     check_budget(layout, request.budget, lengths.planned)
+    if "onnx" in request.targets:
+        require_onnx()
     return lengths, layout
 
 
@@ -197,10 +205,8 @@ def planning_record(
     }
 
 
-def write_package(
-    staging: Path, bench: Bench, plan: Plan, record: dict[str, Any], seconds: dict[str, float]
-) -> None:
-    """Write everything but the verification's verdict into the staging folder."""
+def write_package(staging: Path, bench: Bench, plan: Plan, record: dict[str, Any]) -> None:
+    """Write everything that verification needs into the staging folder."""
     checkpoint, request = bench.checkpoint, bench.request
     dtype = request.dtype or checkpoint.dtype
     order = head_order(plan)
@@ -216,6 +222,8 @@ def write_package(
         checkpoint.save_tokenizer(staging / "tokenizer")
         prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype)
         write_golden(staging, prompts)
+        if "onnx" in request.targets:
+            limits |= emit_onnx(staging, checkpoint, request, plan, order, prompts)
         advance(2, 3)
         embed_runtime(staging)
         write_manifest(
@@ -225,7 +233,7 @@ def write_package(
             capacity=request.capacity or checkpoint.spec.context,
             head_order=order,
             targets=list(request.targets),
-            provenance=provenance(bench, seconds),
+            provenance=provenance(bench),
             verification={"limits": limits},
         )
         advance(3, 3)
@@ -256,7 +264,7 @@ def golden_prompts(
     return prompts, limits
 
 
-def provenance(bench: Bench, seconds: dict[str, float]) -> dict[str, Any]:
+def provenance(bench: Bench) -> dict[str, Any]:
     """Where the package comes from: checkpoint, arguments, versions, host, time."""
     checkpoint = bench.checkpoint
     return {
@@ -270,13 +278,11 @@ def provenance(bench: Bench, seconds: dict[str, float]) -> dict[str, Any]:
         "device": bench.model.device.type,
         "measured_in": str(bench.model.dtype).removeprefix("torch."),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
-def check_package(staging: Path, checkpoint: Checkpoint) -> tuple[Check, ...]:
-    """Verify the staged package and write the verdict into it. Raises CheckFailed."""
+def check_package(staging: Path) -> tuple[Check, ...]:
+    """Verify the staged package. Raises CheckFailed."""
     with stage("verify") as advance:
         checks = tuple(verify(staging))
         advance(1, 1)
@@ -287,7 +293,18 @@ def check_package(staging: Path, checkpoint: Checkpoint) -> tuple[Check, ...]:
             f"the package failed its check {worst.name!r} ({worst.value:.3g}, limit "
             f"{worst.limit:.3g}) and was not published; report this with the command you ran"
         )
-    artifact = open_artifact(staging, check="sizes")
+    return checks
+
+
+def seal_package(staging: Path, checks: Sequence[Check], clock: _Clock) -> None:
+    """Write what was known last: the verdict and the cost into the manifest, and the report."""
+    opened = open_artifact(staging, check="sizes")
+    artifact = replace(
+        opened,
+        provenance={**opened.provenance, **clock.to_json()},
+        verification={**opened.verification, "checks": [check.to_json() for check in checks]},
+    )
+    write_report(staging, inspect_artifact(artifact))
     write_manifest(
         staging,
         model=artifact.spec,
@@ -296,19 +313,28 @@ def check_package(staging: Path, checkpoint: Checkpoint) -> tuple[Check, ...]:
         head_order=artifact.head_order,
         targets=list(artifact.targets),
         provenance=artifact.provenance,
-        verification={**artifact.verification, "checks": [check.to_json() for check in checks]},
+        verification=artifact.verification,
     )
-    return checks
 
 
 class _Clock:
-    """Wall seconds by stage."""
+    """Wall seconds by stage, and the most memory held by the end of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
+        self.peaks[name] = peak_memory_bytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """`seconds` and `peak_memory_by_stage` (bytes, from the start to the stage's end)."""
+        return {
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_by_stage": dict(self.peaks),
+            "peak_memory_bytes": max(self.peaks.values()),
+        }

@@ -10,17 +10,21 @@ from moac_runtime.generation import DTYPE_BYTES
 
 
 def inspect_package(path: Path) -> dict[str, Any]:
-    """Everything a user may ask of the package at `path`; raises ArtifactError.
+    """Everything a user may ask of the package at `path`; raises ArtifactError."""
+    return inspect_artifact(open_artifact(path))
+
+
+def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
+    """The same of a package that is open already.
 
     `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
     `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
     """
-    artifact = open_artifact(path)
     record = load_plan_record(artifact)
     lengths = planned_lengths(record)
     plan = artifact.plan
     return {
-        "path": str(path),
+        "path": str(artifact.root),
         "model": artifact.spec.to_json(),
         "dtype": artifact.dtype,
         "capacity": artifact.capacity,
