@@ -56,9 +56,8 @@ def bytes_chart(curve: Series, planned: Series, dense: Callable[[int], float]) -
         "muted", frame.x(place) - 10, frame.y(dense(round(place)) / scale) - 6, "dense model",
         anchor="end",
     )  # fmt: skip
-    drawing.text(
-        "accent", frame.x.end, frame.y(curve[-1][1] / scale) + 32, "this package", anchor="end"
-    )
+    place, held = next((n, held) for n, held in curve if n >= place)
+    drawing.text("accent", frame.x(place), frame.y(held / scale) + 22, "this package")
     return drawing.markup()
 
 
@@ -71,9 +70,9 @@ def loss_chart(
 ) -> Markup:
     """Measured loss above the dense model's, a row for each kind of text."""
     shown = [chosen, *([] if uniform is None else [uniform]), *others.values()]
-    width, bottom = 720.0, 28.0 + _ROW * len(domains)
+    width, bottom = 600.0, 28.0 + _ROW * len(domains)
     low, high = around(plan[d] - dense[d] for plan in shown for d in domains)
-    across = Scale(low, high, 132, width - 40)
+    across = Scale(low, high, 100, width - 30)
     drawing = Drawing(width, bottom + 46, "Measured loss above the dense model's")
     for tick, label in zip(marks := ticks(low, high, about=6), labels(marks), strict=True):
         kind = "zero" if abs(tick) < 1e-12 else "grid"

@@ -15,6 +15,11 @@ from moac_runtime.plan import Plan
 
 MEAN = "mean"
 
+_KINDS = {
+    "retrieval": "facts hidden in a long text and asked for at its end",
+    "documents": "quotes and summaries of one of several documents",
+    "text": "the continuation of running text",
+}
 _CURVE_STEPS = 128
 _STAGES = ("load", "calibrate", "profile", "optimise", "validate", "emit", "verify")
 
@@ -100,6 +105,11 @@ class Story:
     def longest(self) -> int:
         """The longest planned length, in tokens."""
         return int(self.found["lengths"][-1])
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """What the kinds of text are that every compile measures."""
+        return _KINDS
 
     @property
     def front(self) -> list[dict[str, Any]]:
