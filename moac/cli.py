@@ -1,4 +1,4 @@
-"""The command line of the build host: compile, run, inspect, verify."""
+"""The command line of the build host: compile, run, eval, inspect, verify."""
 
 from __future__ import annotations
 
@@ -115,7 +115,19 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
     show_default=True,
     callback=_words,
     metavar="NAME,...",
-    help="backends to build for",
+    help="backends to build for: torch, onnx",
+)
+@click.option(
+    "--onnx-dtype",
+    metavar="NAME",
+    help="float32 or float16, of the ONNX graph  [--dtype, float32 for bfloat16]",
+)
+@click.option(
+    "--onnx-weights",
+    default="shared",
+    show_default=True,
+    metavar="NAME",
+    help="of the ONNX graph: shared (the package's own) or int8",
 )
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the checkpoint's]")
 @click.option(
@@ -285,6 +297,59 @@ def verify_command(
         click.echo(json.dumps(found, indent=2))
     if failed:
         raise CheckFailed(failed[0].reason or f"{package} does not hold what it promises")
+
+
+@cli.command("eval")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    required=True,
+    metavar="MODEL",
+    help="the checkpoint it was compiled from",
+)
+@click.option(
+    "--tasks",
+    callback=lambda context, option, value: value and _words(context, option, value),
+    metavar="NAME,...",
+    help="passkey, longeval, ruler (eleven tasks, or name some of them) and nll  "
+    "[all of them; with --task FILE only that]",
+)
+@click.option(
+    "--lengths",
+    callback=_numbers,
+    metavar="N,N,...",
+    help="tokens of prompt and answer together  [the planned lengths]",
+)
+@click.option(
+    "--samples", default=50, show_default=True, metavar="N", help="cases a task and length"
+)
+@click.option(
+    "--against",
+    default="dense,uniform",
+    show_default=True,
+    callback=_words,
+    metavar="NAME,...",
+    help="plans to compare with, on the same weights: dense, uniform, layerwise",
+)
+@click.option(
+    "--task",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='a task of your own, JSONL of {"prompt"|"messages", "answer"}',
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="of the cases")
+@click.option("--batch", default=8, show_default=True, metavar="N", help="cases run at once")
+@click.option("--json", "as_json", is_flag=True, help="the results as JSON")
+def eval_command(package: Path, source: str, as_json: bool, **choices: Any) -> None:
+    """Evaluate PACKAGE: retrieval, and plain text's NLL, beside other plans on the same weights.
+
+    Everything is made on this machine and runs through the packaged runtime.
+    """
+    _require_compile_extra()
+    from moac.evaluation import EvalRequest, evaluate, evaluation_text
+
+    found = evaluate(package, source, request=EvalRequest(**choices))
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else evaluation_text(found))
 
 
 def _require_compile_extra() -> None:

@@ -10,14 +10,19 @@ from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac_runtime.errors import UsageError
 from moac_runtime.manifest import DTYPES
 
-TARGETS = ("torch",)
+TARGETS = ("torch", "onnx")
+ONNX_DTYPES = ("float32", "float16")
+ONNX_WEIGHTS = ("shared", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileRequest:
     """Every choice of a compile. Lengths, spans and blocks in tokens, sizes in bytes.
 
-    None means: derived from the checkpoint. Raises UsageError for values that cannot be meant.
+    None means: derived from the checkpoint. `onnx_dtype`: what the ONNX graph computes in, None
+    the package's dtype, or float32 for bfloat16. `onnx_weights`: "shared" reads the package's own
+    files, "int8" writes the linear weights in 8 bits. Raises UsageError for values that cannot be
+    meant.
     """
 
     budget: float = 0.5
@@ -25,6 +30,8 @@ class CompileRequest:
     capacity: int | None = None
     dtype: str | None = None
     targets: tuple[str, ...] = ("torch",)
+    onnx_dtype: str | None = None
+    onnx_weights: str = "shared"
     rules_per_layer: int | None = None
     calibration: Path | None = None
     sink: int = 64
@@ -51,12 +58,24 @@ class CompileRequest:
                 raise UsageError(
                     f"there is no target {target!r}; choose from {', '.join(TARGETS)}"
                 )
+        self._check_onnx()
         for name in ("block", "plans", "samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
         self._check_spans()
         if self.calibration is not None:
             read_calibration(self.calibration)  # a bad line is named now, not after minutes
+
+    def _check_onnx(self) -> None:
+        for name, choices, default in (
+            ("onnx_dtype", ONNX_DTYPES, None),
+            ("onnx_weights", ONNX_WEIGHTS, "shared"),
+        ):
+            found, option = getattr(self, name), name.replace("_", "-")
+            if found not in (default, *choices):
+                raise UsageError(f"--{option} is {found!r}, expected one of {', '.join(choices)}")
+            if found != default and "onnx" not in self.targets:
+                raise UsageError(f"--{option} is for the onnx target; add onnx to --target")
 
     def _check_spans(self) -> None:
         if self.sink < 0 or self.sink % self.block or self.min_span % self.block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +65,8 @@ def verify(
         yield Check("damaged files", False, 1, 0, reason=str(error))
         return
     yield Check("damaged files", True, 0, 0)
-    for dtype in dict.fromkeys([artifact.dtype, "float32"]):
-        yield from _golden_checks(artifact, dtype)
+    for runner in _runners(artifact):
+        yield from _golden_checks(artifact, runner)
     if checkpoint is not None:
         yield from _source_checks(artifact, checkpoint, lengths)
 
@@ -104,12 +104,67 @@ def undropping(artifact: Artifact) -> Plan:
     )
 
 
-def _golden_checks(artifact: Artifact, dtype: str) -> Iterator[Check]:
-    limit = _limit(artifact, dtype)
-    decoder = _decoder(artifact, dtype)
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """One way to run the package. `limit`: the error its logits are allowed.
+
+    `logits(tokens, positions, decoded, dense)`: logits `[len(positions), V]`, the last `decoded`
+    tokens fed one by one, `dense` with nothing dropped. `exact`: computes in float32 on weights
+    as stored.
+    """
+
+    name: str
+    logits: Callable[[Sequence[int], Sequence[int], int, bool], Tensor]
+    limit: float
+    exact: bool
+
+
+def _runners(artifact: Artifact) -> Iterator[_Runner]:
+    """Every target in every precision that is checked, one in memory at a time."""
+    if "torch" in artifact.targets:
+        for dtype in dict.fromkeys([artifact.dtype, "float32"]):
+            yield _torch_runner(artifact, dtype)
+    if "onnx" in artifact.targets:
+        yield _onnx_runner(artifact)
+
+
+def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
+    kind: torch.dtype = getattr(torch, dtype)
+    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        order = artifact.head_order
+        return runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
+
+    return _Runner(dtype, logits, _limit(artifact, dtype), dtype == "float32")
+
+
+def _onnx_runner(artifact: Artifact) -> _Runner:
+    from moac.export.logits import graph_logits
+    from moac_runtime.onnx_session import open_graph
+
+    graph = open_graph(artifact)
+    layout = graph.layout
+    precision = layout.dtype if layout.weights == "shared" else layout.weights
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        return torch.from_numpy(
+            graph_logits(graph, tokens, positions, decoded=decoded, dense=dense)
+        )
+
+    exact = precision == "float32"
+    return _Runner(f"onnx {precision}", logits, _limit(artifact, precision), exact)
+
+
+def _golden_checks(artifact: Artifact, runner: _Runner) -> Iterator[Check]:
     for prompt in load_golden(artifact):
-        name = f"golden {len(prompt.tokens)} tokens {dtype}"
-        yield from _compare(artifact, decoder, name, prompt, limit)
+        name = f"golden {len(prompt.tokens)} tokens {runner.name}"
+        yield from _compare(artifact, runner, name, prompt, runner.limit)
 
 
 def _source_checks(
@@ -127,28 +182,29 @@ def _source_checks(
         )
     # The package rounds weights to its dtype; everything after that is compared in float32.
     model = checkpoint.load_model(artifact.dtype).float()
-    decoder = _decoder(artifact, "float32")
-    for length in sorted({min(length, artifact.capacity) for length in lengths}):
-        prompt = golden_prompt(model, artifact.plan, _tokens(artifact, length))
-        name = f"source {length} tokens float32"
-        yield from _compare(artifact, decoder, name, prompt, FLOAT32_LIMIT)
+    prompts = [
+        golden_prompt(model, artifact.plan, _tokens(artifact, length))
+        for length in sorted({min(length, artifact.capacity) for length in lengths})
+    ]
+    for runner in _runners(artifact):
+        for prompt in prompts if runner.exact else ():
+            name = f"source {len(prompt.tokens)} tokens {runner.name}"
+            yield from _compare(artifact, runner, name, prompt, FLOAT32_LIMIT)
 
 
 def _compare(
-    artifact: Artifact, decoder: Decoder, name: str, prompt: GoldenPrompt, limit: float
+    artifact: Artifact, runner: _Runner, name: str, prompt: GoldenPrompt, limit: float
 ) -> Iterator[Check]:
     """Prefill and decode against the expected logits, and that a sparse plan shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
-    order, plan = artifact.head_order, artifact.plan
-    decoded = min(_DECODED, len(tokens) - 1)
-    prefill = runtime_logits(decoder, plan, order, tokens, positions)
-    stepped = runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
+    plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
+    prefill = runner.logits(tokens, positions, 0, False)
+    stepped = runner.logits(tokens, positions, decoded, False)
     yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
     yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
     drops = plan.density(prompt.capacity) < undropping(artifact).density(prompt.capacity)
-    if drops and decoder.dtype == torch.float32:
-        dense = runtime_logits(decoder, undropping(artifact), order, tokens, positions)
-        change = _distance(dense, prompt.logits)
+    if drops and runner.exact:
+        change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
         yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
 
 
@@ -164,11 +220,6 @@ def _at_most(name: str, value: float, limit: float) -> Check:
 def _limit(artifact: Artifact, dtype: str) -> float:
     """The error allowed in `dtype`: what the original model itself showed, measured at compile."""
     return float(artifact.verification["limits"][dtype])
-
-
-def _decoder(artifact: Artifact, dtype: str) -> Decoder:
-    kind: torch.dtype = getattr(torch, dtype)
-    return Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
 
 
 def _tokens(artifact: Artifact, length: int) -> list[int]:

@@ -19,6 +19,7 @@ from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
 from moac_runtime.onnx_layout import ONNX_LAYOUT, OnnxLayout
+from moac_runtime.span import HeadSpan
 from moac_runtime.spec import RopeSpec
 
 if TYPE_CHECKING:
@@ -84,10 +85,19 @@ def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
 class OnnxSession:
     """`batch` sequences of at most `capacity` tokens each, over the graph's span caches.
 
-    Raises UsageError for a batch, capacity or chunk below one.
+    `spans`: one for each kind of the layout, None the planned ones. Raises UsageError for a batch,
+    capacity or chunk below one.
     """
 
-    def __init__(self, graph: OnnxGraph, *, batch: int, capacity: int, chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        *,
+        batch: int,
+        capacity: int,
+        chunk: int = CHUNK,
+        spans: Sequence[HeadSpan] | None = None,
+    ) -> None:
         for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
             if value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1; give a positive {name}")
@@ -95,7 +105,7 @@ class OnnxSession:
         self._capacity = capacity
         self._chunk = chunk
         self._lengths = np.zeros(batch, dtype=np.int64)
-        self._spans = graph.layout.resolve(capacity)
+        self._spans = list(spans or graph.layout.resolve(capacity))
         self._sinks = np.array([head.sink for head in self._spans], dtype=np.int64)
         self._frequencies = rope_frequencies(graph.rope, graph.layout.head_dim, capacity)
         self._caches = dict(self._new_caches(batch))

@@ -1,0 +1,84 @@
+"""The onnx target of one compile: what it needs, what it writes, what error it is owed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from moac.checkpoint import Checkpoint
+from moac.packaging.golden import reference_logits
+from moac.request import CompileRequest
+from moac_runtime.errors import UsageError
+from moac_runtime.golden import GoldenPrompt
+from moac_runtime.plan import Plan
+
+# Weights that share one scale in the int8 graph.
+INT8_BLOCK = 32
+
+
+def require_onnx() -> None:
+    """Raise UsageError where a package that compiling for onnx needs is not installed."""
+    for name in ("onnx", "onnx_ir", "onnxruntime"):
+        if find_spec(name) is None:
+            raise UsageError(
+                f"the target onnx needs {name}, which is not installed; "
+                "run: pip install 'moac[onnx]'"
+            )
+
+
+def emit_onnx(
+    staging: Path,
+    checkpoint: Checkpoint,
+    request: CompileRequest,
+    plan: Plan,
+    head_order: Sequence[Sequence[int]],
+    prompts: Sequence[GoldenPrompt],
+) -> dict[str, float]:
+    """Write the graph over the weights in `staging`; return the logit error its numbers may show.
+
+    The float32 graph's own limit stands in the package already, so nothing is returned for it.
+    """
+    from moac.export.write import write_onnx
+
+    package = request.dtype or checkpoint.dtype
+    dtype = request.onnx_dtype or ("float16" if package == "float16" else "float32")
+    write_onnx(
+        staging,
+        spec=checkpoint.spec,
+        plan=plan,
+        head_order=head_order,
+        dtype=dtype,
+        capacity=request.capacity or checkpoint.spec.context,
+        weights=request.onnx_weights,
+    )
+    if request.onnx_weights == "shared" and dtype == "float32":
+        return {}
+    rounded = checkpoint.load_model(package).float()
+    if request.onnx_weights == "int8":
+        round_to_int8(rounded)
+    if dtype == "float16":
+        rounded = rounded.half()
+    errors = [
+        (reference_logits(rounded, plan, p.tokens.tolist(), p.positions.tolist()) - p.logits)
+        .abs()
+        .max()
+        for p in prompts
+    ]
+    name = dtype if request.onnx_weights == "shared" else request.onnx_weights
+    return {name: 2 * float(max(errors))}
+
+
+@torch.no_grad()
+def round_to_int8(model: PreTrainedModel) -> None:
+    """Round the linear weights of `model` as the int8 graph stores them, in place."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            blocks = module.weight.unflatten(1, (-1, INT8_BLOCK))
+            scale = blocks.abs().amax(-1, keepdim=True) / 127
+            exact = torch.where(scale > 0, blocks / scale, torch.zeros(()))
+            # a new tensor: the tied embedding table keeps its own
+            module.weight = torch.nn.Parameter((exact.round() * scale).flatten(1))
