@@ -250,9 +250,11 @@ def inspect_command(package: Path, as_json: bool) -> None:
     """Show PACKAGE: its plan, density and KV bytes at each length, kernels, provenance."""
     from moac.inspection import inspect_package
     from moac.summary import inspection_text
+    from moac.terminal_map import Look
 
     found = inspect_package(package)
-    click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found))
+    look = Look.of(sys.stdout)
+    click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found, look))
 
 
 @cli.command("verify")

@@ -7,6 +7,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from moac.inspection import inspect_package
+from moac.terminal_map import Look, span_map
 
 if TYPE_CHECKING:
     from moac.compiler import CompileResult
@@ -45,8 +46,8 @@ def compile_summary(result: CompileResult) -> str:
     return out.getvalue()
 
 
-def inspection_text(found: dict[str, Any]) -> str:
-    """A package for the eye: model, densities, spans per layer, kernels, provenance."""
+def inspection_text(found: dict[str, Any], look: Look) -> str:
+    """A package for the eye: model, densities, losses, the span heat map, provenance."""
     model, provenance = found["model"], found["provenance"]
     versions = ", ".join(f"{name} {text}" for name, text in provenance["versions"].items())
     facts = [
@@ -73,7 +74,7 @@ def inspection_text(found: dict[str, Any]) -> str:
         print(f"{name:<9} {text}", file=out)
     print(f"\n{_density_table(found)}", file=out)
     print(f"\n{_validation_table(found['planning'])}", file=out)
-    print(f"\n{_spans_table(found)}", end="", file=out)
+    print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
 
 
@@ -111,14 +112,3 @@ def _density_table(found: dict[str, Any]) -> str:
         for n in found["lengths"]
     ]  # fmt: skip
     return table(("capacity", "density", "KV held", "KV dense"), rows)
-
-
-def _spans_table(found: dict[str, Any]) -> str:
-    """Every KV head's span at every planned length, layer by layer."""
-    lengths = [str(n) for n in found["lengths"]]
-    rows = [
-        (f"layer {layer}",
-         *(" ".join(f"{span:>5}" for span in found["spans"][n][layer]) for n in lengths))
-        for layer in range(found["model"]["num_layers"])
-    ]  # fmt: skip
-    return table(("spans of KV heads", *(f"at {n}" for n in lengths)), rows)
