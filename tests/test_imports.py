@@ -22,7 +22,7 @@ ALLOWED = {
         *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
         *("numpy", "onnxruntime"),  # the onnx backend's
     },
-    "kernels/moac_kernels": {"moac_kernels", "torch"},
+    "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }
 
 RUN_AS_COMMAND = """

@@ -1,0 +1,97 @@
+"""What the kernels of a model depend on, and the constants that follow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelShape:
+    """The model's side of the kernels. `windowed`: a layer has a sliding window of its own.
+
+    `plan`: digest of the plan, named in the generated files. Raises ValueError for what no kernel
+    serves.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    norm_eps: float
+    activation: str
+    qk_norm: bool
+    windowed: bool
+    dtype: str
+    plan: str
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
+            raise ValueError(
+                f"head_dim must be a multiple of 16 from 16 to 256, got {self.head_dim}"
+            )
+        if self.num_heads % self.num_kv_heads or self.group > 16:
+            raise ValueError(
+                "query heads must be 1 to 16 times the KV heads, got "
+                f"{self.num_heads} and {self.num_kv_heads}"
+            )
+        for name, known in (("dtype", DTYPES), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)}"
+                )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def dim_tile(self) -> int:
+        """`head_dim`, padded to a power of two."""
+        return padded(self.head_dim)
+
+    def constants(self) -> dict[str, int | float | bool | str]:
+        """Every constant that a template may name."""
+        half = self.head_dim // 2
+        return {
+            "HEADS": self.num_heads,
+            "KV_HEADS": self.num_kv_heads,
+            "GROUP": self.group,
+            "GROUP_TILE": 16,
+            "HEAD_DIM": self.head_dim,
+            "DIM_TILE": self.dim_tile,
+            "HALF": half,
+            "HALF_TILE": padded(half),
+            "TOKEN": (self.num_heads + 2 * self.num_kv_heads) * self.head_dim,
+            "SCALE": self.head_dim**-0.5 * math.log2(math.e),
+            "WINDOWED": self.windowed,
+            "QK_NORM": self.qk_norm,
+            "NORM_EPS": self.norm_eps,
+            "HIDDEN": self.hidden_size,
+            "HIDDEN_TILE": padded(self.hidden_size),
+            "INNER": self.intermediate_size,
+            "ACTIVATION": ACTIVATIONS[self.activation],
+        }
+
+
+def padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
