@@ -39,9 +39,11 @@ def key(**parts: Any) -> str:
 @cache
 def code_digest(package: str) -> str:
     """SHA-256 over a package's sources: a result also depends on the code that made it."""
-    folder = Path(str(files(package)))
+    sources = sorted(Path(str(files(package))).rglob("*.py"))
+    if not sources:
+        raise ValueError(f"{package} must be a package with sources, found none")
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

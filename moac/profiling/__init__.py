@@ -1,0 +1,1 @@
+"""What each span of each KV head is worth, measured in the dense model."""
