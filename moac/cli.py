@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moac.bench.command import bench_command
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
 
 if TYPE_CHECKING:
@@ -257,6 +258,19 @@ def inspect_command(package: Path, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found, look))
 
 
+@cli.command("diff")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="everything as JSON")
+def diff_command(a: Path, b: Path, as_json: bool) -> None:
+    """Compare A and B, each a package or a plan.json: spans, memory, losses, provenance."""
+    from moac.diff_summary import diff_text
+    from moac.diffing import diff, open_side
+
+    found = diff(open_side(a), open_side(b))
+    click.echo(json.dumps(found, indent=2) if as_json else diff_text(found))
+
+
 @cli.command("verify")
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option(
@@ -352,6 +366,9 @@ def eval_command(package: Path, source: str, as_json: bool, **choices: Any) -> N
 
     found = evaluate(package, source, request=EvalRequest(**choices))
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else evaluation_text(found))
+
+
+cli.add_command(bench_command)
 
 
 def _require_compile_extra() -> None:

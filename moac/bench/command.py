@@ -1,0 +1,119 @@
+"""`moac bench` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moac_runtime.errors import MoacError
+
+
+def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,8") from None
+
+
+def _names(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(","))
+
+
+@click.command("bench")
+@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.option("--source", metavar="MODEL", help="the package's checkpoint: hf, hf-static, flex")
+@click.option(
+    "--shape",
+    metavar="NAME",
+    help="no package, random weights: smollm2-135m, llama3.2-1b, vicuna-7b, llama3-8b",
+)
+@click.option(
+    "--against",
+    callback=_names,
+    metavar="NAME,...",
+    help="hf, hf-static, dense, uniform, flex, llamacpp  [all that can run here]",
+)
+@click.option(
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    callback=_numbers,
+    metavar="N,...",
+    help="rows that run together",
+)
+@click.option(
+    "--context",
+    "contexts",
+    default="256,4096",
+    show_default=True,
+    callback=_numbers,
+    metavar="N,...",
+    help="tokens prefilled in each row",
+)
+@click.option(
+    "--tokens", default=32, show_default=True, metavar="N", help="decode steps that are timed"
+)
+@click.option(
+    "--repeats",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="measure prefill and decode so often",
+)
+@click.option(
+    "--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the package's, bfloat16]"
+)
+@click.option(
+    "--backend",
+    default="torch",
+    show_default=True,
+    metavar="NAME",
+    help="of our runtime: torch, onnx",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda")
+@click.option(
+    "--density", default=0.5, show_default=True, metavar="SHARE", help="of the plan for --shape"
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="of tokens, weights, plan")
+@click.option("--threads", type=int, metavar="N", help="CPU threads of each system  [all cores]")
+@click.option(
+    "--gguf", type=click.Path(path_type=Path), metavar="FILE", help="the model for llamacpp"
+)
+@click.option("--sequential", is_flag=True, help="one system at a time, to save memory")
+@click.option("--json", "target", metavar="FILE", help="write the result as JSON; - prints it")
+def bench_command(target: str | None, **choices: Any) -> None:
+    """Measure PACKAGE: speed and memory beside other ways to run the same model.
+
+    All systems run in turns in one go, each in its own process. Floor is the time to read the
+    weights and the KV cache once at the measured bandwidth.
+    """
+    from moac.bench.report import bench_table
+    from moac.bench.request import BenchRequest
+    from moac.bench.runner import choose_systems, run_bench
+
+    request = BenchRequest(**choices)
+    if request.against is None:
+        click.echo(f"systems: {', '.join(choose_systems(request))}", err=True)
+    result = run_bench(request)
+    text = json.dumps(result.to_json(), indent=2)
+    if target == "-":
+        click.echo(text)
+        return
+    if target is not None:
+        _write(Path(target), text)
+    click.echo(bench_table(result))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise MoacError(
+            f"cannot write {path} ({error.strerror}); give --json a file that can be written"
+        ) from error

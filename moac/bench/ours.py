@@ -1,0 +1,107 @@
+"""Our runtime under any plan: the package's own, one that drops nothing, a uniform one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moac.bench.floor import weight_bytes_read
+from moac.bench.system import Subject
+from moac.packaging.fuse import head_order
+from moac_runtime.artifact import open_artifact
+from moac_runtime.decoder import Decoder
+from moac_runtime.errors import MoacError
+from moac_runtime.generation import DTYPE_BYTES, OpenSession
+from moac_runtime.session import Session
+from moac_runtime.span import head_span
+from moac_runtime.spec import ModelSpec
+from moac_runtime.weights import expected_tensors, load_weights
+
+Opener = Callable[[int, int], OpenSession]
+
+
+class OurSystem:
+    """A session of our runtime; see `System`."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.dtype, self._open = _BACKENDS[subject.backend](subject)
+        self.kv_itemsize = DTYPE_BYTES[self.dtype]
+        self.weight_bytes = weight_bytes_read(subject.spec, self.kv_itemsize)
+        self._session: OpenSession
+        self._next: Any = None
+
+    def open(self, batch: int, capacity: int) -> None:
+        self._session = self._open(batch, capacity)
+
+    def prefill(self, tokens: list[list[int]]) -> None:
+        self._next = self._session.extend(tokens).argmax(-1)
+
+    def step(self) -> None:
+        self._next = self._session.decode(self._next).argmax(-1)
+
+    def kv_bytes(self) -> int:
+        return self._session.kv_bytes()
+
+
+def random_weights(
+    spec: ModelSpec, *, dtype: torch.dtype, device: str, seed: int
+) -> dict[str, Tensor]:
+    """A package's weights by name, random numbers made in place; norms are one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, shape in expected_tensors(spec).items():
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        norm = name.endswith("norm.weight")
+        weights[name] = weight.fill_(1) if norm else weight.normal_(0, 0.02, generator=generator)
+    return weights
+
+
+def _torch(subject: Subject) -> tuple[str, Opener]:
+    dtype: torch.dtype = getattr(torch, subject.dtype)
+    if subject.package is None:
+        order = head_order(subject.plan)
+        weights = random_weights(
+            subject.spec, dtype=dtype, device=subject.device, seed=subject.seed
+        )
+    else:
+        artifact = open_artifact(subject.package, check="sizes")
+        order, weights = artifact.head_order, load_weights(artifact, dtype)
+    decoder = Decoder(subject.spec, weights, dtype=dtype, device=subject.device)
+
+    def open_session(batch: int, capacity: int) -> OpenSession:
+        return Session(decoder, subject.plan, order, batch=batch, capacity=capacity)
+
+    return subject.dtype, open_session
+
+
+def _onnx(subject: Subject) -> tuple[str, Opener]:
+    from moac_runtime.onnx_session import OnnxSession, open_graph
+
+    if subject.package is None:
+        raise MoacError("the onnx backend needs a package with the target onnx; leave out --shape")
+    artifact = open_artifact(subject.package, check="sizes")
+    graph, plan = open_graph(artifact, threads=subject.threads), subject.plan
+
+    def open_session(batch: int, capacity: int) -> OpenSession:
+        if plan == artifact.plan:
+            return OnnxSession(graph, batch=batch, capacity=capacity)
+        spans = [
+            head_span(
+                plan.rules[0][0],  # the other plans have one rule
+                capacity,
+                sink=plan.sink,
+                block=plan.block,
+                min_span=plan.min_span,
+                window=kind.window,
+            )
+            for kind in graph.layout.spans
+        ]
+        return OnnxSession(graph, batch=batch, capacity=capacity, spans=spans)
+
+    return graph.layout.dtype, open_session
+
+
+_BACKENDS: dict[str, Callable[[Subject], tuple[str, Opener]]] = {"torch": _torch, "onnx": _onnx}

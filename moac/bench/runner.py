@@ -1,0 +1,275 @@
+"""The benchmark: for every batch and context, all systems in turns, medians and spread.
+
+Systems alternate in blocks of a few steps (A B C A B C ...), so that what else the machine does
+falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import product
+from typing import Any
+
+import torch
+
+from moac.bench.availability import check_available, runnable
+from moac.bench.floor import floor_ms, kv_bytes_read
+from moac.bench.machine import machine, read_bandwidth_gbs, versions
+from moac.bench.plans import random_plan, system_plan
+from moac.bench.request import BenchRequest
+from moac.bench.shapes import shape_spec
+from moac.bench.system import Subject
+from moac.bench.worker import Load, Usage, Worker
+from moac.progress import stage
+from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.errors import UsageError
+from moac_runtime.plan import Plan
+from moac_runtime.spec import ModelSpec
+
+_BLOCK_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system at one batch and context; `to_json` is a row of the result."""
+
+    system: str
+    batch: int
+    context: int
+    dtype: str
+    density: float
+    prefill_s: float
+    decode_ms_p50: float
+    decode_ms_p95: float
+    decode_ms_blocks: tuple[float, float]
+    tokens_per_s: float
+    kv_bytes: int
+    peak_bytes: int | None
+    read_bytes: int
+    floor_ms: float
+
+    @property
+    def percent_of_floor(self) -> float:
+        """The floor in percent of the median step: 100 would be reading at full bandwidth."""
+        return 100 * self.floor_ms / self.decode_ms_p50
+
+    def to_json(self) -> dict[str, Any]:
+        """`decode_ms_blocks`: lowest and highest median of a block of steps."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {"decode_ms_blocks": list(self.decode_ms_blocks)}
+
+
+@dataclass(slots=True)
+class Times:
+    """What was measured of one system: seconds of each prefill, milliseconds of each step."""
+
+    prefill_s: list[float] = field(default_factory=list)
+    blocks: list[list[float]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[float]:
+        """Every step's milliseconds."""
+        return [step for block in self.blocks for step in block]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Every row, and what the machine is. `bandwidth`: 10^9 bytes a second, measured."""
+
+    machine: dict[str, Any]
+    bandwidth: float
+    rows: tuple[Row, ...]
+    date: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as `moac bench --json` writes it."""
+        return {
+            "machine": self.machine,
+            "read_bandwidth_gbs": self.bandwidth,
+            "versions": versions(),
+            "command": sys.argv,
+            "date": self.date,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def run_bench(request: BenchRequest) -> BenchResult:
+    """Measure everything that `request` asks for.
+
+    Raises UsageError for a request that the model cannot serve and MoacError for a system that
+    cannot run here, both before anything is timed, and MoacError where a system fails.
+    """
+    model = _open_model(request)
+    systems = choose_systems(request)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    with stage("bandwidth"):
+        bandwidth = read_bandwidth_gbs(request.device)
+    rows: list[Row] = []
+    for batch, context in product(request.batches, request.contexts):
+        with stage(f"batch {batch}, context {context}") as advance:
+            rows.extend(_measure(request, model, systems, batch, context, bandwidth, advance))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return BenchResult(machine(request.device), bandwidth, tuple(rows), date)
+
+
+def choose_systems(request: BenchRequest) -> tuple[str, ...]:
+    """`moac` and what it is measured against: as asked, or all that can run here."""
+    if request.against is None:
+        return ("moac", *runnable(request))
+    check_available(request)
+    return tuple(dict.fromkeys(("moac", *request.against)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is measured. `plan(capacity)`: our own row's plan at a capacity."""
+
+    spec: ModelSpec
+    dtype: str
+    plan: Callable[[int], Plan]
+
+
+def _open_model(request: BenchRequest) -> _Model:
+    if request.package is None:
+        spec = shape_spec(request.shape or "")
+        model = _Model(spec, request.dtype or "bfloat16", _random_plans(request, spec))
+        limit = spec.context
+    else:
+        artifact = open_artifact(request.package)
+        _check_source(request, artifact)
+        model = _Model(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
+        limit = min(artifact.capacity, artifact.spec.context)
+    longest = request.capacity(max(request.contexts))
+    if longest > limit:
+        raise UsageError(
+            f"context {max(request.contexts)} and {request.tokens} tokens after it make "
+            f"{longest}, but the model holds {limit}; measure a shorter context"
+        )
+    return model
+
+
+def _random_plans(request: BenchRequest, spec: ModelSpec) -> Callable[[int], Plan]:
+    def plan(capacity: int) -> Plan:
+        return random_plan(spec, density=request.density, capacity=capacity, seed=request.seed)
+
+    return plan
+
+
+def _check_source(request: BenchRequest, artifact: Artifact) -> None:
+    if request.source is None:
+        return
+    from moac.checkpoint import open_checkpoint
+
+    if open_checkpoint(request.source).spec != artifact.spec:
+        raise UsageError(
+            f"{request.source} is another model than this package's; give the checkpoint it was "
+            "compiled from"
+        )
+
+
+def _measure(
+    request: BenchRequest,
+    model: _Model,
+    systems: Sequence[str],
+    batch: int,
+    context: int,
+    bandwidth: float,
+    advance: Callable[[int, int], None],
+) -> Iterator[Row]:
+    """The rows of one batch and context."""
+    load = Load(batch, context, request.capacity(context), request.seed)
+    plan = model.plan(load.capacity)
+    subjects = {
+        name: _subject(request, model, system_plan(name, plan, load.capacity)) for name in systems
+    }
+    groups = [[name] for name in systems] if request.sequential else [list(systems)]
+    total, done = len(systems) * request.repeats * request.tokens, 0
+
+    def progress(steps: int) -> None:
+        nonlocal done
+        done += steps
+        advance(done, total)
+
+    for group in groups:
+        with ExitStack() as stack:
+            workers = [stack.enter_context(Worker(n, subjects[n], load)) for n in group]
+            times = _alternate(workers, request, progress)
+            usages = [worker.usage() for worker in workers]
+        for name, found, usage in zip(group, times, usages, strict=True):
+            yield _row(name, load, subjects[name], found, usage, bandwidth)
+
+
+def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
+    return Subject(
+        spec=model.spec,
+        plan=plan,
+        dtype=model.dtype,
+        device=request.device,
+        backend=request.backend,
+        package=request.package,
+        source=request.source,
+        shape=request.shape,
+        gguf=request.gguf,
+        threads=request.threads,
+        seed=request.seed,
+    )
+
+
+def _alternate(
+    workers: Sequence[Worker], request: BenchRequest, progress: Callable[[int], None]
+) -> list[Times]:
+    """Prefill each, then blocks of steps in turns; again for every repeat."""
+    times = [Times() for _ in workers]
+    for _ in range(request.repeats):
+        for worker, found in zip(workers, times, strict=True):
+            found.prefill_s.append(worker.prefill())
+        for start in range(0, request.tokens, _BLOCK_STEPS):
+            steps = min(_BLOCK_STEPS, request.tokens - start)
+            for worker, found in zip(workers, times, strict=True):
+                found.blocks.append(worker.decode(steps))
+                progress(steps)
+    return times
+
+
+def _row(
+    name: str, load: Load, subject: Subject, times: Times, usage: Usage, bandwidth: float
+) -> Row:
+    kv_read = kv_bytes_read(
+        subject.spec,
+        subject.plan,
+        batch=load.batch,
+        capacity=load.capacity,
+        length=(load.context + load.capacity) / 2,  # the middle of the timed steps
+        itemsize=usage.kv_itemsize,
+    )
+    median = statistics.median(times.steps)
+    medians = [statistics.median(block) for block in times.blocks]
+    read = usage.weight_bytes + kv_read
+    return Row(
+        system=name,
+        batch=load.batch,
+        context=load.context,
+        dtype=usage.dtype,
+        density=subject.plan.density(load.capacity),
+        prefill_s=statistics.median(times.prefill_s),
+        decode_ms_p50=median,
+        decode_ms_p95=percentile(times.steps, 95),
+        decode_ms_blocks=(min(medians), max(medians)),
+        tokens_per_s=load.batch * 1e3 / median,
+        kv_bytes=usage.kv_bytes,
+        peak_bytes=usage.peak_bytes,
+        read_bytes=round(read),
+        floor_ms=floor_ms(read, bandwidth),
+    )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent of `values` do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
