@@ -18,7 +18,6 @@ from moac.calibration.samples import CalibrationSample
 from moac_runtime.errors import UsageError
 
 _RESPONSE_TOKENS = 128
-_KEYS = ("prompt", "messages", "response")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +32,25 @@ class UserSample:
 
 def read_calibration(path: Path) -> list[UserSample]:
     """Every line of `path`, empty ones left out. Raises UsageError naming file and line."""
+    return read_prompts(path, what="calibration", reply="response")
+
+
+def read_prompts(path: Path, *, what: str, reply: str) -> list[UserSample]:
+    """The same for any file of prompts; `reply` is the key of what becomes `response`.
+
+    `what` names the kind of file in errors.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the calibration file {path}: {error}") from error
+        raise UsageError(f"cannot read the {what} file {path}: {error}") from error
     samples = [
-        _sample(line, f"{path} line {number}")
+        _sample(line, f"{path} line {number}", reply)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not samples:
-        raise UsageError(f'{path} holds no calibration line; give {{"prompt": "..."}} a line')
+        raise UsageError(f'{path} holds no {what} line; give {{"prompt": "..."}} a line')
     return samples
 
 
@@ -74,7 +81,7 @@ def _tokenized(
     most: int,
     lengths: Sequence[int],
 ) -> CalibrationSample:
-    opening = _opening(sample, format)
+    opening = user_opening(sample, format)
     response = [] if sample.response is None else format.encode(sample.response)
     total = len(opening) + max(1, len(response))
     if total > most:
@@ -91,7 +98,8 @@ def _tokenized(
     return CalibrationSample("user", length, tokens, ((len(opening), len(tokens)),), (None,))
 
 
-def _opening(sample: UserSample, format: PromptFormat) -> list[int]:
+def user_opening(sample: UserSample, format: PromptFormat) -> list[int]:
+    """The sample's tokens up to where the answer starts. Raises UsageError naming the line."""
     if sample.messages is None:
         return format.opening(sample.prompt or "")
     try:
@@ -100,21 +108,22 @@ def _opening(sample: UserSample, format: PromptFormat) -> list[int]:
         raise UsageError(f"{sample.source}: {error}") from error
 
 
-def _sample(line: str, source: str) -> UserSample:
+def _sample(line: str, source: str, reply: str) -> UserSample:
+    known = ("prompt", "messages", reply)
     try:
         data = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{source}: not valid JSON ({error}); give one object a line") from error
     if not isinstance(data, dict):
         raise UsageError(f"{source}: expected a JSON object, found {type(data).__name__}")
-    unknown = [key for key in data if key not in _KEYS]
+    unknown = [key for key in data if key not in known]
     if unknown:
-        raise UsageError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+        raise UsageError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
     if ("prompt" in data) == ("messages" in data):
         raise UsageError(f'{source}: give either "prompt" or "messages"')
     messages = _messages(data["messages"], source) if "messages" in data else None
     prompt = _text(data, "prompt", source)
-    return UserSample(source, prompt, messages, _text(data, "response", source))
+    return UserSample(source, prompt, messages, _text(data, reply, source))
 
 
 def _text(data: dict[str, Any], key: str, source: str) -> str | None:
@@ -140,7 +149,7 @@ def _messages(value: Any, source: str) -> tuple[Message, ...]:
         )
     if not value or value[-1]["role"] != "user":
         raise UsageError(
-            f'{source}: the last of "messages" must have the role "user"; put what the '
-            'assistant says to it in "response"'
+            f'{source}: the last of "messages" must have the role "user"; what the assistant '
+            "says to it stands beside the messages"
         )
     return tuple(value)

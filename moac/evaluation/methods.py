@@ -1,0 +1,77 @@
+"""The plans an evaluation compares: the package's own, and baselines on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moac.planning import Layout, matching_uniform
+from moac.verify import undropping
+from moac_runtime.artifact import Artifact, load_plan_record
+from moac_runtime.errors import UsageError
+from moac_runtime.plan import Plan
+from moac_runtime.span import Rule
+
+OWN = "moac"
+
+PlanAt = Callable[[int], Plan]
+"""The plan a method runs at a length, in tokens."""
+
+
+def method_plans(artifact: Artifact, against: Sequence[str]) -> dict[str, PlanAt]:
+    """The package's own plan, "moac", and each of `against`, by name.
+
+    Raises UsageError for a baseline that there is not, or that the package holds no rules for.
+    """
+    made = {OWN: _own(artifact)}
+    for name in against:
+        if name not in BASELINES:
+            raise UsageError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
+        made[name] = BASELINES[name](artifact)
+    return made
+
+
+def _own(artifact: Artifact) -> PlanAt:
+    return lambda length: artifact.plan
+
+
+def _dense(artifact: Artifact) -> PlanAt:
+    """Nothing is dropped."""
+    plan = undropping(artifact)
+    return lambda length: plan
+
+
+def _uniform(artifact: Artifact) -> PlanAt:
+    """Every head the same sink and recent tokens, as many as the package's plan holds in all.
+
+    Matched at each length by itself, so that rounding to blocks never favours the package.
+    """
+    return lambda length: matching_uniform(artifact.plan, lengths=(length,))
+
+
+def _layerwise(artifact: Artifact) -> PlanAt:
+    """One rule a layer, planned by `moac compile` from the same profile within the same budget."""
+    found = load_plan_record(artifact).get("layerwise")
+    if found is None:
+        raise UsageError(
+            f"{artifact.root} was compiled without a layerwise baseline (plan.json has no "
+            '"layerwise"), which needs the profile; compile it again, or leave layerwise out of '
+            "--against"
+        )
+    plan = layerwise_plan(artifact.plan, found)
+    return lambda length: plan
+
+
+def layerwise_plan(own: Plan, rules: Sequence[Sequence[Any]]) -> Plan:
+    """The plan that gives every head of layer `l` the rule `rules[l]`, `[alpha, beta]`."""
+    layout = Layout.of(own)
+    return layout.plan(
+        [[Rule(int(alpha), float(beta))] * layout.num_kv_heads for alpha, beta in rules]
+    )
+
+
+BASELINES: Mapping[str, Callable[[Artifact], PlanAt]] = {
+    "dense": _dense,
+    "uniform": _uniform,
+    "layerwise": _layerwise,
+}

@@ -1,0 +1,204 @@
+"""Cases and texts through the packaged runtime, under any plan: greedy answers and NLL.
+
+A batch is read once. Then its rows are doubled on the same cache: one half answers greedily, the
+other is told the right answer, so that an answer's NLL costs no second reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moac.evaluation.case import Case
+from moac_runtime.artifact import Artifact
+from moac_runtime.decoder import Decoder
+from moac_runtime.plan import Plan
+from moac_runtime.session import Session
+from moac_runtime.weights import load_weights
+
+STEPPED = 50
+"""Last tokens of a prompt that go through decode steps, so that retrieval tests those too."""
+
+TEXT_STEPPED = 64
+"""Last tokens of a text whose NLL is also taken from decode steps."""
+
+_LOGIT_ROWS = 512  # rows of logits held at once: with a large vocabulary they outweigh the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """`tokens`: the greedy answer, without what ended it. `nll`: mean over the gold value."""
+
+    tokens: tuple[int, ...]
+    nll: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextLoss:
+    """Mean NLL in nats a token: of a whole text by prefill; of its last tokens in both ways."""
+
+    whole: float
+    stepped: float
+    same_by_prefill: float
+    num_stepped: int
+
+
+class Runner:
+    """A package's weights, to be run under the package's plan or another one."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        kind: torch.dtype = getattr(torch, artifact.dtype)
+        self._decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+        self._order = artifact.head_order
+
+    def replies(
+        self, plan: Plan, cases: Sequence[Case], *, capacity: int, eos: frozenset[int]
+    ) -> list[Reply]:
+        """Every case's greedy answer and gold NLL; sessions hold `capacity` tokens a row."""
+        session = self._open(plan, len(cases), capacity)
+        logits = _read(session, [case.prompt for case in cases])
+        answers = [_Answer(case.limit, eos) for case in cases]
+        told = [_Told(case) for case in cases]
+        session.keep([*range(len(cases))] * 2)
+        _finish(session, torch.cat([logits, logits]), [*answers, *told])
+        return [
+            Reply(tuple(answer.tokens), sum(gold.losses) / len(gold.losses))
+            for answer, gold in zip(answers, told, strict=True)
+        ]
+
+    def text_losses(self, plan: Plan, texts: Sequence[Sequence[int]]) -> list[TextLoss]:
+        """The NLL of `texts` of equal length; sessions hold just that many tokens a row.
+
+        Decode steps read only the last tokens: a token by token pass over all would take hours.
+        """
+        length, rows = len(texts[0]), len(texts)
+        stepped = min(TEXT_STEPPED, length // 2)
+        split = length - 1 - stepped
+        session = self._open(plan, rows, length)
+        head = _prefill_losses(session, texts, 0, split)
+        session.keep([*range(rows)] * 2)
+        tail = _prefill_losses(session, texts, split, length - 1)
+        session.keep(range(rows, 2 * rows))
+        steps = []
+        for place in range(split, length - 1):
+            logits = session.decode(torch.tensor([text[place] for text in texts]))
+            steps.append(_losses(logits, torch.tensor([text[place + 1] for text in texts])))
+        by_step = torch.stack(steps, dim=1)
+        return [
+            TextLoss(
+                whole=float(torch.cat([head[row], tail[row]]).mean()),
+                stepped=float(by_step[row].mean()),
+                same_by_prefill=float(tail[row].mean()),
+                num_stepped=stepped,
+            )
+            for row in range(rows)
+        ]
+
+    def _open(self, plan: Plan, rows: int, capacity: int) -> Session:
+        return Session(self._decoder, plan, self._order, batch=rows, capacity=capacity)
+
+
+def _read(session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Feed the prompts, their last tokens one by one; logits `[B, V]` after each one's last.
+
+    What all rows have in common in length is one step for all; ragged ends are short.
+    """
+    shortest = min(len(prompt) for prompt in prompts)
+    stepped = min(STEPPED, shortest - 1)
+    shared = shortest - stepped
+    logits = session.extend([prompt[:shared] for prompt in prompts])
+    rest = [prompt[shared : len(prompt) - stepped] for prompt in prompts]
+    if any(rest):
+        session.extend(rest)
+    for step in range(-stepped, 0):
+        logits = session.decode(torch.tensor([prompt[step] for prompt in prompts]))
+    return logits
+
+
+class _Row(Protocol):
+    """A row being continued: `take` its logits `[V]`, return the next token to feed."""
+
+    done: bool
+
+    def take(self, logits: Tensor) -> int: ...
+
+
+class _Answer:
+    """A greedy answer of at most `limit` tokens."""
+
+    def __init__(self, limit: int, eos: frozenset[int]) -> None:
+        self._limit, self._eos = limit, eos
+        self.tokens: list[int] = []
+        self.done = False
+
+    def take(self, logits: Tensor) -> int:
+        token = int(logits.argmax())
+        if token in self._eos:
+            self.done = True
+        elif not self.done:
+            self.tokens.append(token)
+            self.done = len(self.tokens) == self._limit
+        return token
+
+
+class _Told:
+    """The gold answer, fed whatever the model would say; `losses` of its scored tokens."""
+
+    def __init__(self, case: Case) -> None:
+        self._gold = case.gold
+        self._fed = 0
+        self.losses: list[float] = []
+        self.done = False
+
+    def take(self, logits: Tensor) -> int:
+        if self.done:
+            return self._gold.tokens[-1]
+        token = self._gold.tokens[self._fed]
+        if self._fed >= self._gold.scored:
+            self.losses.append(float(_losses(logits[None], torch.tensor([token]))[0]))
+        self._fed += 1
+        self.done = self._fed == len(self._gold.tokens)
+        return token
+
+
+def _finish(session: Session, logits: Tensor, rows: Sequence[_Row]) -> None:
+    """Continue `rows` until all are done; half-empty batches shrink, and so do full rows."""
+    while True:
+        tokens = [row.take(scores) for row, scores in zip(rows, logits, strict=True)]
+        live = [index for index, row in enumerate(rows) if not row.done]
+        if not live:
+            return
+        full = max(session.lengths) == session.capacity
+        if 2 * len(live) <= len(rows) or full:
+            session.keep(live)
+            rows, tokens = [rows[i] for i in live], [tokens[i] for i in live]
+        logits = session.decode(torch.tensor(tokens))
+
+
+def _prefill_losses(
+    session: Session, texts: Sequence[Sequence[int]], start: int, stop: int
+) -> list[Tensor]:
+    """NLL `[stop - start]` per text of the tokens after each of `start..stop`, read in pieces.
+
+    The session may have more rows than there are texts; those get nothing.
+    """
+    piece = max(1, _LOGIT_ROWS // len(texts))
+    idle: list[Sequence[int]] = [[]] * (session.batch - len(texts))
+    parts: list[list[Tensor]] = [[] for _ in texts]
+    for first in range(start, stop, piece):
+        last = min(first + piece, stop)
+        logits = session.extend_all([*(text[first:last] for text in texts), *idle])
+        for row, text in enumerate(texts):
+            targets = torch.tensor(text[first + 1 : last + 1])
+            parts[row].append(_losses(logits[row], targets))
+    return [torch.cat(found) for found in parts]
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """NLL `[T]` in nats of `targets` `[T]` under `logits` `[T, V]`."""
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none").cpu()
