@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Dim = int | str
@@ -20,6 +21,7 @@ class Builder:
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[ValueInfoProto] = []
         self._outputs: list[ValueInfoProto] = []
+        self._made: dict[Hashable, str] = {}
         self._scope = ""
 
     @contextmanager
@@ -56,14 +58,33 @@ class Builder:
         self._nodes.append(helper.make_node(kind, inputs, made, name=own, **attributes))
         return made
 
+    def once(self, key: Hashable, make: Callable[[], str]) -> str:
+        """The value that `make` gave when `key` was first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def ints(self, *values: int) -> str:
         """A constant int64 vector."""
-        return self._constant("i", np.array(values, dtype=np.int64), "_".join(map(str, values)))
+        return self.constant(np.array(values, dtype=np.int64))
+
+    def int32(self, value: int) -> str:
+        """A constant int32 scalar."""
+        return self.number(value, TensorProto.INT32)
 
     def number(self, value: float, kind: int = TensorProto.FLOAT) -> str:
         """A constant scalar of element type `kind`."""
-        array = np.array(value, dtype=helper.tensor_dtype_to_np_dtype(kind))
-        return self._constant("n", array, f"{value}_{TensorProto.DataType.Name(kind)}")
+        return self.constant(np.array(value, dtype=helper.tensor_dtype_to_np_dtype(kind)))
+
+    def constant(self, array: NDArray[Any]) -> str:
+        """A constant, stored once for equal ones."""
+        key = ("constant", str(array.dtype), array.shape, array.tobytes())
+        name = f"constants/{len(self._initializers)}"
+        return self.once(key, lambda: self.initializer(numpy_helper.from_array(array, name)))
+
+    def tensor(self, array: NDArray[Any]) -> TensorProto:
+        """An attribute's value."""
+        return numpy_helper.from_array(array)
 
     def graph(self, name: str) -> GraphProto:
         """The finished graph."""
@@ -74,6 +95,3 @@ class Builder:
             self._outputs,
             initializer=list(self._initializers.values()),
         )
-
-    def _constant(self, prefix: str, array: Any, spelt: str) -> str:
-        return self.initializer(numpy_helper.from_array(array, f"{prefix}_{spelt}"))

@@ -1,7 +1,9 @@
 """The decoder as an ONNX graph: one chunk of tokens in, logits and updated span caches out.
 
 The same numbers as `moac_runtime.decoder` and `moac_runtime.session`: a chunk attends to what the
-caches held before it and to itself, and is then written to its slots.
+caches held before it and to itself, and is then written to its slots. What depends on the step
+alone is computed once (`step.py`). Runtimes plan memory in time that grows with the square of the
+nodes, so whatever can be done for all heads of a layer at once is.
 """
 
 from __future__ import annotations
@@ -12,19 +14,13 @@ from dataclasses import dataclass
 from onnx import GraphProto, TensorProto
 
 from moac.export.builder import Builder
+from moac.export.step import Step
 from moac_runtime.errors import UsageError
-from moac_runtime.onnx_layout import CacheLayout, OnnxLayout, SpanKind
+from moac_runtime.onnx_layout import CacheLayout, OnnxLayout
 from moac_runtime.spec import ModelSpec
 
-FLOAT, HALF, INT32, INT64 = (
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.INT32,
-    TensorProto.INT64,
-)
-KINDS = {"float32": FLOAT, "float16": HALF}
-
-_FOREVER = 2**31 - 1  # no query comes so late
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+KINDS = {"float32": FLOAT, "float16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +34,6 @@ class Weights:
     tensor: Callable[[Builder, str], str]
     rows: Callable[[Builder, str, str], str]
     linear: Callable[[Builder, str, str, str | None], str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """What caches of one kind share in a step.
-
-    `mask`: additive float32 `[B, 1, 1, T, S + T]`; `source`: `[B, T]`, the token of the chunk
-    whose key and value each token's slot gets; `slots`: `[B, T]`.
-    """
-
-    mask: str
-    source: str
-    slots: str
-    size: str
 
 
 def build_graph(spec: ModelSpec, layout: OnnxLayout, weights: Weights) -> GraphProto:
@@ -70,16 +52,16 @@ class _Graph:
     def build(self) -> GraphProto:
         b = self._b
         self._declare()
-        with b.scope("step"):
-            self._measure()
-            self._rotate()
-            self._spans = [self._span(i, kind) for i, kind in enumerate(self._layout.spans)]
+        self._step = Step(b, self._spec, self._layout, self._kind)
         x = self._weights.rows(b, "embed.weight", b.op("Reshape", "tokens", b.ints(-1)))
+        new = []
         for layer in range(self._spec.num_layers):
             with b.scope(f"layers.{layer}"):
-                x = b.op("Add", x, self._attention(layer, x))
+                attended, k, v = self._attention(layer, x)
+                x = b.op("Add", x, attended)
                 x = b.op("Add", x, self._mlp(layer, x))
-        self._write(x)
+                new.append((k, v))
+        self._write(new, x)
         self._logits(x)
         return b.graph("moac")
 
@@ -96,7 +78,6 @@ class _Graph:
         for cache in self._layout.caches:
             for part in ("key", "value"):
                 b.input(f"past.{cache.name}.{part}", self._kind, self._cache_shape(cache))
-        self._new: dict[str, tuple[str, str]] = {}
 
     def _cache_shape(self, cache: CacheLayout) -> list[int | str]:
         return ["batch", cache.num_heads, f"span_{cache.span}", self._spec.head_dim]
@@ -110,146 +91,48 @@ class _Graph:
         b.op("Identity", logits, name="logits")
         b.output("logits", FLOAT, ["wanted", self._spec.vocab_size])
 
-    # ---- what depends on the step alone
-
-    def _measure(self) -> None:
-        """Sizes and positions of the step."""
-        b = self._b
-        self._chunk = b.op("Shape", "tokens", start=1, end=2)
-        self._places = self._range(self._chunk)
-        self._start = b.op("Unsqueeze", "past_lengths", b.ints(1))
-        self._stop = b.op("Add", self._start, b.op("Unsqueeze", "counts", b.ints(1)))
-        self._positions = b.op("Add", self._start, self._places)
-        # All padding of a row goes to the slot behind its last token. What stands there is out of
-        # every later query's sight, so nothing is lost.
-        self._written = b.op("Min", self._positions, self._stop)
-
-    def _range(self, stop: str) -> str:
-        """0 to `stop - 1`, `stop` being `[1]`."""
-        b = self._b
-        return b.op("Range", b.number(0, INT64), b.op("Squeeze", stop), b.number(1, INT64))
-
-    def _rotate(self) -> None:
-        """Cosines and sines `[B * T, 1, D]`; the sines' first half negated (see Rotation)."""
-        b, scaling = self._b, self._spec.rope.scaling
-        place = b.op("Cast", b.op("Reshape", self._positions, b.ints(-1, 1, 1)), to=FLOAT)
-        angle = b.op("Mul", place, "inv_freq")
-        cos, sin = (
-            b.op("Mul", b.op(kind, angle), b.number(scaling))
-            if scaling != 1
-            else b.op(kind, angle)
-            for kind in ("Cos", "Sin")
-        )
-        self._cos = self._as(self._kind, b.op("Concat", cos, cos, axis=-1))
-        self._sin = self._as(self._kind, b.op("Concat", b.op("Neg", sin), sin, axis=-1))
-
-    def _span(self, index: int, kind: SpanKind) -> _Span:
-        b = self._b
-        cache = next(c for c in self._layout.caches if c.span == index)
-        with b.scope(f"span_{index}"):
-            size = b.op("Shape", f"past.{cache.name}.key", start=2, end=3)
-            sink = b.op("Gather", "sinks", b.ints(index))
-            ring = b.op("Sub", size, sink)
-            held = self._held_until(size, sink, ring, kind.window)
-            return _Span(
-                mask=self._mask(held, self._until(self._positions, sink, ring, kind.window)),
-                source=self._source(sink, ring),
-                slots=self._slot(self._written, sink, ring),
-                size=size,
-            )
-
-    def _until(self, positions: str, sink: str, ring: str, window: int | None) -> str:
-        """The first query that no longer sees the key at each of `positions`."""
-        b = self._b
-        pinned = b.op("Less", positions, sink)
-        until = b.op("Where", pinned, b.ints(_FOREVER), b.op("Add", positions, ring))
-        if window is None:
-            return until
-        return b.op("Min", until, b.op("Add", positions, b.ints(window)))
-
-    def _held_until(self, size: str, sink: str, ring: str, window: int | None) -> str:
-        """`_until` of the key in each slot `[B, S]`, 0 (no query at all) where it is empty."""
-        b = self._b
-        slot = self._range(size)
-        last = b.op("Sub", self._start, b.ints(1))
-        pinned = b.op("Less", slot, sink)
-        back = b.op("Mod", b.op("Sub", last, slot), ring)
-        position = b.op("Where", pinned, slot, b.op("Sub", last, back))
-        least = b.op("Where", pinned, b.ints(0), sink)
-        empty = b.op("Or", b.op("Less", position, least), b.op("Less", last, position))
-        return b.op("Where", empty, b.ints(0), self._until(position, sink, ring, window))
-
-    def _mask(self, held_until: str, own_until: str) -> str:
-        b = self._b
-        query = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 2, 4)), to=INT32)
-        own = b.op("Cast", b.op("Unsqueeze", own_until, b.ints(1, 2, 3)), to=INT32)
-        held = b.op("Cast", b.op("Unsqueeze", held_until, b.ints(1, 2, 3)), to=INT32)
-        key = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 2, 3)), to=INT32)
-        causal = b.op("LessOrEqual", key, query)
-        seen_own = b.op("And", causal, b.op("Less", query, own))
-        seen = b.op("Concat", b.op("Less", query, held), seen_own, axis=-1)
-        return b.op("Where", seen, b.number(0.0), b.number(float("-inf")))
-
-    def _slot(self, positions: str, sink: str, ring: str) -> str:
-        b = self._b
-        in_ring = b.op("Add", sink, b.op("Mod", b.op("Sub", positions, sink), ring))
-        return b.op("Where", b.op("Less", positions, sink), positions, in_ring)
-
-    def _source(self, sink: str, ring: str) -> str:
-        """The last token of the chunk that shares each token's slot, `[B, T]`.
-
-        A token that falls out of the span within its own chunk writes what replaces it, so that a
-        slot written twice gets the same bytes twice.
-        """
-        b = self._b
-        own = b.op("Sub", self._written, self._start)
-        last = b.op("Sub", self._stop, b.ints(1))
-        turns = b.op("Div", b.op("Sub", last, self._written), ring)
-        real = b.op("Less", self._written, self._stop)
-        replaced = b.op("And", real, b.op("GreaterOrEqual", self._written, sink))
-        return b.op("Where", replaced, b.op("Add", own, b.op("Mul", turns, ring)), own)
-
     # ---- layers
 
-    def _attention(self, layer: int, x: str) -> str:
-        b, spec = self._b, self._spec
-        heads = spec.num_heads + spec.num_kv_heads
-        qkv = self._linear(
-            f"layers.{layer}.qkv", self._norm(x, f"layers.{layer}.attn_norm.weight"), spec.qkv_bias
-        )
-        qkv = b.op("Reshape", qkv, b.ints(0, heads + spec.num_kv_heads, spec.head_dim))
-        qk, v = b.ops("Split", qkv, b.ints(heads, spec.num_kv_heads), outputs=2, axis=1)
-        if spec.qk_norm:
-            qk = self._qk_norm(layer, qk)
-        caches = [cache for cache in self._layout.caches if cache.layer == layer]
-        queries, keys = self._by_cache(self._rotated(qk), caches, queries=True)
-        values = self._by_cache(v, caches, queries=False)[1]
+    def _attention(self, layer: int, x: str) -> tuple[str, str, str]:
+        """What `x` `[M, hidden]` attends to, and its keys and values `[B, K, T, D]`."""
+        b, spec, name = self._b, self._spec, f"layers.{layer}"
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        qkv = self._linear(f"{name}.qkv", self._norm(x, f"{name}.attn_norm.weight"), spec.qkv_bias)
+        qkv = b.op("Reshape", qkv, self._step.by_row(heads + 2 * kv_heads, spec.head_dim))
+        qkv = b.op("Transpose", qkv, perm=[0, 2, 1, 3])
+        qk, v = b.ops("Split", qkv, b.ints(heads + kv_heads, kv_heads), outputs=2, axis=1)
+        qk = self._rotated(self._qk_norm(layer, qk) if spec.qk_norm else qk)
+        q, k = b.ops("Split", qk, b.ints(heads, kv_heads), outputs=2, axis=1)
+        q = b.op("Mul", q, b.number(spec.head_dim**-0.5, self._kind))
+        caches = self._layout.of_layer(layer)
         parts = [
-            self._attend(*arguments)
-            for arguments in zip(caches, queries, keys, values, strict=True)
+            self._attend(cache, *own)
+            for cache, *own in zip(
+                caches,
+                self._cut(q, caches, spec.group_size),
+                self._cut(k, caches),
+                self._cut(v, caches),
+                strict=True,
+            )
         ]
         out = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=1)
-        return self._linear(f"layers.{layer}.o", out, spec.o_bias)
+        out = b.op("Transpose", out, perm=[0, 2, 1, 3])
+        out = b.op("Reshape", out, b.ints(-1, heads * spec.head_dim))
+        return self._linear(f"{name}.o", out, spec.o_bias), k, v
 
-    def _by_cache(
-        self, x: str, caches: Sequence[CacheLayout], *, queries: bool
-    ) -> tuple[list[str], list[str]]:
-        """`x` `[M, heads, D]` cut into each cache's share of query heads, then of KV heads."""
-        b, counts = self._b, [cache.num_heads for cache in caches]
-        shares = [n * self._spec.group_size for n in counts] if queries else []
-        if len(shares) + len(counts) == 1:
-            return [], [x]
-        cut = b.ops(
-            "Split", x, b.ints(*shares, *counts), outputs=len(shares) + len(counts), axis=1
-        )
-        return cut[: len(shares)], cut[len(shares) :]
+    def _cut(self, x: str, caches: Sequence[CacheLayout], share: int = 1) -> list[str]:
+        """`x` `[B, heads, ...]` cut into each cache's heads, `share` of them for a KV head."""
+        if len(caches) == 1:
+            return [x]
+        sizes = self._b.ints(*(cache.num_heads * share for cache in caches))
+        return self._b.ops("Split", x, sizes, outputs=len(caches), axis=1)
 
     def _rotated(self, x: str) -> str:
-        b = self._b
+        b, step = self._b, self._step
         half = self._spec.head_dim // 2
         low, high = b.ops("Split", x, b.ints(half, half), outputs=2, axis=-1)
-        turned = b.op("Mul", b.op("Concat", high, low, axis=-1), self._sin)
-        return b.op("Add", b.op("Mul", x, self._cos), turned)
+        turned = b.op("Mul", b.op("Concat", high, low, axis=-1), step.sin)
+        return b.op("Add", b.op("Mul", x, step.cos), turned)
 
     def _qk_norm(self, layer: int, qk: str) -> str:
         b, spec = self._b, self._spec
@@ -259,61 +142,32 @@ class _Graph:
         return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight"), axis=1)
 
     def _attend(self, cache: CacheLayout, q: str, k: str, v: str) -> str:
-        """What one cache's heads attend to, `[M, n * G * D]`.
+        """What one cache's heads attend to, `[B, n * G, T, D]`.
 
-        Held and own keys are scored apart, so that no cache is copied.
+        Held and own keys are scored apart, so that no cache is copied. A group's queries stand
+        in one matrix, so that each key is read once.
         """
-        b, span, dim = self._b, self._spans[cache.span], self._spec.head_dim
+        b, step, dim = self._b, self._step, self._spec.head_dim
         group, n = self._spec.group_size, cache.num_heads
         with b.scope(f"heads.{cache.first_head}"):
-            q = self._queries(q, n)
-            k, v = (b.op("Reshape", x, self._by_row(n, dim)) for x in (k, v))
-            self._new[cache.name] = (k, v)
-            k, v = (b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (k, v))
-            old_k, old_v = f"past.{cache.name}.key", f"past.{cache.name}.value"
+            q = b.op("Reshape", q, b.ints(0, n, -1, dim))
+            held_k, held_v = (f"past.{cache.name}.{part}" for part in ("key", "value"))
             scores = [
                 b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
-                for keys in (old_k, k)
+                for keys in (held_k, k)
             ]
-            shares = self._softmax(b.op("Concat", *scores, axis=-1), span, n)
-            sizes = b.op("Concat", span.size, self._chunk, axis=0)
-            old, new = b.ops("Split", shares, sizes, outputs=2, axis=-1)
-            out = b.op("Add", b.op("MatMul", old, old_v), b.op("MatMul", new, v))
-            out = b.op("Reshape", out, self._split_group(n, dim))
-            out = b.op("Transpose", out, perm=[0, 3, 1, 2, 4])
-            return b.op("Reshape", out, b.ints(-1, n * group * dim))
-
-    def _queries(self, q: str, n: int) -> str:
-        """`[M, n * G, D]` to scaled `[B, n, G * T, D]`: a group shares each key it reads."""
-        b, dim, group = self._b, self._spec.head_dim, self._spec.group_size
-        scale = b.number(dim**-0.5, self._kind)
-        q = b.op("Reshape", b.op("Mul", q, scale), self._by_row(n, group, dim))
-        q = b.op("Transpose", q, perm=[0, 2, 3, 1, 4])
-        return b.op("Reshape", q, b.ints(0, n, -1, dim))
-
-    def _by_row(self, *sizes: int) -> str:
-        """The shape `[B, T, *sizes]`."""
-        b = self._b
-        return b.op("Concat", b.op("Shape", "tokens"), b.ints(*sizes), axis=0)
-
-    def _split_group(self, n: int, last: int) -> str:
-        """The shape `[B, n, G, T, last]`."""
-        b = self._b
-        batch_heads = b.ints(0, n, self._spec.group_size)
-        return b.op("Concat", batch_heads, self._chunk, b.ints(last), axis=0)
-
-    def _softmax(self, scores: str, span: _Span, n: int) -> str:
-        b = self._b
-        scores = b.op("Reshape", self._as(FLOAT, scores), self._split_group(n, -1))
-        shares = b.op("Softmax", b.op("Add", scores, span.mask), axis=-1)
-        flat = b.op("Concat", b.ints(0, n, -1), b.op("Add", span.size, self._chunk), axis=0)
-        return self._as(self._kind, b.op("Reshape", shares, flat))
+            scored = self._as(FLOAT, b.op("Concat", *scores, axis=-1))
+            scored = b.op("Reshape", scored, step.split_group(n))
+            shares = b.op("Softmax", b.op("Add", scored, step.mask(cache.span)), axis=-1)
+            shares = self._as(self._kind, b.op("Reshape", shares, step.join_group(cache.span)))
+            held, own = b.ops("Split", shares, step.parts(cache.span), outputs=2, axis=-1)
+            out = b.op("Add", b.op("MatMul", held, held_v), b.op("MatMul", own, v))
+            return b.op("Reshape", out, b.ints(0, n * group, -1, dim))
 
     def _mlp(self, layer: int, x: str) -> str:
         b, spec, name = self._b, self._spec, f"layers.{layer}"
-        both = self._linear(
-            f"{name}.gate_up", self._norm(x, f"{name}.mlp_norm.weight"), spec.mlp_bias
-        )
+        x = self._norm(x, f"{name}.mlp_norm.weight")
+        both = self._linear(f"{name}.gate_up", x, spec.mlp_bias)
         gate, up = b.ops("Split", both, outputs=2, num_outputs=2, axis=-1)
         return self._linear(f"{name}.down", b.op("Mul", self._activated(gate), up), spec.mlp_bias)
 
@@ -336,13 +190,12 @@ class _Graph:
         return self._weights.linear(self._b, x, f"{name}.weight", f"{name}.bias" if bias else None)
 
     def _norm(self, x: str, name: str) -> str:
-        b = self._b
-        wide = self._as(FLOAT, x)
-        mean = b.op("ReduceMean", b.op("Mul", wide, wide), b.ints(-1), keepdims=1)
+        """RMS norm; these very operations are what runtimes fuse into one."""
+        b, wide = self._b, self._as(FLOAT, x)
+        mean = b.op("ReduceMean", b.op("Pow", wide, b.number(2.0)), b.ints(-1), keepdims=1)
         root = b.op("Sqrt", b.op("Add", mean, b.number(self._spec.norm_eps)))
-        return b.op(
-            "Mul", self._weights.tensor(b, name), self._as(self._kind, b.op("Div", wide, root))
-        )
+        scaled = self._as(self._kind, b.op("Div", wide, root))
+        return b.op("Mul", scaled, self._weights.tensor(b, name))
 
     def _as(self, kind: int, x: str) -> str:
         """`x`, which is float32 or of the graph's dtype, as element type `kind`."""
@@ -350,40 +203,27 @@ class _Graph:
 
     # ---- the ring write
 
-    def _write(self, hidden: str) -> None:
+    def _write(self, new: Sequence[tuple[str, str]], hidden: str) -> None:
         """Write every cache once all layers have read theirs.
 
-        The slots are made to depend on the last layer's size, so that no order of execution can
-        write before the last read: a client may bind one buffer as input and output.
+        The slots are made to depend on the size of the last layer's output, so that no order of
+        execution can write before the last read: one buffer may be bound as input and output.
         """
-        b = self._b
+        b, step = self._b, self._step
         with b.scope("write"):
-            tokens = b.op("Shape", b.op("Reshape", "tokens", b.ints(-1)))
-            none = b.op("Sub", b.op("Shape", hidden, start=0, end=1), tokens)
-            made: dict[tuple[int, int], str] = {}
-            for cache in self._layout.caches:
-                key = (cache.span, cache.num_heads)
-                if key not in made:
-                    made[key] = self._indices(cache, none)
-                self._write_cache(cache, made[key])
+            slots = step.slots_after(hidden)
+            for layer, own in enumerate(new):
+                caches = self._layout.of_layer(layer)
+                kinds = b.ints(*(c.span for c in caches for _ in range(c.num_heads)))
+                places = step.places(slots, kinds, [i for c in caches for i in range(c.num_heads)])
+                source = step.source(kinds)
+                for part, x in zip(("key", "value"), own, strict=True):
+                    x = b.op("GatherND", x, source, batch_dims=2)
+                    cut = (caches, self._cut(x, caches), self._cut(places, caches))
+                    for cache, tokens, place in zip(*cut, strict=True):
+                        self._write_cache(cache, part, tokens, place)
 
-    def _indices(self, cache: CacheLayout, none: str) -> str:
-        """`[B, T, n, 3]`: row, head and slot of each key of the chunk."""
-        b, n = self._b, cache.num_heads
-        batch = b.op("Shape", "tokens", start=0, end=1)
-        slots = b.op("Add", self._spans[cache.span].slots, none)
-        parts = (
-            b.op("Unsqueeze", self._range(batch), b.ints(1, 2, 3)),
-            b.op("Reshape", b.ints(*range(n)), b.ints(1, 1, n, 1)),
-            b.op("Unsqueeze", slots, b.ints(2, 3)),
-        )
-        return b.op("Concat", *(b.op("Expand", p, self._by_row(n, 1)) for p in parts), axis=-1)
-
-    def _write_cache(self, cache: CacheLayout, indices: str) -> None:
-        b = self._b
-        source = b.op("Unsqueeze", self._spans[cache.span].source, b.ints(2))
-        for part, new in zip(("key", "value"), self._new[cache.name], strict=True):
-            name = f"present.{cache.name}.{part}"
-            tokens = b.op("GatherND", new, source, batch_dims=1)
-            b.op("ScatterND", f"past.{cache.name}.{part}", indices, tokens, name=name)
-            b.output(name, self._kind, self._cache_shape(cache))
+    def _write_cache(self, cache: CacheLayout, part: str, tokens: str, places: str) -> None:
+        name = f"present.{cache.name}.{part}"
+        self._b.op("ScatterND", f"past.{cache.name}.{part}", places, tokens, name=name)
+        self._b.output(name, self._kind, self._cache_shape(cache))

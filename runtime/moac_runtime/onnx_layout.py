@@ -62,6 +62,10 @@ class OnnxLayout:
     opset: int = OPSET
     model: str = ONNX_MODEL
 
+    def of_layer(self, layer: int) -> list[CacheLayout]:
+        """The caches of one layer, in packed order of their heads."""
+        return [cache for cache in self.caches if cache.layer == layer]
+
     def resolve(self, capacity: int) -> list[HeadSpan]:
         """Every kind's span in a session of `capacity` tokens."""
         return [

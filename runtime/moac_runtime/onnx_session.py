@@ -47,6 +47,8 @@ class OnnxGraph:
         options.log_severity_level = 3
         # chunks differ in length, and a pattern kept for each would keep its memory too
         options.enable_mem_pattern = False
+        # its search takes time that grows with the square of the graph's nodes
+        options.enable_mem_reuse = False
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
