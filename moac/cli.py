@@ -116,7 +116,7 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
     show_default=True,
     callback=_words,
     metavar="NAME,...",
-    help="backends to build for: torch, onnx",
+    help="backends to build for: torch, onnx, cuda (every architecture), cuda:80, cuda:90, ...",
 )
 @click.option(
     "--onnx-dtype",

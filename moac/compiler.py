@@ -22,6 +22,7 @@ from moac.inspection import inspect_artifact
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import golden_prompt, reference_logits
+from moac.packaging.kernels import cuda_archs, emit_kernels, require_kernels
 from moac.packaging.staging import check_target, staged
 from moac.packaging.writer import (
     embed_runtime,
@@ -30,7 +31,7 @@ from moac.packaging.writer import (
     write_plan,
     write_weights,
 )
-from moac.planning import FrontPoint, Layout, Objective, largest_density_between
+from moac.planning import FrontPoint, Layout, Problem, largest_density_between
 from moac.planning.problem import check_budget
 from moac.progress import stage
 from moac.report import write_report
@@ -89,10 +90,10 @@ def compile_model(
     with clock("profile"):
         tables = profile(bench, samples)
     with clock("optimise"):
-        front, objectives = optimise(bench, samples, tables, lengths)
+        front, problem = optimise(bench, samples, tables, lengths)
     with clock("validate"):
         chosen, measured = validate(bench, front, lengths)
-    record = planning_record(request, lengths, objectives, front, chosen, measured)
+    record = planning_record(request, lengths, problem, front, chosen, measured)
     with staged(Path(out), force=force) as staging:
         with clock("emit"):
             write_package(staging, bench, chosen.plan, record)
@@ -134,6 +135,8 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, L
     check_budget(layout, request.budget, lengths.planned)
     if "onnx" in request.targets:
         require_onnx()
+    if cuda_archs(request.targets):
+        require_kernels(spec, None, request.dtype or checkpoint.dtype)
     return lengths, layout
 
 
@@ -171,13 +174,13 @@ def sample_counts(lengths: Lengths, shortest: int) -> dict[int, int]:
 def planning_record(
     request: CompileRequest,
     lengths: Lengths,
-    objectives: Sequence[Objective],
+    problem: Problem,
     front: Sequence[FrontPoint],
     chosen: FrontPoint,
     measured: Sequence[Measured],
 ) -> dict[str, Any]:
     """What `plan.json` holds beside the rules: how the plan was found and what it costs."""
-    names = [objective.name for objective in objectives]
+    names = [objective.name for objective in problem.objectives]
     shortest, longest = lengths.planned[0], lengths.planned[-1]
     most, where = largest_density_between(chosen.plan, shortest, longest)
     return {
@@ -202,6 +205,9 @@ def planning_record(
             }
             for number, point in enumerate(front, start=1)
         ],
+        "layerwise": [
+            [layer[0].alpha, layer[0].beta] for layer in layerwise_plan(problem).rules
+        ],
     }
 
 
@@ -224,6 +230,7 @@ def write_package(staging: Path, bench: Bench, plan: Plan, record: dict[str, Any
         write_golden(staging, prompts)
         if "onnx" in request.targets:
             limits |= emit_onnx(staging, checkpoint, request, plan, order, prompts)
+        emit_kernels(staging, checkpoint.spec, plan, dtype, request.targets)
         advance(2, 3)
         embed_runtime(staging)
         write_manifest(

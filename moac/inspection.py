@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moac.packaging.kernels import packaged_kernels
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.generation import DTYPE_BYTES
 
@@ -29,7 +30,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "dtype": artifact.dtype,
         "capacity": artifact.capacity,
         "targets": list(artifact.targets),
-        "kernels": [],
+        "kernels": packaged_kernels(artifact),
         "budget": record["budget"],
         "lengths": lengths,
         "sink": plan.sink,

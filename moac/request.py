@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moac.calibration import read_calibration
+from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac_runtime.errors import UsageError
 from moac_runtime.manifest import DTYPES
 
-TARGETS = ("torch", "onnx")
+TARGETS = ("torch", "onnx", *CUDA_TARGETS)
 ONNX_DTYPES = ("float32", "float16")
 ONNX_WEIGHTS = ("shared", "int8")
 

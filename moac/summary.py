@@ -60,7 +60,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
         ("weights", f"{found['weight_bytes'] / _MIB:.1f} MiB, {found['dtype']}"),
         ("capacity", f"{found['capacity']} tokens"),
         ("targets", ", ".join(found["targets"])),
-        ("kernels", "none: the torch target needs none"),
+        ("kernels", _kernels(found["kernels"])),
         (
             "budget",
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
@@ -76,6 +76,11 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _kernels(built: list[dict[str, Any]]) -> str:
+    archs = dict.fromkeys(kernel["arch"] for kernel in built)
+    return ", ".join(archs) or "none: no cuda target"
 
 
 def estimate_table(stages: Sequence[StageEstimate]) -> str:
