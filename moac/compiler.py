@@ -31,7 +31,13 @@ from moac.packaging.writer import (
     write_plan,
     write_weights,
 )
-from moac.planning import FrontPoint, Layout, Problem, largest_density_between
+from moac.planning import (
+    FrontPoint,
+    Layout,
+    Problem,
+    largest_density_between,
+    layerwise_plan,
+)
 from moac.planning.problem import check_budget
 from moac.progress import stage
 from moac.report import write_report
@@ -205,9 +211,7 @@ def planning_record(
             }
             for number, point in enumerate(front, start=1)
         ],
-        "layerwise": [
-            [layer[0].alpha, layer[0].beta] for layer in layerwise_plan(problem).rules
-        ],
+        "layerwise": [[layer[0].alpha, layer[0].beta] for layer in layerwise_plan(problem).rules],
     }
 
 

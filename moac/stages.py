@@ -22,7 +22,6 @@ from moac.lengths import Lengths
 from moac.planning import (
     FrontPoint,
     Layout,
-    Objective,
     Problem,
     SolverOptions,
     candidate_rules,
@@ -104,8 +103,8 @@ def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
 
 def optimise(
     bench: Bench, samples: Sequence[CalibrationSample], tables: Sequence[Tensor], lengths: Lengths
-) -> tuple[list[FrontPoint], list[Objective]]:
-    """The Pareto front over the profiled lengths, and the objectives it was made for."""
+) -> tuple[list[FrontPoint], Problem]:
+    """The Pareto front over the profiled lengths, and the problem it solves."""
     request, layout = bench.request, bench.layout
     with stage("optimise") as advance:
         uniform = uniform_plan(layout, budget=request.budget, lengths=lengths.planned)
@@ -126,7 +125,7 @@ def optimise(
         )
         front = pareto_front(problem, points=request.plans, options=_solver_options(request))
         advance(1, 1)
-    return front, objectives
+    return front, problem
 
 
 def _solver_options(request: CompileRequest) -> SolverOptions:

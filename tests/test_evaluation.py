@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import tiny_tokenizer
@@ -16,18 +18,29 @@ from torch.nn import functional as F
 
 from moac.calibration.prompt import PromptFormat
 from moac.evaluation import EvalRequest, evaluate
-from moac.evaluation.case import Case, first_integer, gold_answer, last_integer, recall
+from moac.evaluation.case import Case, Gold, first_integer, gold_answer, last_integer, recall
 from moac.evaluation.intervals import mean_interval, share_interval
 from moac.evaluation.longeval import longeval
 from moac.evaluation.methods import method_plans
 from moac.evaluation.passkey import passkey
 from moac.evaluation.ruler import NIAH, RULER_TASKS, ruler
 from moac.evaluation.runner import Runner
+from moac.inspection import planned_lengths
+from moac.planning import (
+    Layout,
+    Objective,
+    Problem,
+    SolverOptions,
+    layerwise_plan,
+    plan_losses,
+    uniform_plan,
+)
 from moac.verify import undropping
-from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
 from moac_runtime.session import Session
+from moac_runtime.span import Rule
 
 Capture = pytest.CaptureFixture[str]
 LENGTH = 2048  # of cases: the tiny tokenizer writes two letters a token
@@ -146,8 +159,6 @@ def short_cases() -> list[Case]:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 300, (count,), generator=rng).tolist())
 
-    from moac.evaluation.case import Gold
-
     sizes = [(900, 12, 4, 2), (905, 3, 9, 0), (ROOM - 12, 12, 5, 1)]
     return [
         Case(tokens(prompt), Gold(tokens(gold), scored), limit, recall(["x"]), None)
@@ -199,6 +210,44 @@ def test_the_uniform_plan_holds_as_much_at_each_length(artifact: Artifact) -> No
         own, uniform = (plans[name](length).density(length) for name in ("moac", "uniform"))
         assert own - 16 / length < uniform <= own  # a block at most below
         assert plans["dense"](length).density(length) == 1
+
+
+def test_the_layerwise_plan_is_the_best_of_all_with_one_rule_a_layer() -> None:
+    rng = np.random.default_rng(0)
+    layout = Layout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None,) * 3)
+    tables = np.sort(rng.random((2, 3, 2, 17)))[..., ::-1].copy()
+    rules = (Rule(32, 0.0), Rule(0, 0.25), Rule(0, 0.5), Rule(64, 0.5), Rule(0, 1.0))
+    objectives = tuple(Objective(f"{k}", 256, tables[k]) for k in range(2))
+    problem = Problem(
+        layout=layout, rules=rules, lengths=(256,), objectives=objectives, budget=0.5
+    )
+    found = layerwise_plan(problem, options=SolverOptions(gap=0.0))
+    units = plan_losses(uniform_plan(layout, budget=0.5, lengths=(256,)), objectives)
+
+    def loss(plan: Plan) -> float:
+        return sum(a / b for a, b in zip(plan_losses(plan, objectives), units, strict=True))
+
+    every = [layout.plan([[rule] * 2 for rule in row]) for row in product(rules, repeat=3)]
+    best = min(loss(plan) for plan in every if plan.density(256) <= 0.5)
+    assert found.density(256) <= 0.5
+    assert all(len(set(layer)) == 1 for layer in found.rules)
+    assert loss(found) == pytest.approx(best)
+
+
+def test_the_package_records_its_layerwise_baseline(artifact: Artifact) -> None:
+    plan = method_plans(artifact, ["layerwise"])["layerwise"](512)
+    assert all(len(set(layer)) == 1 for layer in plan.rules)
+    for length in planned_lengths(load_plan_record(artifact)):
+        assert plan.density(length) <= 0.5
+
+
+def test_a_package_without_layerwise_rules_says_so(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {k: v for k, v in load_plan_record(artifact).items() if k != "layerwise"}
+    monkeypatch.setattr("moac.evaluation.methods.load_plan_record", lambda _: record)
+    with pytest.raises(UsageError, match="compiled without a layerwise baseline"):
+        method_plans(artifact, ["layerwise"])
 
 
 # ---- figures

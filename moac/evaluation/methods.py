@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from moac.planning import Layout, matching_uniform
 from moac.verify import undropping
@@ -58,16 +57,10 @@ def _layerwise(artifact: Artifact) -> PlanAt:
             '"layerwise"), which needs the profile; compile it again, or leave layerwise out of '
             "--against"
         )
-    plan = layerwise_plan(artifact.plan, found)
+    layout = Layout.of(artifact.plan)
+    rules = [Rule(int(alpha), float(beta)) for alpha, beta in found]
+    plan = layout.plan([[rule] * layout.num_kv_heads for rule in rules])
     return lambda length: plan
-
-
-def layerwise_plan(own: Plan, rules: Sequence[Sequence[Any]]) -> Plan:
-    """The plan that gives every head of layer `l` the rule `rules[l]`, `[alpha, beta]`."""
-    layout = Layout.of(own)
-    return layout.plan(
-        [[Rule(int(alpha), float(beta))] * layout.num_kv_heads for alpha, beta in rules]
-    )
 
 
 BASELINES: Mapping[str, Callable[[Artifact], PlanAt]] = {

@@ -1,6 +1,7 @@
 """Choosing one elastic span rule per KV head: rule space, solver, Pareto front, baselines."""
 
 from moac.planning.front import pareto_front
+from moac.planning.layerwise import layerwise_plan
 from moac.planning.milp import (
     FrontPoint,
     SolverRecord,
@@ -21,6 +22,7 @@ __all__ = [
     "SolverRecord",
     "candidate_rules",
     "largest_density_between",
+    "layerwise_plan",
     "matching_uniform",
     "pareto_front",
     "plan_losses",
