@@ -186,7 +186,7 @@ def test_group_sizes(interpreter: Interpreter, group: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # the interpreter has no bfloat16
+@pytest.mark.parametrize("dtype", ["float16"])  # the interpreter has no bfloat16
 def test_head_dims_and_dtypes(interpreter: Interpreter, head_dim: int, dtype: str) -> None:
     torch.manual_seed(3)
     kernels = shape(2, 2, head_dim, dtype=dtype)
@@ -254,7 +254,7 @@ def play(interpreter: Interpreter, data: st.DataObject, *, longest: int) -> None
             layer.decode([True] * batch, ahead=data.draw(st.integers(0, 20), "ahead"))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_layer(interpreter: Interpreter, data: st.DataObject) -> None:
     play(interpreter, data, longest=30)

@@ -61,7 +61,7 @@ def _activated(x):
 
 @triton.jit
 def act_mul(gate_up, out, BLOCK: tl.constexpr):
-    """`activation(gate) * up` for a part of a row: `gate_up` `[M, 2 INNER]`, `out` `[M, INNER]`."""
+    """`activation(gate) * up` for a part of a row of `gate_up` `[M, 2 INNER]`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inner = column < INNER

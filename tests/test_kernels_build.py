@@ -1,0 +1,170 @@
+"""Ahead-of-time builds with no GPU: what is written, that it is lean, that it is reproducible."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from interpreted import shape
+
+from moac_kernels.assembler import instructions
+from moac_kernels.build import PORTABLE, Built, build_kernels, write_sources
+from moac_kernels.catalog import KERNELS, SOURCES
+from moac_kernels.render import render
+from moac_kernels.shape import KernelShape
+from moac_kernels.tiles import ARCHS, SHARED_LIMITS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+LLAMA_8B = KernelShape(
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    hidden_size=4096,
+    intermediate_size=14336,
+    norm_eps=1e-5,
+    activation="silu",
+    qk_norm=False,
+    windowed=False,
+    dtype="bfloat16",
+    plan="0123456789abcdef",
+)
+VICUNA_7B = replace(LLAMA_8B, num_kv_heads=32, intermediate_size=11008, dtype="float16")
+SMOLLM2 = replace(
+    LLAMA_8B, num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536
+)
+TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTCHMMA")
+COPY_16_BYTES = re.compile(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|UTMALDG")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_generated_source_is_the_golden_one(source: str) -> None:
+    text = render(source, LLAMA_8B)
+    assert text == (GOLDEN / f"{source}.py").read_text(encoding="utf-8")
+    assert LLAMA_8B.plan in text.splitlines()[0]
+
+
+def test_generated_sources_follow_the_model(tmp_path: Path) -> None:
+    write_sources(tmp_path, shape(3, 3, 80, windowed=True, activation="gelu_new"))
+    decode = (tmp_path / "decode.py").read_text(encoding="utf-8")
+    for line in ("GROUP = tl.constexpr(3)", "HEAD_DIM = tl.constexpr(80)",
+                 "DIM_TILE = tl.constexpr(128)", "WINDOWED = tl.constexpr(True)"):  # fmt: skip
+        assert f"\n{line}  # " in decode
+    assert 'ACTIVATION = tl.constexpr("gelu_tanh")' in (tmp_path / "pointwise.py").read_text()
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--line-length", "99", tmp_path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"head_dim": 72}, "head_dim must be a multiple of 16 from 16 to 256, got 72"),
+        ({"num_heads": 34}, "1 to 16 times the KV heads, got 34 and 2"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got int8"),
+        ({"activation": "tanh"}, "activation must be one of silu"),
+    ],
+)
+def test_shapes_that_no_kernel_serves(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        shape(**changes)
+
+
+def check(folder: Path, built: Built) -> None:
+    """One kernel fits its architecture, spills nothing, and loads as it should."""
+    limit = SHARED_LIMITS.get(int(built.arch.split("_")[1]), 0)
+    limit = min(SHARED_LIMITS.values()) if built.arch == PORTABLE else limit
+    where = f"{built.name} {built.arch}"
+    assert built.spills == 0, where
+    assert 0 < built.registers <= 255, where
+    assert built.shared <= limit, where
+    assert built.num_warps in (4, 8), where
+    assert built.null_arguments == 2, where
+    assert built.ptx == f"kernels/{PORTABLE}/{built.name}.ptx"
+    assert (folder.parent / built.ptx).is_file()
+    meta = json.loads((folder / built.arch / f"{built.name}.json").read_text())
+    assert meta == asdict(built)
+    if built.cubin is None:
+        ptx = (folder.parent / built.ptx).read_text()
+        assert built.driver == 12000
+        assert re.search(r"^\.version 8\.0$", ptx, re.M)
+        assert re.search(r"^\.target sm_80$", ptx, re.M)
+        return
+    assert built.driver in (12000, 12080)
+    if built.name.startswith(("decode", "prefill")):
+        found = instructions(folder.parent / built.cubin)
+        assert any(TENSOR_CORE.match(name) for name in found), where
+        assert sum(n for name, n in found.items() if COPY_16_BYTES.match(name)) >= 4, where
+        assert not any(name.startswith(("LDL", "STL")) for name in found), where
+
+
+def test_a_subset_builds_lean_and_twice_the_same(tmp_path: Path) -> None:
+    names = ["decode", "combine", "rope_decode"]
+    first, second = tmp_path / "a" / "kernels", tmp_path / "b" / "kernels"
+    for built in build_kernels(first, LLAMA_8B, [90], names=names):
+        check(first, built)
+    build_kernels(second, LLAMA_8B, [90], names=names)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == len(SOURCES) + 1 + 4 * len(names)
+    for path in files:
+        assert (first / path).read_bytes() == (second / path).read_bytes(), path
+        assert b"/tmp" not in (first / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+def test_prefill_builds_lean(capability: int, tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    for built in build_kernels(folder, SMOLLM2, [capability], names=["prefill"]):
+        check(folder, built)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["smollm2", "vicuna-7b", "llama-3-8b"])
+def test_every_kernel_builds_lean_on_every_architecture(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    shapes = {"smollm2": SMOLLM2, "vicuna-7b": VICUNA_7B, "llama-3-8b": LLAMA_8B}
+    made = build_kernels(folder, shapes[model], ARCHS)
+    assert len(made) == len(KERNELS) * (len(ARCHS) + 1)
+    for built in made:
+        check(folder, built)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        shape(8, 4, 80, dtype="bfloat16", windowed=True, activation="gelu"),
+        shape(32, 1, 96, dtype="float16", qk_norm=True),
+        shape(1, 16, 256, dtype="bfloat16", windowed=True),
+        replace(LLAMA_8B, windowed=True, qk_norm=True),
+    ],
+    ids=["80", "96", "256", "windowed"],
+)
+def test_other_shapes_build_lean(kernels: KernelShape, tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    for built in build_kernels(folder, kernels, (86, 90, 100)):
+        check(folder, built)
+
+
+def test_float32_has_kernels_too(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    kernels = replace(SMOLLM2, dtype="float32")
+    made = build_kernels(folder, kernels, [], names=["decode", "prefill_past"])
+    assert [built.spills for built in made] == [0, 0]
+
+
+def test_importing_the_library_needs_no_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import moac_kernels.build, moac_kernels.tables, moac.packaging.kernels"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env, timeout=60)
