@@ -70,9 +70,9 @@ def loss_chart(
 ) -> Markup:
     """Measured loss above the dense model's, a row for each kind of text."""
     shown = [chosen, *([] if uniform is None else [uniform]), *others.values()]
-    width, bottom = 600.0, 28.0 + _ROW * len(domains)
+    width, bottom = 480.0, 28.0 + _ROW * len(domains)
     low, high = around(plan[d] - dense[d] for plan in shown for d in domains)
-    across = Scale(low, high, 100, width - 30)
+    across = Scale(low, high, 92, width - 30)
     drawing = Drawing(width, bottom + 46, "Measured loss above the dense model's")
     for tick, label in zip(marks := ticks(low, high, about=6), labels(marks), strict=True):
         kind = "zero" if abs(tick) < 1e-12 else "grid"

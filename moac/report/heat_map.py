@@ -11,7 +11,7 @@ from moac.report.svg import Drawing
 
 STEPS = 9  # classes s0 to s8 of the style sheet; s8 is a head that keeps everything
 
-_GUTTER = 30
+_GUTTER = 36
 _HEAD = 34
 
 
@@ -59,7 +59,7 @@ def heat_map(
 
 def _cell(layers: int, heads: int, capacity: int) -> tuple[float, float, bool]:
     """Width and height of a cell in px, and whether its number has room."""
-    width = 48.0 if heads <= 4 else 192 / heads
+    width = 48.0 if heads <= 4 else 176 / heads
     needed = 7.0 * len(str(capacity)) + 6
     if layers <= 48 and heads <= 8:
         return max(width, needed), 18.0, True

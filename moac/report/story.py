@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,6 +67,12 @@ class Losses:
         """The plans of the front."""
         return {n: loss for n, loss in self.plans.items() if n not in ("dense", "uniform")}
 
+    @property
+    def chosen_is_best(self) -> bool:
+        """Whether no compared plan has a lower mean loss."""
+        least = min(losses[MEAN] for losses in self.compared.values())
+        return self.plans[self.chosen][MEAN] <= least
+
     def chart(self) -> Markup:
         """Loss above dense, a row for each kind of text."""
         others = {name: loss for name, loss in self.compared.items() if name != self.chosen}
@@ -81,10 +87,12 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """One package. `found`: as `inspect_artifact` gives it."""
+    """One package. `found`: as `inspect_artifact` gives it. `held`: the share of the dense KV
+    cache that is held at lengths all along the way to the longest planned one.
+    """
 
     found: Mapping[str, Any]
-    plan: Plan
+    held: tuple[tuple[int, float], ...]
     losses: Losses | None
 
     @classmethod
@@ -93,7 +101,9 @@ class Story:
         plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
         record = found["planning"]
         chosen = next((p["plan"] for p in record.get("front", ()) if p["chosen"]), "")
-        return cls(found, plan, Losses.of(record, chosen))
+        lengths = _curve_lengths(found["lengths"], plan.block)
+        held = tuple((n, plan.density(n)) for n in lengths)
+        return cls(found, held, Losses.of(record, chosen))
 
     @property
     def name(self) -> str:
@@ -147,15 +157,13 @@ class Story:
 
     def density_chart(self) -> Markup:
         """Density at every length up to the longest planned one."""
-        curve = [(n, self.plan.density(n)) for n in self._curve_lengths()]
         planned = [(n, self.found["density"][str(n)]) for n in self.found["lengths"]]
-        return charts.density_chart(curve, planned, self.found["budget"])
+        return charts.density_chart(self.held, planned, self.found["budget"])
 
     def bytes_chart(self) -> Markup:
         """KV bytes of one sequence, held and dense."""
         token = self.found["kv_bytes"][str(self.longest)]["dense"] / self.longest
-        heads = len(self.plan.rules) * len(self.plan.rules[0])
-        held = [(n, self.plan.held_tokens(n) * token / heads) for n in self._curve_lengths()]
+        held = [(n, share * n * token) for n, share in self.held]
         planned = [(n, self.found["kv_bytes"][str(n)]["held"]) for n in self.found["lengths"]]
         return charts.bytes_chart(held, planned, partial(_times, token))
 
@@ -194,12 +202,12 @@ class Story:
     def _chosen(self) -> str:
         return next((p["plan"] for p in self.front if p["chosen"]), "")
 
-    def _curve_lengths(self) -> list[int]:
-        """Lengths on both sides of each step that rounding to blocks makes."""
-        block, longest = self.plan.block, self.longest
-        apart = block * max(1, -(-longest // (_CURVE_STEPS * block)))
-        corners = {n + side for n in range(0, longest, apart) for side in (0, 1)}
-        return sorted((corners | {longest, *self.found["lengths"]}) - {0})
+
+def _curve_lengths(planned: Sequence[int], block: int) -> list[int]:
+    """Lengths on both sides of the steps that rounding to blocks makes, and the planned ones."""
+    apart = block * max(1, -(-planned[-1] // (_CURVE_STEPS * block)))
+    corners = {n + side for n in range(0, planned[-1], apart) for side in (0, 1)}
+    return sorted((corners | {*planned}) - {0})
 
 
 def at_most(check: Mapping[str, Any]) -> bool:
