@@ -29,7 +29,7 @@ from moac.planning import (
     pareto_front,
     uniform_plan,
 )
-from moac.profiling.aggregate import length_objectives
+from moac.planning.objectives import length_objectives
 from moac.profiling.influence import answer_loss, sample_influence
 from moac.progress import Advance, stage
 from moac.request import CompileRequest

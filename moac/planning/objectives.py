@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moac.calibration import CalibrationSample
-from moac.planning import Objective, plan_losses
-from moac.planning.problem import Floats
+from moac.planning.problem import Floats, Objective, plan_losses
 from moac_runtime.plan import Plan
+
+if TYPE_CHECKING:
+    from moac.calibration import CalibrationSample
 
 
 def length_objectives(
@@ -33,19 +35,20 @@ def _length_objective(
     for sample, table in zip(samples, tables, strict=True):
         if sample.length == length:
             domains.setdefault(sample.domain, []).append(table)
-    parts = [_in_units_of(reference, length, _expected(found)) for found in domains.values()]
+    parts = [_in_units_of(reference, length, _typical(found)) for found in domains.values()]
     return Objective(name=f"{length}", length=length, table=np.mean(parts, axis=0))
 
 
-def _expected(tables: Sequence[Tensor]) -> Floats:
-    """The expected loss of each span, `[layers, kv_heads, spans]`, from the samples' influence.
+def _typical(tables: Sequence[Tensor]) -> Floats:
+    """What each span costs, `[layers, kv_heads, spans]`: the root mean square over samples.
 
-    At the dense model the signed first order averages out over samples; what a change costs is
-    its square (the diagonal of the Fisher information), which is a loss by nature. A narrower
-    span never counts as cheaper than a wider one of the same head.
+    Signs average out at the dense model, so they are dropped. The square itself (the Fisher
+    information) overrates the few heads with large effects, since real losses level off where
+    the first order does not (compared in BENCHMARKS.md). A narrower span never counts as cheaper
+    than a wider one of the same head.
     """
-    squared: Floats = torch.stack(list(tables)).double().square().mean(0).numpy()
-    widest_first = np.maximum.accumulate(squared[..., ::-1], axis=-1)
+    typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
+    widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
     return widest_first[..., ::-1].copy()
 
 
