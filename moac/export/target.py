@@ -16,9 +16,6 @@ from moac_runtime.errors import UsageError
 from moac_runtime.golden import GoldenPrompt
 from moac_runtime.plan import Plan
 
-# Weights that share one scale in the int8 graph.
-INT8_BLOCK = 32
-
 
 def require_onnx() -> None:
     """Raise UsageError where a package that compiling for onnx needs is not installed."""
@@ -75,10 +72,14 @@ def emit_onnx(
 @torch.no_grad()
 def round_to_int8(model: PreTrainedModel) -> None:
     """Round the linear weights of `model` as the int8 graph stores them, in place."""
+    from moac.export.write import INT8_BLOCK
+
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            blocks = module.weight.unflatten(1, (-1, INT8_BLOCK))
-            scale = blocks.abs().amax(-1, keepdim=True) / 127
-            exact = torch.where(scale > 0, blocks / scale, torch.zeros(()))
+            width = module.in_features
+            padded = torch.nn.functional.pad(module.weight, (0, -width % INT8_BLOCK))
+            blocks = padded.unflatten(1, (-1, INT8_BLOCK))
+            scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+            rounded = ((blocks / scale).round() * scale).flatten(1)[:, :width]
             # a new tensor: the tied embedding table keeps its own
-            module.weight = torch.nn.Parameter((exact.round() * scale).flatten(1))
+            module.weight = torch.nn.Parameter(rounded)

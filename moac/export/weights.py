@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx import TensorProto
+import torch
+from onnx import TensorProto, numpy_helper
+from safetensors import safe_open
 
 from moac.export.builder import Builder
 from moac.export.graph import KINDS, Weights
@@ -54,7 +56,7 @@ def shared_weights(package: Path, dtype: str) -> Weights:
 
 class _Shared:
     def __init__(self, stored: dict[str, Stored], kind: int) -> None:
-        self._stored = stored
+        self.stored = stored
         self._kind = kind
         self._cast: dict[str, str] = {}
 
@@ -74,14 +76,37 @@ class _Shared:
         return b.op("Gemm", x, self.tensor(b, name), *biases, transB=1)
 
     def _converted(self, b: Builder, name: str, value: str, *, called: str | None = None) -> str:
-        if self._stored[name].kind == self._kind:
+        if self.stored[name].kind == self._kind:
             return value
         return b.op("Cast", value, to=self._kind, name=called)
 
     def _reference(self, b: Builder, name: str) -> str:
-        stored = self._stored[name]
+        stored = self.stored[name]
         tensor = TensorProto(name=name, data_type=stored.kind, dims=stored.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key in ("location", "offset", "length"):
             tensor.external_data.add(key=key, value=str(getattr(stored, key)))
         return b.initializer(tensor)
+
+
+def readable_weights(package: Path, dtype: str) -> Weights:
+    """Weights as `shared_weights`, but linear ones by value, for a quantizer to read."""
+    shared = _Shared(stored_tensors(package), KINDS[dtype])
+    linear = _Readable(package, shared, dtype).linear
+    return Weights(shared.tensor, shared.rows, linear)
+
+
+class _Readable:
+    def __init__(self, package: Path, shared: _Shared, dtype: str) -> None:
+        self._package = package
+        self._shared = shared
+        self._dtype: torch.dtype = getattr(torch, dtype)
+
+    def linear(self, b: Builder, x: str, name: str, bias: str | None) -> str:
+        out = b.op("MatMul", x, self._transposed(b, name))
+        return out if bias is None else b.op("Add", out, self._shared.tensor(b, bias))
+
+    def _transposed(self, b: Builder, name: str) -> str:
+        with safe_open(self._package / self._shared.stored[name].location, "pt") as file:
+            value = file.get_tensor(name).to(self._dtype).t().contiguous()
+        return b.initializer(numpy_helper.from_array(value.numpy(), f"{name}.transposed"))
