@@ -53,6 +53,8 @@ class Layer:
     block_m: int = 16
     dtype: torch.dtype = torch.float32
     programs: int = 5
+    shift: int = 0
+    gap: int = 0
     history: list[list[Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,16 @@ class Layer:
         self.history = [[] for _ in range(self.batch)]
 
     def lengths(self) -> list[int]:
-        return [sum(len(part) for part in row) for row in self.history]
+        """Tokens fed to each row, those lost to growth included."""
+        return [sum(len(part) for part in row) + self.shift for row in self.history]
+
+    def lose(self, count: int) -> None:
+        """As if each row had been fed so many more tokens, which a growing cache then lost."""
+        (self.gap,) = set(self.lengths())
+        self.shift = count
+        each = [[value] * self.batch for value in (self.shift, self.gap)]
+        shifts, gaps = ([one] * len(self.heads) for one in each)
+        self.spans = span_table(self.heads, self.batch, shifts=shifts, gaps=gaps)
 
     def tokens(self, counts: Sequence[int]) -> Tensor:
         """New tokens `[M, H + 2 K, D]`, kept in the history of their rows."""
@@ -139,6 +150,7 @@ class Layer:
             every = torch.cat(self.history[row]).transpose(0, 1)[None]
             q, k, v = every.split([heads, len(self.heads), len(self.heads)], dim=1)
             place = torch.arange(every.shape[2])
+            place += self.shift * (place >= self.gap)
             mask = layer_mask(
                 lambda query, key, head: visible(query, key, self.heads[head]),
                 place[-len(part) :], place, len(self.heads),
@@ -214,6 +226,24 @@ def test_own_windows_of_the_checkpoint(
     layer.prefill([20, 1])
     for _ in range(3):
         layer.decode([True, True])
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_tokens_that_growth_lost(interpreter: Interpreter, windowed: bool) -> None:
+    torch.manual_seed(5)
+    heads = (
+        # dense, with the tokens before the gap in its ring; sinks up to the gap
+        HeadSpan(size=30 if windowed else 80, sink=0, window=30 if windowed else None),
+        HeadSpan(size=20, sink=6, window=33 if windowed else None),
+    )
+    layer = Layer(interpreter, shape(2, 2, windowed=windowed), heads, 2)
+    layer.prefill([6, 6])
+    layer.lose(11)
+    layer.prefill([9, 1])
+    for _ in range(3):
+        layer.decode([True, True])
+    layer.prefill([18, 13])
+    layer.decode([True, True])
 
 
 @st.composite

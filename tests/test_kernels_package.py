@@ -1,0 +1,106 @@
+"""The cuda target of a compile: kernels in the package, listed, and the torch backend unharmed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import Compiled, moac_command, options, request
+
+from moac import compile_model
+from moac.inspection import inspect_package
+from moac.packaging.kernels import cuda_archs, plan_digest, require_kernels
+from moac.summary import inspection_text
+from moac_kernels.catalog import KERNELS
+from moac_runtime.artifact import open_artifact
+from moac_runtime.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cuda") / "out"
+    asked = request(targets=("torch", "cuda:90"))
+    compile_model(tiny_package.checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
+    return out
+
+
+def test_inspect_lists_every_kernel(package: Path) -> None:
+    found = inspect_package(package)
+    assert found["targets"] == ["torch", "cuda:90"]
+    listed = {(kernel["name"], kernel["arch"]) for kernel in found["kernels"]}
+    archs = ("sm_90", "compute_80")
+    assert listed == {(kernel.name, arch) for kernel in KERNELS for arch in archs}
+    files = open_artifact(package).files
+    for kernel in found["kernels"]:
+        assert set(kernel) == {"name", "arch", "registers", "shared", "spills", "cubin", "ptx"}
+        assert kernel["ptx"] in files
+        assert (kernel["cubin"] in files) == (kernel["arch"] == "sm_90")
+        assert kernel["spills"] == 0
+    assert "kernels   compute_80, sm_90" in inspection_text(found)
+
+
+def test_sources_name_the_plan(package: Path) -> None:
+    artifact = open_artifact(package)
+    first = (package / "kernels" / "decode.py").read_text(encoding="utf-8").splitlines()[0]
+    assert plan_digest(artifact.plan) in first
+    assert "kernels/tables.py" in artifact.files
+
+
+def test_runs_on_torch_with_triton_blocked(package: Path, tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys; sys.modules['triton'] = None\n"
+        "sys.argv = ['out', '--prompt', 'hi', '--max-tokens', '3']\n"
+        f"runpy.run_path({str(package)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_altered_kernel_is_refused(package: Path) -> None:
+    cubin = package / "kernels" / "sm_90" / "decode.cubin"
+    whole = cubin.read_bytes()
+    try:
+        cubin.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert moac_command("verify", package) != 0
+    finally:
+        cubin.write_bytes(whole)
+
+
+def test_targets_name_architectures() -> None:
+    assert cuda_archs(("torch",)) == ()
+    assert cuda_archs(("torch", "cuda")) == (80, 86, 89, 90, 100, 120)
+    assert cuda_archs(("cuda:90", "cuda:80")) == (80, 90)
+    with pytest.raises(UsageError, match="there is no target 'cuda:75'; choose from torch, "):
+        request(targets=("torch", "cuda:75"))
+
+
+def test_a_missing_triton_is_one_sentence(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "moac.packaging.kernels.find_spec",
+        lambda name: None if name == "triton" else real(name),
+    )
+    model = tiny_checkpoint("llama", max_position_embeddings=2048)
+    asked = ["compile", model, "-o", tmp_path / "out", *options(), "--target", "torch,cuda:90"]
+    assert moac_command(*asked) == 2
+    assert "the target cuda needs triton, which is not installed" in capsys.readouterr().err
+
+
+def test_a_model_no_kernel_serves_is_one_sentence(tiny_package: Compiled) -> None:
+    spec = open_artifact(tiny_package.package).spec
+    with pytest.raises(UsageError, match="no kernel serves this model"):
+        require_kernels(spec, None, "int4")
