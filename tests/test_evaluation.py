@@ -389,6 +389,13 @@ def test_a_bad_line_of_a_task_is_named(
     assert "Traceback" not in err
 
 
+def test_a_task_file_must_not_pass_for_a_task_of_ours(tmp_path: Path) -> None:
+    own = tmp_path / "passkey.jsonl"
+    own.write_text('{"prompt": "x", "answer": "y"}')
+    with pytest.raises(UsageError, match="bears the name of the task passkey"):
+        EvalRequest(task=own)
+
+
 def test_another_models_checkpoint_is_refused(
     tiny_package: Compiled, tiny_checkpoint: Callable[..., Path]
 ) -> None:

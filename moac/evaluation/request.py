@@ -53,6 +53,11 @@ class EvalRequest:
             raise UsageError(f"seed is {self.seed}, expected 0 or more")
         if self.task is not None:
             read_own_task(self.task)  # a bad line is named now, not after minutes
+            if self.task.stem in TASKS:
+                raise UsageError(
+                    f"the task file {self.task} bears the name of the task {self.task.stem}; "
+                    "give it another, which its results will carry"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
