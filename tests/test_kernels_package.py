@@ -15,7 +15,6 @@ from tiny import Compiled, moac_command, options, request
 from moac import compile_model
 from moac.inspection import inspect_package
 from moac.packaging.kernels import cuda_archs, plan_digest, require_kernels
-from moac.summary import inspection_text
 from moac_kernels.catalog import KERNELS
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import UsageError
@@ -29,7 +28,7 @@ def package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-def test_inspect_lists_every_kernel(package: Path) -> None:
+def test_inspect_lists_every_kernel(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspect_package(package)
     assert found["targets"] == ["torch", "cuda:90"]
     listed = {(kernel["name"], kernel["arch"]) for kernel in found["kernels"]}
@@ -41,7 +40,8 @@ def test_inspect_lists_every_kernel(package: Path) -> None:
         assert kernel["ptx"] in files
         assert (kernel["cubin"] in files) == (kernel["arch"] == "sm_90")
         assert kernel["spills"] == 0
-    assert "kernels   compute_80, sm_90" in inspection_text(found)
+    assert moac_command("inspect", package) == 0
+    assert "kernels   compute_80, sm_90" in capsys.readouterr().out
 
 
 def test_sources_name_the_plan(package: Path) -> None:

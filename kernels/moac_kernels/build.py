@@ -110,6 +110,7 @@ def _job(
     options = {
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
         "enable_fp_fusion": True,  # its default differs between versions of Triton
     }
     if arch == PORTABLE:

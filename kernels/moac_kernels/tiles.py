@@ -20,11 +20,15 @@ _SMALL = 101376
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Constants of a kernel, warps a program, and stages of its software pipeline."""
+    """Constants of a kernel, warps a program, and stages of its software pipeline.
+
+    `max_registers` a thread, where the assembler must not spill to fit one program more.
+    """
 
     constants: dict[str, int | bool]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def tiles(shape: KernelShape, shared_limit: int) -> dict[str, Tile]:
@@ -56,7 +60,7 @@ def _prefill(shape: KernelShape, small: bool, *, past: bool) -> Tile:
     if shape.itemsize == 4:  # for tests: no tensor cores, so the tile must be small
         return Tile({"PAST": past, "BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
     if small:
-        return Tile({"PAST": past, "BLOCK_M": 64, "BLOCK_N": 32}, 4, 2)
+        return Tile({"PAST": past, "BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, max_registers=224)
     wide = shape.dim_tile > 128
     block_m = 64 if wide else 128
     block_n = 32 if wide else 64
