@@ -13,6 +13,7 @@ import torch
 from tiny import Compiled
 from torch.nn import functional as F
 
+import moac_runtime
 from moac.evaluation.runner import Runner
 from moac.verify import runtime_logits, undropping
 from moac_runtime.artifact import open_artifact
@@ -87,9 +88,14 @@ def test_a_generation_task(tiny_package: Compiled, tasks: Path) -> None:
     write_task(tasks, "generate_until", UNTIL, "exact_match")
     found = evaluated(tasks, tiny_package.package)
     assert 0 <= found["results"]["capitals"]["exact_match,none"] <= 1
-    assert all(sample["resps"][0][0] for sample in found["samples"]["capitals"])
+    model = moac_runtime.load(tiny_package.package)
+    for sample in found["samples"]["capitals"]:
+        context = f"The capital of {sample['doc']['country']} is"
+        (own,) = model.generate([context], raw=True, max_tokens=4, stop=["\n"], temperature=0)
+        assert sample["resps"] == [[own.text]]
 
 
+@pytest.mark.slow  # the harness first reads every task it was shipped with
 def test_the_command_line(tiny_package: Compiled, tasks: Path) -> None:
     write_task(tasks, "multiple_choice", CHOICE, "acc")
     options = ["--model_args", f"path={tiny_package.package}", "--tasks", "capitals"]
@@ -126,7 +132,8 @@ def test_loglikelihoods_are_the_runtimes(tiny_package: Compiled) -> None:
             for index, context in enumerate(contexts * 2)
         ]
         found = model.loglikelihood(asked, disable_tqdm=True)
-        assert found[:2] == pytest.approx(found[2:])
+        for one, again in zip(found[:2], found[2:], strict=True):
+            assert one[0] == pytest.approx(again[0], abs=2e-3)
         for context, (value, _) in zip(contexts, found, strict=False):
             tokens = model.tok_encode(context.rstrip() + context[-1] + " answer")
             scored = len(tokens) - len(model.tok_encode(context.rstrip()))

@@ -175,7 +175,7 @@ class MoacLM(TemplateLM):
                 capacity=self._asked,
                 max_tokens=options["max_gen_toks"],
                 stop=[stop for stop in options["until"] if stop],
-                temperature=options["temperature"],
+                temperature=options.get("temperature", float(options["do_sample"])),
                 seed=0,
             )
             self.cache_hook.add_partial("generate_until", request.args, made.text)
