@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from moac.attention import INFLUENCE, PLANNED, REFERENCE, attention, span_attention
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
-from moac.profiling import attention as profiled
 from moac.planning.objectives import length_objectives
+from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
 from moac.profiling.influence import answer_loss, sample_influence
 from moac_kernels.reference import layer_mask, masked_attention
