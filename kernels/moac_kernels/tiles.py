@@ -59,9 +59,11 @@ def _decode(shape: KernelShape, small: bool) -> Tile:
 def _prefill(shape: KernelShape, small: bool, *, past: bool) -> Tile:
     if shape.itemsize == 4:  # for tests: no tensor cores, so the tile must be small
         return Tile({"PAST": past, "BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
-    if small:
-        return Tile({"PAST": past, "BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, max_registers=224)
     wide = shape.dim_tile > 128
+    if small:
+        warps, stages = (8, 1) if wide else (4, 2)
+        constants = {"PAST": past, "BLOCK_M": 64, "BLOCK_N": 32}
+        return Tile(constants, warps, stages, max_registers=224)
     block_m = 64 if wide else 128
     block_n = 32 if wide else 64
     return Tile({"PAST": past, "BLOCK_M": block_m, "BLOCK_N": block_n}, 8, 2)
