@@ -44,8 +44,8 @@ def _typical(tables: Sequence[Tensor]) -> Floats:
 
     Signs average out at the dense model, so they are dropped. The square itself (the Fisher
     information) overrates the few heads with large effects, since real losses level off where
-    the first order does not (compared in BENCHMARKS.md). A narrower span never counts as cheaper
-    than a wider one of the same head.
+    the first order does not (benchmarks/aggregation.py compares). A narrower span never counts as
+    cheaper than a wider one of the same head.
     """
     typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
     widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
