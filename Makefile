@@ -27,7 +27,7 @@ test: $(INSTALLED)
 	$(BIN)/pytest -q -m 'not slow'
 
 test-slow: $(MODEL)/config.json
-	$(BIN)/pytest -q -m slow
+	MOAC_CACHE=$(CURDIR)/.cache/moac $(BIN)/pytest -q -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
