@@ -218,3 +218,27 @@ def test_query_blocks_hold_every_key_in_sight_and_few_others(
             queries.append(index)
         assert len(seen_keys) <= 128 + head.size
     assert queries == list(range(300))
+
+
+def test_growing_twice_never_misplaces_a_token() -> None:
+    """Sinks half pushed out of a pure ring before the second growth: positions stay true."""
+    cache = SpanCache(HeadSpan(8, 2), batch=1, num_heads=1, head_dim=1, dtype=torch.float32)
+    lengths = [0]
+
+    def feed(count: int) -> None:
+        fed = torch.arange(lengths[0], lengths[0] + count).float().view(1, 1, count, 1)
+        cache.write(slice(0, 1), lengths[0], fed, fed)
+        lengths[0] += count
+
+    def check() -> None:
+        positions = cache.positions(lengths)[0]
+        held = positions >= 0
+        assert held.any()
+        torch.testing.assert_close(cache.keys[0, 0, held, 0], positions[held].float())
+
+    feed(30)
+    for size, more in ((12, 5), (16, 3), (20, 9)):
+        cache = cache.grown(HeadSpan(size, 0, window=size), lengths, slice(0, 1))
+        check()
+        feed(more)
+        check()

@@ -59,6 +59,16 @@ class Layout:
         """The positions of places of `row`, elementwise."""
         return torch.where(places < self.gaps[row], places, places + self.shifts[row])
 
+    def beginning(self, row: int, places: Tensor) -> int:
+        """Index of the first of `places` that a cache of one gap can keep, with all after it.
+
+        Where the first token of all is gone, what is left before the gap goes too: it is older
+        than everything else, and nothing would tell its distance.
+        """
+        if not len(places) or int(places[0]) == 0 or int(places[0]) >= self.gaps[row]:
+            return 0
+        return int((places < self.gaps[row]).sum())
+
     def slot_positions(self, lengths: Sequence[int]) -> Tensor:
         """The position in each slot, `[B, size]`, -1 where empty, after `lengths` tokens."""
         slot, sink = torch.arange(self.head.size), self.head.sink
@@ -160,6 +170,7 @@ class SpanCache:
         for row, length in enumerate(lengths):
             places = self.layout.kept(0, length - self.layout.shifts[row])
             places = places[new.layout.kept(0, len(places))]
+            places = places[self.layout.beginning(row, places) :]
             slots, count = self.layout.slots(places).to(keys.device), len(places)
             new.keys[row, :, :count] = keys[row].index_select(1, slots)
             new.values[row, :, :count] = values[row].index_select(1, slots)
