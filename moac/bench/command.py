@@ -95,12 +95,9 @@ def bench_command(target: str | None, **choices: Any) -> None:
     """
     from moac.bench.report import bench_table
     from moac.bench.request import BenchRequest
-    from moac.bench.runner import choose_systems, run_bench
+    from moac.bench.runner import run_bench
 
-    request = BenchRequest(**choices)
-    if request.against is None:
-        click.echo(f"systems: {', '.join(choose_systems(request))}", err=True)
-    result = run_bench(request)
+    result = run_bench(BenchRequest(**choices))
     text = json.dumps(result.to_json(), indent=2)
     if target == "-":
         click.echo(text)

@@ -6,6 +6,7 @@ Its high-level class knows one sequence; a batch here is as many sequences of on
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class LlamaCpp:
         import llama_cpp
 
         self._lib: Any = llama_cpp
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         llama_cpp.llama_backend_init()
         self._threads = subject.threads or torch.get_num_threads()
         self._spec = subject.spec

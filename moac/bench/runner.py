@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from itertools import product
 from typing import Any
 
+import click
 import torch
 
 from moac.bench.availability import check_available, runnable
@@ -106,6 +107,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
     """
     model = _open_model(request)
     systems = choose_systems(request)
+    click.echo(f"systems: {', '.join(systems)}", err=True)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     with stage("bandwidth"):

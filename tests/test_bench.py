@@ -1,0 +1,283 @@
+"""Benchmarks of tiny models: rows that add up, numbers that mean what they say, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Compiled, moac_command
+
+from moac.bench import availability, shapes
+from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
+from moac.bench.machine import peak_bytes, read_bandwidth_gbs
+from moac.bench.plans import random_plan, system_plan
+from moac.bench.request import SYSTEMS, BenchRequest
+from moac.bench.runner import choose_systems, percentile, run_bench
+from moac.bench.shapes import SHAPES, shape_spec
+from moac.bench.system import Subject, open_system
+from moac.bench.worker import Load, Running, Worker
+from moac_runtime.artifact import open_artifact
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.plan import Plan
+from moac_runtime.spec import ModelSpec
+
+Capture = pytest.CaptureFixture[str]
+
+TINY = {
+    **SHAPES["smollm2-135m"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+CONTEXT, TOKENS = 600, 8
+CAPACITY = CONTEXT + TOKENS
+KEYS = {
+    *("system", "batch", "context", "dtype", "density", "prefill_s", "decode_ms_p50"),
+    *("decode_ms_p95", "tokens_per_s", "kv_bytes", "peak_bytes", "floor_ms"),
+}
+
+
+def subject_of(compiled: Compiled, **changes: object) -> Subject:
+    """The tiny package as a system gets it, in float32 with its own plan."""
+    artifact = open_artifact(compiled.package)
+    subject = Subject(
+        spec=artifact.spec,
+        plan=artifact.plan,
+        dtype="float32",
+        device="cpu",
+        backend="torch",
+        package=compiled.package,
+        source=str(compiled.checkpoint),
+        shape=None,
+        gguf=None,
+        threads=1,
+        seed=0,
+    )
+    return replace(subject, **changes)  # type: ignore[arg-type]
+
+
+def plan_of(name: str, compiled: Compiled, capacity: int = CAPACITY) -> Plan:
+    return system_plan(name, open_artifact(compiled.package).plan, capacity)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    return shape_spec("tiny")
+
+
+def test_a_run_reports_every_system(
+    tiny_package: Compiled, tmp_path: Path, capsys: Capture
+) -> None:
+    target = tmp_path / "bench.json"
+    code = moac_command(
+        *("bench", tiny_package.package, "--source", tiny_package.checkpoint),
+        *("--against", "hf,dense", "--batch", 2, "--context", CONTEXT, "--tokens", TOKENS),
+        *("--threads", 1, "--json", target),
+    )
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found = json.loads(target.read_text(encoding="utf-8"))
+    rows = {row["system"]: row for row in found["rows"]}
+    assert list(rows) == ["moac", "hf", "dense"]
+    assert all(row.keys() >= KEYS for row in rows.values())
+    assert found["machine"]["cores"] >= 1
+    assert found["read_bandwidth_gbs"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+    for row in rows.values():
+        assert 0 < row["decode_ms_p50"] <= row["decode_ms_p95"]
+        assert row["tokens_per_s"] == pytest.approx(2000 / row["decode_ms_p50"])
+        assert row["prefill_s"] > 0
+        assert row["floor_ms"] == pytest.approx(
+            row["read_bytes"] / found["read_bandwidth_gbs"] / 1e6
+        )
+        assert row["peak_bytes"] > 50 << 20  # a process with torch in it
+    held = open_artifact(tiny_package.package).plan.density(CAPACITY)
+    assert rows["moac"]["density"] == held < 1
+    assert rows["moac"]["kv_bytes"] == pytest.approx(held * rows["dense"]["kv_bytes"])
+    # transformers holds no slot for the last chosen token, which is never fed
+    assert rows["hf"]["kv_bytes"] == rows["dense"]["kv_bytes"]
+    assert rows["moac"]["floor_ms"] < rows["dense"]["floor_ms"] == rows["hf"]["floor_ms"]
+    assert out.splitlines()[2].split()[:4] == ["system", "batch", "context", "dtype"]
+    assert "bandwidth: done" in err
+
+
+def test_a_shape_needs_no_package(tiny_shape: ModelSpec, tiny_package: Compiled) -> None:
+    spec = tiny_shape
+    plan = random_plan(spec, density=0.5, capacity=CAPACITY, seed=0)
+    subject = subject_of(tiny_package, spec=spec, plan=plan, package=None, source=None)
+    subject = replace(subject, shape="tiny")
+    load = Load(batch=2, context=CONTEXT, capacity=CAPACITY, seed=0)
+    for name in ("moac", "hf"):
+        running = Running(open_system(name, subject), subject, load)
+        assert running.prefill() > 0
+        assert len(running.decode(TOKENS)) == TOKENS
+        dense = 2 * CAPACITY * spec.num_layers * spec.num_kv_heads * spec.kv_token_bytes(4)
+        share = plan.density(CAPACITY) if name == "moac" else 1
+        assert running.usage().kv_bytes == pytest.approx(share * dense)
+
+
+def test_our_row_and_transformers_choose_the_same_tokens(tiny_package: Compiled) -> None:
+    load = Load(batch=2, context=24, capacity=32, seed=0)  # everything is dense this short
+    chosen = []
+    for name in ("moac", "hf"):
+        subject = subject_of(tiny_package)
+        system = open_system(name, subject)
+        running = Running(system, subject, load)
+        running.prefill()
+        running.decode(4)
+        chosen.append(system._next.flatten().tolist())  # type: ignore[attr-defined]
+    assert chosen[0] == chosen[1]
+
+
+def test_a_repeat_starts_from_an_empty_cache(tiny_package: Compiled) -> None:
+    subject = subject_of(tiny_package)
+    load = Load(batch=1, context=28, capacity=32, seed=0)  # one more would be sparse
+    for name in ("moac", "hf"):
+        running = Running(open_system(name, subject), subject, load)
+        for _ in range(2):
+            running.prefill()
+            running.decode(4)
+        assert running.usage().kv_bytes == 32 * 2 * 2 * subject.spec.kv_token_bytes(4)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 1.0])
+def test_random_plans_are_as_dense_as_asked(density: float) -> None:
+    spec = shape_spec("llama3-8b")
+    plan = random_plan(spec, density=density, capacity=8192, seed=1)
+    assert density - 0.05 <= plan.density(8192) <= density
+    assert plan == random_plan(spec, density=density, capacity=8192, seed=1)
+    assert max(len(set(layer)) for layer in plan.rules) <= 2
+    if density < 1:
+        assert len({rule for layer in plan.rules for rule in layer}) > 8
+        assert plan != random_plan(spec, density=density, capacity=8192, seed=2)
+
+
+def test_every_system_has_its_plan(tiny_package: Compiled) -> None:
+    own = open_artifact(tiny_package.package).plan
+    densities = {name: plan_of(name, tiny_package).density(CAPACITY) for name in SYSTEMS}
+    assert plan_of("moac", tiny_package) == own
+    assert all(densities[name] == 1 for name in ("hf", "hf-static", "dense", "llamacpp"))
+    assert 0.8 * densities["moac"] <= densities["uniform"] <= densities["moac"] < 1
+    assert len({rule for layer in plan_of("uniform", tiny_package).rules for rule in layer}) == 1
+
+
+def test_the_floor_counts_what_a_step_reads(tiny_package: Compiled) -> None:
+    spec = replace(open_artifact(tiny_package.package).spec, tied_embeddings=False)
+    table = spec.vocab_size * spec.hidden_size
+    untied, tied = (
+        weight_bytes_read(replace(spec, tied_embeddings=tied), 2) for tied in (False, True)
+    )
+    assert untied == tied  # the head is read where the embedding is not
+    assert untied > 2 * table
+    plan = plan_of("dense", tiny_package)
+    heads = spec.num_layers * spec.num_kv_heads
+    read = kv_bytes_read(spec, plan, batch=3, capacity=CAPACITY, length=100, itemsize=2)
+    assert read == 3 * 100 * heads * spec.kv_token_bytes(2)
+    full = kv_bytes_read(
+        spec,
+        plan_of("moac", tiny_package),
+        batch=1,
+        capacity=CAPACITY,
+        length=CAPACITY,
+        itemsize=2,
+    )
+    held = plan_of("moac", tiny_package).held_tokens(CAPACITY)
+    assert full == held * spec.kv_token_bytes(2)
+    assert floor_ms(20e9, 10.0) == 2000
+
+
+def test_percentiles_are_measured_values() -> None:
+    assert percentile([3.0, 1.0, 2.0], 95) == 3
+    assert percentile([float(n) for n in range(1, 101)], 95) == 95
+    assert percentile([7.0], 95) == 7
+
+
+def test_bandwidth_and_peak_are_plausible() -> None:
+    assert 0.1 < read_bandwidth_gbs("cpu", buffer_bytes=1 << 24) < 10_000
+    before = peak_bytes("cpu")
+    assert before is not None
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = peak_bytes("cpu")
+    assert after is not None
+    assert after >= before
+    assert after >= block.nbytes
+
+
+def test_a_failing_system_is_one_sentence(tiny_package: Compiled) -> None:
+    subject = subject_of(tiny_package, source="/nowhere/model")
+    load = Load(batch=1, context=8, capacity=12, seed=0)
+    with (
+        pytest.raises(MoacError, match=r"^hf could not run: .*/nowhere/model"),
+        Worker("hf", subject, load),
+    ):
+        pass
+
+
+def test_what_cannot_run_is_refused_by_name(
+    tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    package, gguf = tiny_package.package, Path("nowhere.gguf")
+    found = {
+        "hf": BenchRequest(package=package, against=("hf",)),
+        "llamacpp": BenchRequest(package=package, against=("llamacpp",), gguf=gguf),
+    }
+    assert "--source" in (availability.obstacle("hf", found["hf"]) or "")
+    assert "nowhere.gguf" in (availability.obstacle("llamacpp", found["llamacpp"]) or "")
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    refused = availability.obstacle("llamacpp", found["llamacpp"])
+    assert refused == "it needs llama-cpp-python; run: pip install llama-cpp-python"
+    assert "pip install" in (availability.obstacle("hf", found["hf"]) or "")
+    against = ("--against", "dense,llamacpp")
+    assert moac_command("bench", package, "--context", 256, *against) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: llamacpp cannot run here: {refused}\n"
+
+
+def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:
+    request = BenchRequest(package=tiny_package.package)
+    assert choose_systems(request) == ("moac", "dense", "uniform")
+    assert "hf" in choose_systems(replace(request, source="somewhere"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "give one of them"),
+        (["PACKAGE", "--shape", "vicuna-7b"], "give one of them"),
+        (["--shape", "vicuna-8b"], "there is no shape 'vicuna-8b'"),
+        (["--shape", "vicuna-7b", "--source", "x"], "leave out --source"),
+        (["PACKAGE", "--against", "vllm"], "there is no system 'vllm'"),
+        (["PACKAGE", "--batch", "1,0"], "--batch must be 1 or more, got 0"),
+        (["PACKAGE", "--batch", "one"], "'one' is not a list of numbers"),
+        (["PACKAGE", "--tokens", "0"], "--tokens must be 1 or more"),
+        (["PACKAGE", "--density", "2"], "--density must be above 0"),
+        (["PACKAGE", "--dtype", "int3"], "there is no dtype 'int3'"),
+        (["PACKAGE", "--context", "99999"], "measure a shorter context"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(
+    tiny_package: Compiled, capsys: Capture, words: list[str], sentence: str
+) -> None:
+    words = [str(tiny_package.package) if word == "PACKAGE" else word for word in words]
+    assert moac_command("bench", *words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_a_source_of_another_model_is_refused(
+    tiny_package: Compiled, tiny_checkpoint: object, capsys: Capture
+) -> None:
+    other = tiny_checkpoint("qwen3")  # type: ignore[operator]
+    with pytest.raises(UsageError, match="another model"):
+        run_bench(BenchRequest(package=tiny_package.package, source=str(other)))
