@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import Compiled, moac_command
+from torch.nn.functional import scaled_dot_product_attention
 
 from moac.bench import availability, shapes
 from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
@@ -22,6 +24,7 @@ from moac.bench.worker import Load, Running, Worker
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.plan import Plan
+from moac_runtime.span import HeadSpan, visible
 from moac_runtime.spec import ModelSpec
 
 Capture = pytest.CaptureFixture[str]
@@ -134,6 +137,31 @@ def test_our_row_and_transformers_choose_the_same_tokens(tiny_package: Compiled)
         running.decode(4)
         chosen.append(system._next.flatten().tolist())  # type: ignore[attr-defined]
     assert chosen[0] == chosen[1]
+
+
+def test_flex_masks_are_the_plans() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on import
+        from torch.nn.attention.flex_attention import flex_attention
+
+        from moac.bench.flex import LayerMask
+
+    heads = [HeadSpan(300, 16), HeadSpan(48, 16), HeadSpan(200, 0, 200), HeadSpan(608, 0)]
+    heads = [replace(head, window=500) for head in heads]
+    keys, share = 608, 2
+    k, v = torch.randn(2, 1, len(heads), keys, 16).unbind()
+    for first, count in ((0, 300), (383, 1), (384, 1), (600, 1)):
+        q = torch.randn(1, share * len(heads), count, 16)
+        mask = LayerMask(heads, share, torch.tensor(first)).blocks(first, count, keys)
+        row, column = torch.arange(first, first + count)[:, None], torch.arange(keys)
+        seen = torch.stack([visible(row, column, heads[h // share]) for h in range(8)])
+        blocks = mask.to_dense()[0].bool().repeat_interleave(128, 1).repeat_interleave(128, 2)
+        assert not (seen & ~blocks[:, :count, :keys]).any()  # skipped is only what is unseen
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it runs uncompiled
+            found = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        expected = scaled_dot_product_attention(q, k, v, attn_mask=seen[None], enable_gqa=True)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_repeat_starts_from_an_empty_cache(tiny_package: Compiled) -> None:

@@ -31,6 +31,7 @@ _KV_ITEMSIZE = 2  # float16, its default, whatever the weights are
 class LlamaCpp:
     """A context of llama.cpp with as many sequences as rows; see `System`."""
 
+    compiles_prefill = False
     kv_itemsize = _KV_ITEMSIZE
 
     def __init__(self, subject: Subject) -> None:

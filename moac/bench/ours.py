@@ -26,6 +26,8 @@ Opener = Callable[[int, int], OpenSession]
 class OurSystem:
     """A session of our runtime; see `System`."""
 
+    compiles_prefill = False
+
     def __init__(self, subject: Subject) -> None:
         self.dtype, self._open = _BACKENDS[subject.backend](subject)
         self.kv_itemsize = DTYPE_BYTES[self.dtype]

@@ -9,7 +9,7 @@ from pathlib import Path
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import DTYPE_BYTES
 
-SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "llamacpp")
+SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "flex", "llamacpp")
 BACKENDS = ("torch", "onnx")
 DEVICES = ("cpu", "cuda")
 

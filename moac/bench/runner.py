@@ -26,7 +26,7 @@ from moac.bench.request import BenchRequest
 from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
-from moac.progress import stage
+from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
@@ -114,8 +114,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
         bandwidth = read_bandwidth_gbs(request.device)
     rows: list[Row] = []
     for batch, context in product(request.batches, request.contexts):
-        with stage(f"batch {batch}, context {context}") as advance:
-            rows.extend(_measure(request, model, systems, batch, context, bandwidth, advance))
+        rows.extend(_measure(request, model, systems, batch, context, bandwidth))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return BenchResult(machine(request.device), bandwidth, tuple(rows), date)
 
@@ -182,7 +181,6 @@ def _measure(
     batch: int,
     context: int,
     bandwidth: float,
-    advance: Callable[[int, int], None],
 ) -> Iterator[Row]:
     """The rows of one batch and context."""
     load = Load(batch, context, request.capacity(context), request.seed)
@@ -191,17 +189,13 @@ def _measure(
         name: _subject(request, model, system_plan(name, plan, load.capacity)) for name in systems
     }
     groups = [[name] for name in systems] if request.sequential else [list(systems)]
-    total, done = len(systems) * request.repeats * request.tokens, 0
-
-    def progress(steps: int) -> None:
-        nonlocal done
-        done += steps
-        advance(done, total)
-
     for group in groups:
+        where = f"batch {batch}, context {context}: {', '.join(group)}"
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(n, subjects[n], load)) for n in group]
-            times = _alternate(workers, request, progress)
+            with stage(f"load for {where}"):
+                workers = [stack.enter_context(Worker(n, subjects[n], load)) for n in group]
+            with stage(where) as advance:
+                times = _alternate(workers, request, advance)
             usages = [worker.usage() for worker in workers]
         for name, found, usage in zip(group, times, usages, strict=True):
             yield _row(name, load, subjects[name], found, usage, bandwidth)
@@ -223,11 +217,10 @@ def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
     )
 
 
-def _alternate(
-    workers: Sequence[Worker], request: BenchRequest, progress: Callable[[int], None]
-) -> list[Times]:
+def _alternate(workers: Sequence[Worker], request: BenchRequest, advance: Advance) -> list[Times]:
     """Prefill each, then blocks of steps in turns; again for every repeat."""
     times = [Times() for _ in workers]
+    total, done = len(workers) * request.repeats * request.tokens, 0
     for _ in range(request.repeats):
         for worker, found in zip(workers, times, strict=True):
             found.prefill_s.append(worker.prefill())
@@ -235,7 +228,8 @@ def _alternate(
             steps = min(_BLOCK_STEPS, request.tokens - start)
             for worker, found in zip(workers, times, strict=True):
                 found.blocks.append(worker.decode(steps))
-                progress(steps)
+                done += steps
+                advance(done, total)
     return times
 
 

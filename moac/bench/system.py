@@ -35,9 +35,10 @@ class System(Protocol):
     """One system with its weights loaded.
 
     `dtype`: of the weights, by name. `weight_bytes`: those a decode step reads. `kv_itemsize`:
-    bytes of one number in its cache.
+    bytes of one number in its cache. `compiles_prefill`: prefill is compiled for its length.
     """
 
+    compiles_prefill: bool
     dtype: str
     weight_bytes: int
     kv_itemsize: int
@@ -65,6 +66,10 @@ def open_system(name: str, subject: Subject) -> System:
         from moac.bench.llamacpp import LlamaCpp
 
         return LlamaCpp(subject)
+    if name == "flex":
+        from moac.bench.flex import Flex
+
+        return Flex(subject)
     from moac.bench.transformers_cache import GrowingCache, StaticCompiled
 
     if name == "hf":

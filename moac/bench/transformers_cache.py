@@ -16,6 +16,8 @@ from moac_runtime.generation import DTYPE_BYTES
 class GrowingCache:
     """`DynamicCache`, which concatenates every token; see `System`."""
 
+    compiles_prefill = False
+
     def __init__(self, subject: Subject) -> None:
         self.dtype = subject.dtype
         self.kv_itemsize = DTYPE_BYTES[subject.dtype]

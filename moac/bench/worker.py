@@ -156,7 +156,8 @@ class Running:
         self._system, self._subject, self._load = system, subject, load
         self._tokens = load.tokens(subject.spec.vocab_size)
         system.open(load.batch, load.capacity)
-        system.prefill([row[:_WARM_TOKENS] for row in self._tokens])
+        warm = load.context if system.compiles_prefill else _WARM_TOKENS
+        system.prefill([row[:warm] for row in self._tokens])
         for _ in range(min(_WARM_STEPS, load.capacity - load.context)):
             system.step()
 
