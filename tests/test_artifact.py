@@ -881,3 +881,12 @@ def test_specs_of_every_option_pass_the_manifest(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_weights(artifact, torch.bfloat16)
     with pytest.raises(ArtifactError, match=r"no golden.safetensors in its moac.json"):
         load_golden(artifact)
+
+
+def test_a_file_written_for_its_owner_alone_is_open_to_read(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "weights").write_bytes(b"x")
+        (folder / "weights").chmod(0o600)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "out" / "weights").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -257,6 +257,7 @@ def test_what_cannot_run_is_refused_by_name(
         "llamacpp": BenchRequest(package=package, against=("llamacpp",), gguf=gguf),
     }
     assert "--source" in (availability.obstacle("hf", found["hf"]) or "")
+    monkeypatch.setattr(availability, "find_spec", lambda name: object())
     assert "nowhere.gguf" in (availability.obstacle("llamacpp", found["llamacpp"]) or "")
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     refused = availability.obstacle("llamacpp", found["llamacpp"])

@@ -45,6 +45,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
         _remove_abandoned(target)
         with _staging(target) as staging:
             yield staging
+            _open_to_read(staging)
             _sync(staging)
             _publish(staging, target, force=force)
 
@@ -125,6 +126,15 @@ def _remove_unlocked(folder: Path) -> None:
         return
     finally:
         os.close(lock)
+
+
+def _open_to_read(staging: Path) -> None:
+    """Give every file ordinary permissions: safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            Path(folder, name).chmod(0o666 & ~mask)
 
 
 def _sync(staging: Path) -> None:
