@@ -268,6 +268,8 @@ def test_what_cannot_run_is_refused_by_name(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"error: llamacpp cannot run here: {refused}\n"
+    assert moac_command("bench", package, "--context", 256, "--backend", "onnx") == 1
+    assert "compile it with --target onnx" in capsys.readouterr().err
 
 
 def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:
@@ -283,6 +285,7 @@ def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:
         (["PACKAGE", "--shape", "vicuna-7b"], "give one of them"),
         (["--shape", "vicuna-8b"], "there is no shape 'vicuna-8b'"),
         (["--shape", "vicuna-7b", "--source", "x"], "leave out --source"),
+        (["--shape", "vicuna-7b", "--backend", "onnx"], "leave out --backend"),
         (["PACKAGE", "--against", "vllm"], "there is no system 'vllm'"),
         (["PACKAGE", "--batch", "1,0"], "--batch must be 1 or more, got 0"),
         (["PACKAGE", "--batch", "one"], "'one' is not a list of numbers"),

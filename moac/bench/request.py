@@ -50,6 +50,8 @@ class BenchRequest:
             raise UsageError("what to measure is a package or --shape NAME; give one of them")
         if self.shape is not None and self.source is not None:
             raise UsageError("--shape makes its own random weights; leave out --source")
+        if self.shape is not None and self.backend == "onnx":
+            raise UsageError("--shape has no ONNX graph; leave out --backend onnx")
         _check_choices("system", self.against or (), SYSTEMS)
         _check_choices("backend", (self.backend,), BACKENDS)
         _check_choices("device", (self.device,), DEVICES)

@@ -28,7 +28,7 @@ from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
 from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
-from moac_runtime.errors import UsageError
+from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
@@ -143,6 +143,11 @@ def _open_model(request: BenchRequest) -> _Model:
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
+        if request.backend not in artifact.targets:
+            raise MoacError(
+                f"{request.package} is built for {', '.join(artifact.targets)}, not for "
+                f"{request.backend}; compile it with --target {request.backend}"
+            )
         _check_source(request, artifact)
         model = _Model(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
         limit = min(artifact.capacity, artifact.spec.context)
