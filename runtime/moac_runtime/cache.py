@@ -80,6 +80,24 @@ class Layout:
         position = torch.where(place < torch.tensor(self.gaps)[:, None], place, place + shift)
         return position.masked_fill(empty, -1)
 
+    def grown(self, head: HeadSpan, lengths: Sequence[int]) -> tuple[Layout, list[Tensor]]:
+        """The layout under a larger span `head`, and each row's old slots in their new order.
+
+        `lengths`: tokens fed to each row. Sinks come first, the ring's tokens follow, oldest
+        first; what was dropped stays dropped.
+        """
+        unbroken = Layout(head, (0,) * len(lengths), (0,) * len(lengths))
+        shifts, gaps, moved = [], [], []
+        for row, length in enumerate(lengths):
+            places = self.kept(0, length - self.shifts[row])
+            places = places[unbroken.kept(0, len(places))]
+            places = places[self.beginning(row, places) :]
+            count, positions = len(places), self.positions(row, places)
+            shifts.append(length - count)
+            gaps.append(int((positions == torch.arange(count)).sum()) if length > count else 0)
+            moved.append(self.slots(places))
+        return Layout(head, tuple(shifts), tuple(gaps)), moved
+
     def rows(self, rows: Sequence[int]) -> Layout:
         """The layout of these rows alone."""
         shifts = tuple(self.shifts[row] for row in rows)
@@ -152,10 +170,7 @@ class SpanCache:
         return keys, values, self.layout.positions(first, places)
 
     def grown(self, head: HeadSpan, lengths: Sequence[int], heads: slice) -> SpanCache:
-        """A cache of span `head` for some of the heads, holding what this one holds of them.
-
-        Sinks come first, the ring's tokens follow, oldest first; what was dropped stays dropped.
-        """
+        """A cache of span `head` for some of the heads, holding what this one holds of them."""
         batch, _, _, head_dim = self.keys.shape
         keys, values = self.keys[:, heads], self.values[:, heads]
         new = SpanCache(
@@ -166,18 +181,11 @@ class SpanCache:
             dtype=keys.dtype,
             device=keys.device,
         )
-        shifts, gaps = [], []
-        for row, length in enumerate(lengths):
-            places = self.layout.kept(0, length - self.layout.shifts[row])
-            places = places[new.layout.kept(0, len(places))]
-            places = places[self.layout.beginning(row, places) :]
-            slots, count = self.layout.slots(places).to(keys.device), len(places)
-            new.keys[row, :, :count] = keys[row].index_select(1, slots)
-            new.values[row, :, :count] = values[row].index_select(1, slots)
-            positions = self.layout.positions(row, places)
-            shifts.append(length - count)
-            gaps.append(int((positions == torch.arange(count)).sum()) if length > count else 0)
-        new.layout = Layout(head, tuple(shifts), tuple(gaps))
+        new.layout, moved = self.layout.grown(head, lengths)
+        for row, slots in enumerate(moved):
+            source = slots.to(keys.device)
+            new.keys[row, :, : len(slots)] = keys[row].index_select(1, source)
+            new.values[row, :, : len(slots)] = values[row].index_select(1, source)
         return new
 
     def keep(self, rows: Sequence[int]) -> None:

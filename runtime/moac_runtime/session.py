@@ -7,14 +7,22 @@ memory held is exactly the planned one. `grow` moves to a larger capacity.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from moac_runtime.cache import SpanCache
 from moac_runtime.decoder import Attend, Decoder, rope_frequencies
-from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.feeding import (
+    check_growth,
+    check_kept,
+    check_room,
+    check_sizes,
+    check_step,
+    check_tokens,
+    check_vocabulary,
+)
 from moac_runtime.plan import Plan
 from moac_runtime.span import HeadSpan
 from moac_runtime.steps import DecodeStep, Group, PrefillStep, Segment
@@ -42,9 +50,7 @@ class Session:
         capacity: int,
         chunk: int = 512,
     ) -> None:
-        for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1; give a positive {name}")
+        check_sizes(batch=batch, capacity=capacity, chunk=chunk)
         self._decoder = decoder
         self._plan = plan
         self._head_order = head_order
@@ -102,8 +108,8 @@ class Session:
 
         `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
         """
-        self._check_tokens(tokens, wanted)
-        self._check_room([len(row) for row in tokens])
+        check_tokens(tokens, wanted, batch=self.batch, vocab_size=self._decoder.spec.vocab_size)
+        check_room(self._lengths, [len(row) for row in tokens], self._capacity)
         begin = self.lengths
         ends = [start + len(row) for start, row in zip(begin, tokens, strict=True)]
         logits = [[self._no_logits(0)] for _ in tokens]
@@ -121,13 +127,10 @@ class Session:
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
-        if tuple(tokens.shape) != (self.batch,):
-            raise UsageError(
-                f"decode got tokens of shape {list(tokens.shape)}, expected [{self.batch}]; "
-                "give each row of the batch one token"
-            )
-        self._check_vocabulary(int(tokens.min()), int(tokens.max()))
-        self._check_room([1] * self.batch)
+        check_step(tokens.shape, self.batch)
+        size = self._decoder.spec.vocab_size
+        check_vocabulary(int(tokens.min()), int(tokens.max()), size)
+        check_room(self._lengths, [1] * self.batch, self._capacity)
         step = DecodeStep(self._layers, self._lengths, self._decoder.spec)
         hidden = self._run(tokens, self._lengths, step)
         self._lengths = [length + 1 for length in self._lengths]
@@ -141,11 +144,7 @@ class Session:
         larger capacity's frequencies, and the keys already stored stay as they were rotated, as
         in transformers. Raises UsageError for a capacity that is not larger.
         """
-        if capacity <= self._capacity:
-            raise UsageError(
-                f"cannot grow a session of {self._capacity} tokens to {capacity}; "
-                "give a larger capacity"
-            )
+        check_growth(self._capacity, capacity)
         self._capacity = capacity
         spec = self._decoder.spec
         self._frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
@@ -162,11 +161,7 @@ class Session:
 
         Raises UsageError for no rows and for a row that the batch does not have.
         """
-        if not rows or min(rows) < 0 or max(rows) >= self.batch:
-            raise UsageError(
-                f"cannot keep rows {list(rows)} of a batch of {self.batch}; "
-                f"name one or more rows from 0 to {self.batch - 1}"
-            )
+        check_kept(rows, self.batch)
         for groups in self._layers:
             for group in groups:
                 group.cache.keep(rows)
@@ -253,38 +248,3 @@ class Session:
 
     def _no_logits(self, rows: int) -> Tensor:
         return torch.empty(rows, self._decoder.spec.vocab_size, device=self._decoder.device)
-
-    def _check_tokens(
-        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
-    ) -> None:
-        if len(tokens) != self.batch or len(wanted) != self.batch:
-            raise UsageError(
-                f"got tokens for {len(tokens)} rows and a choice of logits for {len(wanted)}, "
-                f"expected {self.batch} of each; give every row of the batch a list, empty where "
-                "it adds nothing"
-            )
-        for row, (fed, chosen) in enumerate(zip(tokens, wanted, strict=True)):
-            if fed:
-                self._check_vocabulary(min(fed), max(fed))
-            rising = all(a < b for a, b in pairwise(chosen))
-            if chosen and not (rising and chosen[0] >= 0 and chosen[-1] < len(fed)):
-                raise UsageError(
-                    f"row {row} is fed {len(fed)} tokens and asked for logits at {list(chosen)}; "
-                    f"give ascending indices from 0 to {len(fed) - 1}"
-                )
-
-    def _check_vocabulary(self, least: int, most: int) -> None:
-        size = self._decoder.spec.vocab_size
-        if least < 0 or most >= size:
-            raise UsageError(
-                f"got token {least if least < 0 else most}, expected tokens from 0 to {size - 1}; "
-                "encode the text with the package's own tokenizer"
-            )
-
-    def _check_room(self, counts: Sequence[int]) -> None:
-        for row, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
-            if length + count > self._capacity:
-                raise MoacError(
-                    f"row {row} holds {length} of {self._capacity} tokens and cannot take "
-                    f"{count} more; open the session with a larger capacity or grow it"
-                )
