@@ -1,0 +1,206 @@
+"""The solver on instances of the size of real models: full Pareto fronts, with proofs.
+
+    python benchmarks/solver.py --json results.json
+
+Instances are drawn from a seed (`instance`), with losses that behave as measured ones do: over
+heads they are heavy-tailed, with spans they fall, fast for most heads and slowly for the few that
+need the whole text, and one head's losses at different lengths resemble each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moac.planning import (
+    FrontPoint,
+    Layout,
+    Objective,
+    Problem,
+    SolverOptions,
+    candidate_rules,
+    pareto_front,
+)
+from moac_runtime.span import Rule
+
+SINK, BLOCK, MIN_SPAN = 64, 64, 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A model's attention, and what is asked of its plan."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    extrapolated: int = 16384
+    rules: int = 48
+    rules_per_layer: int | None = 2
+    budget: float = 0.5
+
+
+SHAPES = (
+    Shape(name="7B-MHA", layers=32, kv_heads=32),
+    Shape(name="70B-GQA", layers=80, kv_heads=8),
+)
+
+
+def instance(shape: Shape, *, seed: int) -> Problem:
+    """A problem of that shape: one objective per length, as a compile makes them."""
+    layout = Layout(shape.kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * shape.layers)
+    rng = np.random.default_rng(seed)
+    heads = (shape.layers, shape.kv_heads, 1)
+    # Spread of the magnitudes, and its split over layers, heads and lengths, as in SmolLM2's own.
+    size = 0.7 * rng.normal(size=(shape.layers, 1, 1)) + 1.0 * rng.normal(size=heads)
+    decay = np.exp(0.5 * rng.normal(size=heads))
+    spread = rng.beta(0.5, 1.5, size=heads)
+    objectives = tuple(
+        _objective(length, size, decay, spread, rng=rng) for length in shape.lengths
+    )
+    return Problem(
+        layout=layout,
+        rules=_rules(shape),
+        lengths=(*shape.lengths, shape.extrapolated),
+        objectives=objectives,
+        budget=shape.budget,
+        rules_per_layer=shape.rules_per_layer,
+    )
+
+
+def _objective(
+    length: int,
+    size: np.ndarray,
+    decay: np.ndarray,
+    spread: np.ndarray,
+    *,
+    rng: np.random.Generator,
+) -> Objective:
+    """A part of each head's loss lies near (a power of the distance), a part anywhere.
+
+    What every further block saves varies by chance, but is never negative.
+    """
+    spans = np.arange(1, length // BLOCK + 1) * BLOCK
+    near = (spans / BLOCK) ** -decay
+    near = (near - near[..., -1:]) / (near[..., :1] - near[..., -1:])
+    anywhere = 1 - spans / length
+    falls = -np.diff((1 - spread) * near + spread * anywhere, axis=-1)
+    falls *= rng.gamma(2.0, 0.5, size=falls.shape)
+    magnitude = np.exp(size + 0.5 * rng.normal(size=size.shape))
+    table = np.zeros((*size.shape[:2], len(spans) + 1))
+    table[..., 1:-1] = (magnitude * falls)[..., ::-1].cumsum(axis=-1)[..., ::-1]
+    table[..., 0] = table[..., 1]
+    return Objective(str(length), length, table / table[..., MIN_SPAN // BLOCK].sum())
+
+
+def _rules(shape: Shape) -> tuple[Rule, ...]:
+    """So many of the candidate rules, evenly thinned, the least and the dense one among them."""
+    every = candidate_rules(
+        shape.lengths, block=BLOCK, min_span=MIN_SPAN, extrapolated=(shape.extrapolated,)
+    )
+    keep = np.linspace(0, len(every) - 1, min(shape.rules, len(every))).round().astype(int)
+    return tuple(every[i] for i in keep)
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """One instance's front and what it took, in wall and CPU seconds."""
+
+    name: str
+    problem: Problem
+    points: Sequence[FrontPoint]
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def worst_gap(self) -> float:
+        """The largest proven gap of its plans."""
+        return max(point.record.gap for point in self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        """Size, time and every plan's losses and solver record."""
+        layout = self.problem.layout
+        return {
+            "instance": self.name,
+            "layers": layout.num_layers,
+            "kv_heads": layout.num_kv_heads,
+            "rules": len(self.problem.rules),
+            "rules_per_layer": self.problem.rules_per_layer,
+            "binaries": layout.num_heads * len(self.problem.rules),
+            "lengths": list(self.problem.lengths),
+            "objectives": [objective.name for objective in self.problem.objectives],
+            "budget": self.problem.budget,
+            "plans": len(self.points),
+            "worst_gap": self.worst_gap,
+            "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
+            "front": [
+                {"losses": point.losses, "solver": asdict(point.record)} for point in self.points
+            ],
+        }
+
+
+def run(name: str, problem: Problem, options: SolverOptions, *, points: int) -> Front:
+    """The whole front of `problem`, timed."""
+    started, cpu = time.perf_counter(), time.process_time()
+    found = pareto_front(problem, points=points, options=options)
+    return Front(name, problem, found, time.perf_counter() - started, time.process_time() - cpu)
+
+
+def table(fronts: Sequence[Front]) -> str:
+    """A row for each front, as BENCHMARKS.md has it."""
+    rows = [
+        "| instance | heads x rules | binaries | objectives | plans | worst gap | wall, CPU s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for front in fronts:
+        found = front.to_json()
+        heads = front.problem.layout.num_heads
+        rows.append(
+            f"| {front.name} | {heads} x {found['rules']} | {found['binaries']} | "
+            f"{len(found['objectives'])} | {found['plans']} | {front.worst_gap:.1e} | "
+            f"{front.seconds:.1f}, {front.cpu_seconds:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--instances", nargs="*", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--points", type=int, default=10, help="plans that a front should have")
+    parser.add_argument("--gap", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    fronts = []
+    for shape in SHAPES:
+        if shape.name in options.instances:
+            solver = SolverOptions(gap=options.gap, seed=options.seed)
+            problem = instance(shape, seed=options.seed)
+            fronts.append(run(shape.name, problem, solver, points=options.points))
+    print(table(fronts))
+    if options.json is not None:
+        found = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": platform.machine(),
+            "versions": {name: version(name) for name in ("numpy", "highspy")},
+            "gap_asked": options.gap,
+            "seed": options.seed,
+            "fronts": [front.to_json() for front in fronts],
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
