@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 # How safetensors spells the manifest's dtypes.
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
@@ -41,10 +41,10 @@ def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tens
     """
     weights: dict[str, torch.Tensor] = {}
     expected = expected_tensors(artifact.spec)
-    for shard, names in _shards(artifact, expected).items():
+    for shard, names in shards(artifact, expected).items():
         with open_tensors(artifact, shard) as file:
             for name in names:
-                _check_header(file, shard, name, expected[name], _STORED[artifact.dtype])
+                _check_entry(file, shard, name, expected[name], STORED[artifact.dtype])
                 weights[name] = file.get_tensor(name).to(dtype)
     return weights
 
@@ -57,6 +57,41 @@ def open_tensors(artifact: Artifact, name: str) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ArtifactError(f"{name} is no safetensors file ({error}): {REMEDY}") from error
+
+
+def shards(artifact: Artifact, expected: dict[str, Shape]) -> dict[str, list[str]]:
+    """Tensor names by the file that holds them, as the index says and the spec expects.
+
+    Raises ArtifactError.
+    """
+    placed = read_json(artifact.path(WEIGHT_INDEX), WEIGHT_INDEX).get("weight_map")
+    if not isinstance(placed, dict):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks weight_map, expected an object: {REMEDY}")
+    if missing := next((name for name in expected if name not in placed), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks {missing}, expected its file: {REMEDY}")
+    if unknown := next((name for name in placed if name not in expected), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} names {unknown!r}, unknown to the model: {REMEDY}")
+    files: dict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        files[f"weights/{placed[name]}"].append(name)
+    return files
+
+
+def check_header(
+    shard: str, name: str, shape: Shape, stored: str, found: Sequence[int], dtype: str
+) -> None:
+    """Raises ArtifactError where a tensor's `found` shape or `dtype` is not as expected."""
+    if tuple(found) != shape:
+        raise ArtifactError(
+            f"{name} in {shard} has shape {list(found)}, expected {list(shape)}: {REMEDY}"
+        )
+    if dtype != stored:
+        raise ArtifactError(f"{name} in {shard} is stored as {dtype}, expected {stored}: {REMEDY}")
+
+
+def missing_tensor(shard: str, name: str) -> ArtifactError:
+    """What to say where a file lacks a tensor that the index puts there."""
+    return ArtifactError(f"{shard} lacks {name}, expected it as the index says: {REMEDY}")
 
 
 def _layer(spec: ModelSpec) -> dict[str, Shape]:
@@ -78,30 +113,9 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
     return weight | {f"{name}.bias": (rows,)} if bias else weight
 
 
-def _shards(artifact: Artifact, expected: dict[str, Shape]) -> dict[str, list[str]]:
-    """Tensor names by the file that holds them, as the index says and the spec expects."""
-    placed = read_json(artifact.path(WEIGHT_INDEX), WEIGHT_INDEX).get("weight_map")
-    if not isinstance(placed, dict):
-        raise ArtifactError(f"{WEIGHT_INDEX} lacks weight_map, expected an object: {REMEDY}")
-    if missing := next((name for name in expected if name not in placed), None):
-        raise ArtifactError(f"{WEIGHT_INDEX} lacks {missing}, expected its file: {REMEDY}")
-    if unknown := next((name for name in placed if name not in expected), None):
-        raise ArtifactError(f"{WEIGHT_INDEX} names {unknown!r}, unknown to the model: {REMEDY}")
-    shards: dict[str, list[str]] = defaultdict(list)
-    for name in expected:
-        shards[f"weights/{placed[name]}"].append(name)
-    return shards
-
-
-def _check_header(file: Any, shard: str, name: str, shape: Shape, stored: str) -> None:
+def _check_entry(file: Any, shard: str, name: str, shape: Shape, stored: str) -> None:
     """Check a tensor's header entry, before any of its bytes is read."""
     if name not in file.keys():  # noqa: SIM118 - not a dict
-        raise ArtifactError(f"{shard} lacks {name}, expected it as the index says: {REMEDY}")
+        raise missing_tensor(shard, name)
     header = file.get_slice(name)
-    found, dtype = tuple(header.get_shape()), header.get_dtype()
-    if found != shape:
-        raise ArtifactError(
-            f"{name} in {shard} has shape {list(found)}, expected {list(shape)}: {REMEDY}"
-        )
-    if dtype != stored:
-        raise ArtifactError(f"{name} in {shard} is stored as {dtype}, expected {stored}: {REMEDY}")
+    check_header(shard, name, shape, stored, header.get_shape(), header.get_dtype())

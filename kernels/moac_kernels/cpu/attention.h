@@ -1,0 +1,307 @@
+// Attention of query rows that share one KV head over runs of keys that lie in one piece, both in
+// memory and in position. What a query cannot see is never read, but for the edges of a tile.
+#pragma once
+#include "abi.h"
+#include "matmul.h"
+
+constexpr int64_t FAR = INT64_C(1) << 40;
+constexpr int MOST_RUNS = 16;
+constexpr int64_t KEY_BLOCK = 128;
+constexpr int64_t TILE_QUERIES = 192;  // rows of a tile: queries times group
+constexpr float HIDDEN = -1e30f;       // not infinite: a row may begin with keys it cannot see
+
+static inline int64_t tile_tokens(int64_t group) { return larger(1, TILE_QUERIES / group); }
+
+// Keys and values of `count` adjacent tokens from position `first` on, `stride` elements apart.
+// A query sees those less than `reach` before it.
+template <class T> struct Run {
+  const T *keys, *values;
+  int64_t stride, first, count, reach;
+};
+
+template <class T> struct Runs {
+  Run<T> run[MOST_RUNS];
+  int count = 0;
+
+  void add(const T *keys, const T *values, int64_t stride, int64_t first, int64_t count_,
+           int64_t reach) {
+    if (count_ > 0) run[count++] = {keys, values, stride, first, count_, reach};
+  }
+
+  // Keep what queries at positions `from` to `to` may see.
+  void clip(int64_t from, int64_t to) {
+    int kept = 0;
+    for (int i = 0; i < count; i++) {
+      Run<T> r = run[i];
+      int64_t low = larger(r.first, from - r.reach + 1);
+      int64_t high = smaller(r.first + r.count, to + 1), skip = low - r.first;
+      if (low < high)
+        run[kept++] = {r.keys + skip * r.stride, r.values + skip * r.stride, r.stride, low,
+                       high - low, r.reach};
+    }
+    count = kept;
+  }
+
+  int64_t tokens() const {
+    int64_t sum = 0;
+    for (int i = 0; i < count; i++) sum += run[i].count;
+    return sum;
+  }
+};
+
+static inline int64_t window_of(const Cache &cache) { return cache.window ? cache.window : FAR; }
+
+// Sinks stay in sight as far as the checkpoint's own window allows, other tokens as the span does.
+static inline int64_t reach_of(const Cache &cache, int64_t position) {
+  int64_t window = window_of(cache);
+  return position < cache.sink ? window : smaller(window, cache.size - cache.sink);
+}
+
+static inline int64_t slot_of(const Cache &cache, int64_t place) {
+  return place < cache.sink ? place : cache.sink + (place - cache.sink) % (cache.size - cache.sink);
+}
+
+// `count` tokens from position `first` on, cut where the reach changes.
+template <class T>
+static void add_positions(Runs<T> &runs, const Cache &cache, const T *keys, const T *values,
+                          int64_t stride, int64_t first, int64_t count) {
+  int64_t sinks = smaller(count, larger(0, cache.sink - first));
+  runs.add(keys, values, stride, first, sinks, reach_of(cache, 0));
+  keys += sinks * stride;
+  values += sinks * stride;
+  runs.add(keys, values, stride, first + sinks, count - sinks, reach_of(cache, cache.sink));
+}
+
+// The tokens a row holds of one head after it was fed `length`: sinks, then the ring, oldest first.
+template <class T>
+static void add_held(Runs<T> &runs, const Cache &cache, int64_t head_dim, int64_t row, int64_t head,
+                     int64_t length) {
+  const int64_t base = (row * cache.heads + head) * cache.size * head_dim;
+  const T *keys = (const T *)cache.keys + base, *values = (const T *)cache.values + base;
+  const int64_t gap = cache.gaps[row], shift = cache.shifts[row], places = length - shift;
+  const int64_t ring = cache.size - cache.sink;
+  int64_t place = 0;
+  while (place < places) {
+    if (place == cache.sink) place = larger(place, places - ring);
+    // up to the end of the sinks, of the ring's memory or of the tokens before the gap
+    const int64_t slot = slot_of(cache, place);
+    int64_t stop = smaller(places, place < cache.sink ? cache.sink : place + cache.size - slot);
+    if (place < gap) stop = smaller(stop, gap);
+    add_positions(runs, cache, keys + slot * head_dim, values + slot * head_dim, head_dim,
+                  place < gap ? place : place + shift, stop - place);
+    place = stop;
+  }
+}
+
+// ---- one query token: its group of heads reads each key once ----
+
+// Running softmax of G query rows: `peak`, `sum` and the weighted values `out` [G][D].
+struct Partial {
+  float *peak, *sum, *out;
+};
+
+constexpr int64_t DECODE_BLOCK = 64;
+constexpr int MOST_GROUP = 64;
+
+#if defined(__AVX512BF16__)
+// out[g][d] += weights[g] . values[.][d], two tokens at a time in the dot product's pairs.
+template <int G>
+static inline void weigh(const bf16 *values, int64_t stride, int64_t n, int64_t d,
+                         const bf16 *weights, int64_t ldw, float *out) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i last =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int64_t i = 0; i < d; i += 32) {
+    const __mmask32 inside = d - i >= 32 ? 0xffffffffu : 0xffffu;
+    vec low[G], high[G];
+    for (int g = 0; g < G; g++) low[g] = high[g] = vzero();
+    for (int64_t j = 0; j < n; j += 2) {
+      const bf16 *at = values + j * stride + i;
+      __m512i v0 = _mm512_maskz_loadu_epi16(inside, at);
+      __m512i v1 = j + 1 < n ? _mm512_maskz_loadu_epi16(inside, at + stride) : _mm512_setzero_si512();
+      vec lo = _mm512_castsi512_ps(_mm512_unpacklo_epi16(v0, v1));
+      vec hi = _mm512_castsi512_ps(_mm512_unpackhi_epi16(v0, v1));
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        vec p = vlane(weights + g * ldw + j);
+        low[g] = vdot(low[g], p, lo, bf16());
+        high[g] = vdot(high[g], p, hi, bf16());
+      }
+    }
+    for (int g = 0; g < G; g++) {
+      float *to = out + g * d + i;
+      vstore(to, vadd(vload(to), _mm512_permutex2var_ps(low[g], first, high[g])));
+      if (d - i >= 32)
+        vstore(to + 16, vadd(vload(to + 16), _mm512_permutex2var_ps(low[g], last, high[g])));
+    }
+  }
+}
+#endif
+
+template <int G, class T>
+static inline void weigh(const T *values, int64_t stride, int64_t n, int64_t d,
+                         const float *weights, int64_t ldw, float *out) {
+  for (int64_t i = 0; i < d; i += W) {
+    vec acc[G];
+    for (int g = 0; g < G; g++) acc[g] = vload(out + g * d + i);
+    for (int64_t j = 0; j < n; j++) {
+      vec v = vload(values + j * stride + i);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) acc[g] = vfma(vset(weights[g * ldw + j]), v, acc[g]);
+    }
+    for (int g = 0; g < G; g++) vstore(out + g * d + i, acc[g]);
+  }
+}
+
+// Take n scores of a row (row length `ld`) into its running softmax: their weights, under the new
+// peak, go to `weights`, padded with zeros (or nearly) to whole vectors; out is scaled to match.
+template <class A>
+static inline void soften(float *scores, int64_t ld, int64_t n, int64_t row, Partial to, int64_t d,
+                          A *weights) {
+  float *s = scores + row * ld;
+  const int64_t end = padded(n, W);
+  for (int64_t j = n; j < end; j++) s[j] = HIDDEN;
+  vec peak = vset(to.peak[row]);
+  for (int64_t j = 0; j < end; j += W) peak = vmax(peak, vload(s + j));
+  const float top = vpeak(peak);
+  vec sum = vzero();
+  for (int64_t j = 0; j < end; j += W) {
+    vec p = vexp2(vsub(vload(s + j), vset(top)));
+    sum = vadd(sum, p);
+    vstore(weights + row * ld + j, p);
+  }
+  if (top > to.peak[row]) {
+    float scale[W];
+    vstore(scale, vexp2(vset(to.peak[row] - top)));
+    to.sum[row] *= scale[0];
+    for (int64_t i = 0; i < d; i += W)
+      vstore(to.out + row * d + i, vmul(vload(to.out + row * d + i), vset(scale[0])));
+    to.peak[row] = top;
+  }
+  to.sum[row] += vsum(sum);
+}
+
+// Scores of G query rows q [G][D] with n keys: scores[g][j], rows DECODE_BLOCK apart.
+template <int G, class A, class T>
+static inline void score(const A *q, int64_t d, const T *keys, const T *values, int64_t stride,
+                         int64_t n, float *scores) {
+  for (int64_t j = 0; j < n; j++) {
+    for (int64_t i = 0; i < d; i += 64 / sizeof(T))  // the values come next
+      _mm_prefetch((const char *)(values + j * stride + i), _MM_HINT_T0);
+    dots<G, 1>(q, d, keys + j * stride, 0, d, scores + j, DECODE_BLOCK, DECODE_BLOCK * stride);
+  }
+}
+
+// Add n keys, all seen, to the running softmax of `group` rows q [group][D], scaled for 2^x.
+template <class A, class T>
+static void attend_one(const A *q, int64_t group, int64_t d, const T *keys, const T *values,
+                       int64_t stride, int64_t n, Partial to) {
+  alignas(64) float scores[MOST_GROUP * DECODE_BLOCK];
+  alignas(64) A weights[MOST_GROUP * DECODE_BLOCK];
+  for (int64_t j = 0; j < n; j += DECODE_BLOCK) {
+    const int64_t block = smaller(DECODE_BLOCK, n - j);
+    const T *k = keys + j * stride, *v = values + j * stride;
+    for (int64_t g = 0; g < group;) {
+      float *s = scores + g * DECODE_BLOCK;
+      if (group - g >= 4) score<4>(q + g * d, d, k, v, stride, block, s), g += 4;
+      else if (group - g == 3) score<3>(q + g * d, d, k, v, stride, block, s), g += 3;
+      else if (group - g == 2) score<2>(q + g * d, d, k, v, stride, block, s), g += 2;
+      else score<1>(q + g * d, d, k, v, stride, block, s), g += 1;
+    }
+    for (int64_t g = 0; g < group; g++) soften(scores, DECODE_BLOCK, block, g, to, d, weights);
+    for (int64_t g = 0; g < group;) {
+      const A *p = weights + g * DECODE_BLOCK;
+      float *out = to.out + g * d;
+      if (group - g >= 4) weigh<4>(v, stride, block, d, p, DECODE_BLOCK, out), g += 4;
+      else if (group - g == 3) weigh<3>(v, stride, block, d, p, DECODE_BLOCK, out), g += 3;
+      else if (group - g == 2) weigh<2>(v, stride, block, d, p, DECODE_BLOCK, out), g += 2;
+      else weigh<1>(v, stride, block, d, p, DECODE_BLOCK, out), g += 1;
+    }
+  }
+}
+
+// ---- many query tokens: tiles of queries against blocks of keys ----
+
+#if defined(__AVX512BF16__)
+// Values [n][D] as a packed operand for columns `from` on: pairs of tokens in a lane.
+static inline void pack_values(const bf16 *values, int64_t stride, int64_t n, int64_t d, bf16 *to) {
+  const __mmask32 inside = d >= 32 ? 0xffffffffu : 0xffffu;
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int64_t j = 0; j < n; j += 2, to += 64) {
+    __m512i v0 = _mm512_maskz_loadu_epi16(inside, values + j * stride);
+    __m512i v1 =
+        j + 1 < n ? _mm512_maskz_loadu_epi16(inside, values + (j + 1) * stride) : _mm512_setzero_si512();
+    __m512i lo = _mm512_unpacklo_epi16(v0, v1), hi = _mm512_unpackhi_epi16(v0, v1);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(lo, first, hi));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi64(lo, last, hi));
+  }
+}
+#endif
+
+template <class T>
+static inline void pack_values(const T *values, int64_t stride, int64_t n, int64_t d, float *to) {
+  for (int64_t j = 0; j < n; j++, to += TILE_COLUMNS)
+    for (int64_t i = 0; i < TILE_COLUMNS; i += W)
+      vstore(to + i, i < d ? vload(values + j * stride + i) : vzero());
+}
+
+// Memory of one thread for a tile of `rows` query rows.
+template <class A> struct TileMemory {
+  A *q;           // [rows][D]
+  float *scores;  // [rows][KEY_BLOCK]
+  A *weights;     // [rows][KEY_BLOCK]
+  A *pack;        // the keys, or a panel of the values
+  Partial to;     // [rows], out [rows][padded D]
+};
+
+// Add a block of keys to the running softmax of a tile: rows are `tokens` queries from position
+// `from` on, times `group`. `ld`: length of a row of out.
+template <class A, class T>
+static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
+                         int64_t d, int64_t ld, const Run<T> &run) {
+  const int64_t rows = tokens * group, n = run.count;
+  for (int64_t c = 0; c < n; c += TILE_COLUMNS) {
+    pack_columns(run.keys + c * run.stride, run.stride, n - c, d, at.pack);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS)
+      tile(d / LANE<A>, at.q + r * d, d, at.pack, at.scores + r * KEY_BLOCK + c, KEY_BLOCK, false);
+  }
+  const bool edge = run.first + n - 1 > from || from + tokens - 1 - run.first >= run.reach;
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t query = from + t;
+    const int64_t low = smaller(n, larger(0, query - run.reach + 1 - run.first));
+    const int64_t high = larger(0, smaller(n, query + 1 - run.first));
+    for (int64_t row = t * group; row < (t + 1) * group; row++) {
+      float *s = at.scores + row * KEY_BLOCK;
+      if (edge) {
+        for (int64_t j = 0; j < low; j++) s[j] = HIDDEN;
+        for (int64_t j = high; j < n; j++) s[j] = HIDDEN;
+      }
+      soften(at.scores, KEY_BLOCK, n, row, at.to, ld, at.weights);
+    }
+  }
+  for (int64_t i = 0; i < d; i += TILE_COLUMNS) {
+    pack_values(run.values + i, run.stride, n, d - i, at.pack);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS)
+      tile((n + LANE<A> - 1) / LANE<A>, at.weights + r * KEY_BLOCK, KEY_BLOCK, at.pack,
+           at.to.out + r * ld + i, ld, true);
+  }
+}
+
+// Attention of a tile over all runs, clipped to it already.
+template <class A, class T>
+static void attend_tile(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
+                        int64_t d, int64_t ld, const Runs<T> &runs) {
+  for (int64_t row = 0; row < tokens * group; row++) {
+    at.to.peak[row] = HIDDEN;
+    at.to.sum[row] = 0;
+    for (int64_t i = 0; i < ld; i++) at.to.out[row * ld + i] = 0;
+  }
+  for (int i = 0; i < runs.count; i++) {
+    const Run<T> &run = runs.run[i];
+    for (int64_t j = 0; j < run.count; j += KEY_BLOCK)
+      attend_block(at, tokens, group, from, d, ld,
+                   Run<T>{run.keys + j * run.stride, run.values + j * run.stride, run.stride,
+                          run.first + j, smaller(KEY_BLOCK, run.count - j), run.reach});
+  }
+}

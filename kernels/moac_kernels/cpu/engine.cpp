@@ -1,0 +1,549 @@
+// One step of a decoder, from tokens to logits, in one call: every row of a batch adds one token
+// or many. Built once per instruction set; model, spans and batch are data.
+#include <math.h>
+#include <new>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "team.h"
+
+static void *allocate(int64_t bytes) {
+  void *memory = aligned_alloc(64, padded(bytes + 64, 64));
+  if (memory) memset(memory, 0, bytes);
+  return memory;
+}
+
+constexpr int64_t MOST_HEAD_DIM = 256;
+
+static inline float power2(float x) {
+  float all[W];
+  vstore(all, vexp2(vset(x)));
+  return all[0];
+}
+static inline float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678f)); }
+static inline float gelu_tanh(float x) {
+  return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+static inline vec silu(vec x) {
+  vec power = vmul(vmax(x, vset(-80)), vset(-1.44269504f));
+  return vdiv(x, vadd(vset(1), vexp2(power)));
+}
+
+// One thread's own memory.
+template <class A> struct Desk {
+  float *columns, *more;  // [tokens][TILE_COLUMNS]: a block of a product, and of its partner
+  TileMemory<A> tile;
+  void *memory;
+};
+
+template <class T> struct Engine {
+  typedef operand<T> A;
+  Team team;
+  Model model;
+  const Step *step = nullptr;
+  bool closing = false;
+  int64_t most_tokens = 0, most_items = 0, pairs = 0, group, width, queries;
+  float *x, *qkv, *cosines, *sines, *partial, *peak, *sum;
+  A *normed, *q, *attended, *inner;
+  T *k, *v;
+  int64_t *position, *segment, *done;
+  Desk<A> *desks;
+  void *memory[16];
+  int num_memory = 0;
+
+  Engine(const Model &m, int64_t threads) : model(m) {
+    team.threads = (int)threads;
+    group = m.heads / m.kv_heads;
+    queries = m.heads * m.head_dim;
+    width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    desks = (Desk<A> *)calloc(threads, sizeof(Desk<A>));
+  }
+
+  ~Engine() {
+    release();
+    free(desks);
+  }
+
+  template <class P> bool take(P *&at, int64_t count) {
+    at = (P *)(memory[num_memory++] = allocate(count * sizeof(P)));
+    return at != nullptr;
+  }
+
+  void release() {
+    while (num_memory) free(memory[--num_memory]);
+    for (int i = 0; i < team.threads; i++) {
+      free(desks[i].memory);
+      desks[i].memory = nullptr;
+    }
+    most_tokens = most_items = pairs = 0;
+  }
+
+  // Room for a step of so many tokens, rows and KV tokens a layer. False where memory is short.
+  bool reserve(int64_t tokens, int64_t rows, int64_t kv_tokens) {
+    const int64_t heads = rows * model.kv_heads, items = kv_tokens / DECODE_BLOCK + heads;
+    if (tokens <= most_tokens && items <= most_items && heads <= pairs) return true;
+    const int64_t m = padded(larger(tokens, most_tokens), TILE_ROWS);
+    const int64_t all_items = larger(items, most_items), all_pairs = larger(heads, pairs);
+    release();
+    const int64_t d = model.head_dim, kv = model.kv_heads * d;
+    bool ok = take(x, m * model.hidden) && take(qkv, m * width) && take(cosines, m * d / 2) &&
+              take(sines, m * d / 2) && take(normed, m * model.hidden) && take(q, m * queries) &&
+              take(attended, m * queries) && take(inner, m * model.inner) && take(k, m * kv) &&
+              take(v, m * kv) && take(position, m) && take(segment, m) && take(done, all_pairs) &&
+              take(partial, all_items * group * (d + 2));
+    for (int i = 0; ok && i < team.threads; i++) ok = furnish(desks[i], m);
+    if (!ok) return release(), false;
+    most_tokens = m, most_items = all_items, pairs = all_pairs;
+    return true;
+  }
+
+  bool furnish(Desk<A> &desk, int64_t m) {
+    const int64_t rows = padded(tile_tokens(group) * group, TILE_ROWS);
+    const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS);
+    const int64_t floats = 2 * m * TILE_COLUMNS + rows * (KEY_BLOCK + ld + 2);
+    const int64_t operands = rows * (d + KEY_BLOCK) + PANEL_LANES * TILE_COLUMNS * LANE<A>;
+    char *at = (char *)(desk.memory = allocate(4 * floats + sizeof(A) * operands));
+    if (!at) return false;
+    auto floats_of = [&](int64_t n) { return (float *)(at += 4 * n, at - 4 * n); };
+    desk.columns = floats_of(m * TILE_COLUMNS);
+    desk.more = floats_of(m * TILE_COLUMNS);
+    desk.tile.scores = floats_of(rows * KEY_BLOCK);
+    desk.tile.to = {floats_of(rows), floats_of(rows), floats_of(rows * ld)};
+    desk.tile.pack = (A *)at;
+    desk.tile.q = desk.tile.pack + PANEL_LANES * TILE_COLUMNS * LANE<A>;
+    desk.tile.weights = desk.tile.q + rows * d;
+    return true;
+  }
+
+  // ---- products ----
+
+  // Columns `first` on of a [m][depth] times weights [.][depth].
+  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
+               int64_t first, int64_t columns, float *c) {
+    const T *w = (const T *)weights + first * depth;
+    if (m <= FEW_ROWS) few(a, m, depth, w, columns, c, TILE_COLUMNS);
+    else many(a, m, depth, w, columns, c, TILE_COLUMNS, desk.tile.pack);
+  }
+
+  // out(row, first column, columns, sums) for every block of columns of a . weights.
+  template <class Out>
+  void linear(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
+              const void *bias, int64_t columns, Out out) {
+    for (int64_t task; (task = team.claim()) * TILE_COLUMNS < columns;) {
+      const int64_t first = task * TILE_COLUMNS, count = smaller(TILE_COLUMNS, columns - first);
+      product(desk, a, m, depth, weights, first, count, desk.columns);
+      for (int64_t r = 0; r < m; r++) {
+        float *c = desk.columns + r * TILE_COLUMNS;
+        if (bias)
+          for (int64_t j = 0; j < count; j++) c[j] += widen(((const T *)bias)[first + j]);
+        out(r, first, count, c);
+      }
+    }
+    team.barrier();
+  }
+
+  void add_linear(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
+                  const void *bias) {
+    const int64_t hidden = model.hidden;
+    linear(desk, a, m, depth, weights, bias, hidden, [&](int64_t r, int64_t n, int64_t count, const float *c) {
+      float *to = x + r * hidden + n;
+      for (int64_t j = 0; j < count; j++) to[j] += c[j];
+    });
+  }
+
+  void gate_up(Desk<A> &desk, const Layer &layer, int64_t m) {
+    const int64_t n = model.inner;
+    for (int64_t task; (task = team.claim()) * TILE_COLUMNS < n;) {
+      const int64_t first = task * TILE_COLUMNS, count = smaller(TILE_COLUMNS, n - first);
+      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
+      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
+      const T *bias = (const T *)layer.gate_up_bias;
+      for (int64_t r = 0; r < m; r++) {
+        float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
+        for (int64_t j = 0; bias && j < count; j++) {
+          gate[j] += widen(bias[first + j]);
+          up[j] += widen(bias[n + first + j]);
+        }
+        activate(gate, up, count, inner + r * n + first);
+      }
+    }
+    team.barrier();
+  }
+
+  void activate(float *gate, const float *up, int64_t count, A *to) {
+    for (int64_t j = 0; j < count && model.activation; j++)
+      gate[j] = model.activation == 1   ? gelu(gate[j])
+                : model.activation == 2 ? gelu_tanh(gate[j])
+                                        : gate[j] > 0 ? gate[j] : 0;
+    for (int64_t j = 0; j < count; j += W) {
+      vec g = vload(gate + j);
+      vstore(to + j, vmul(model.activation ? g : silu(g), vload(up + j)));
+    }
+  }
+
+  // ---- rows ----
+
+  template <class P> void normalise(const float *from, int64_t n, const void *weight, P *to) const {
+    vec sum = vzero();
+    for (int64_t i = 0; i < n; i += W) sum = vfma(vload(from + i), vload(from + i), sum);
+    const vec scale = vset(1 / sqrtf(vsum(sum) / n + (float)model.norm_eps));
+    for (int64_t i = 0; i < n; i += W)
+      vstore(to + i, vmul(vmul(vload(from + i), scale), vload((const T *)weight + i)));
+  }
+
+  void norm(const void *weight) {
+    const int64_t n = model.hidden;
+    for (int64_t m; (m = team.claim()) < step->num_tokens;)
+      normalise(x + m * n, n, weight, normed + m * n);
+    team.barrier();
+  }
+
+  void embed() {
+    const int64_t n = model.hidden, half = model.head_dim / 2;
+    for (int64_t m; (m = team.claim()) < step->num_tokens;) {
+      const T *from = (const T *)model.embed + step->tokens[m] * n;
+      for (int64_t i = 0; i < n; i += W) vstore(x + m * n + i, vload(from + i));
+      for (int64_t i = 0; i < half; i++) {
+        const double angle = (float)position[m] * step->frequencies[i];
+        cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
+        sines[m * half + i] = (float)sin(angle) * (float)model.rope_scaling;
+      }
+    }
+    team.barrier();
+  }
+
+  // A head's row [D], normed where the model does, rotated, scaled.
+  template <class P>
+  void rotate(const float *from, const void *weight, int64_t m, float scale, P *to) {
+    const int64_t d = model.head_dim, half = d / 2;
+    float normal[MOST_HEAD_DIM];
+    if (weight) normalise(from, d, weight, normal), from = normal;
+    const float *c = cosines + m * half, *s = sines + m * half;
+    for (int64_t i = 0; i < half; i += W) {
+      if (half - i < W) return rotate_rest(from, i, c, s, scale, to);
+      vec low = vload(from + i), high = vload(from + half + i);
+      vec cosine = vmul(vload(c + i), vset(scale)), sine = vmul(vload(s + i), vset(scale));
+      vstore(to + i, vsub(vmul(low, cosine), vmul(high, sine)));
+      vstore(to + half + i, vfma(high, cosine, vmul(low, sine)));
+    }
+  }
+
+  // Where half a head is no whole vector.
+  template <class P>
+  void rotate_rest(const float *from, int64_t i, const float *c, const float *s, float scale, P *to) {
+    const int64_t half = model.head_dim / 2;
+    float rest[2 * W] = {0};
+    alignas(64) P narrow[2 * W];
+    for (int64_t j = i; j < half; j++) {
+      rest[j - i] = (from[j] * c[j] - from[half + j] * s[j]) * scale;
+      rest[W + j - i] = (from[half + j] * c[j] + from[j] * s[j]) * scale;
+    }
+    vstore(narrow, vload(rest));
+    vstore(narrow + W, vload(rest + W));
+    for (int64_t j = i; j < half; j++) to[j] = narrow[j - i], to[half + j] = narrow[W + j - i];
+  }
+
+  const Cache &cache_of(int64_t layer, int64_t head) const {
+    const Cache *cache = step->caches + step->first_cache[layer];
+    while (head >= cache->first + cache->heads) cache++;
+    return *cache;
+  }
+
+  // Queries, keys and values of every token; a row's single token goes straight into its cache.
+  void prepare(int64_t index, const Layer &layer) {
+    const int64_t d = model.head_dim, kv = model.kv_heads;
+    const float scale = 1.44269504f / sqrtf((float)d);  // softmax in powers of two
+    for (int64_t task; (task = team.claim()) < step->num_tokens * kv;) {
+      const int64_t m = task / kv, head = task % kv;
+      const float *from = qkv + m * width;
+      for (int64_t g = head * group; g < (head + 1) * group; g++)
+        rotate(from + g * d, layer.q_norm, m, scale, q + m * queries + g * d);
+      T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
+      const Segment &s = step->segments[segment[m]];
+      if (s.count == 1) {
+        const Cache &cache = cache_of(index, head);
+        const int64_t slot = slot_of(cache, s.start - cache.shifts[s.row]);
+        const int64_t at = (s.row * cache.heads + head - cache.first) * cache.size + slot;
+        key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
+      }
+      rotate(from + queries + head * d, layer.k_norm, m, 1, key);
+      for (int64_t i = 0; i < d; i += W) vstore(value + i, vload(from + queries + (kv + head) * d + i));
+    }
+    team.barrier();
+  }
+
+  // ---- attention ----
+
+  Runs<T> decode_runs(int64_t layer, const Segment &s, int64_t head) const {
+    Runs<T> runs;
+    const Cache &cache = cache_of(layer, head);
+    add_held(runs, cache, model.head_dim, s.row, head - cache.first, s.start + 1);
+    runs.clip(s.start, s.start);
+    return runs;
+  }
+
+  // Tokens of one item of decode: short enough to balance, long enough to pay.
+  int64_t item_tokens(int64_t layer) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < step->num_segments; i++)
+      for (int64_t head = 0; step->segments[i].count == 1 && head < model.kv_heads; head++)
+        sum += decode_runs(layer, step->segments[i], head).tokens();
+    return larger(DECODE_BLOCK, smaller(512, padded(sum / (4 * team.threads), DECODE_BLOCK)));
+  }
+
+  void attend(Desk<A> &desk, int64_t layer) {
+    const int64_t size = item_tokens(layer);
+    int64_t task = 0, mine = team.claim(), item = 0, first_token = 0;
+    for (int64_t i = 0; i < step->num_segments; i++) {
+      const Segment &s = step->segments[i];
+      const int64_t tile = tile_tokens(group);
+      for (int64_t head = 0; head < model.kv_heads; head++) {
+        if (s.count == 1) {
+          const Runs<T> runs = decode_runs(layer, s, head);
+          const int64_t pieces = (runs.tokens() + size - 1) / size;
+          for (int64_t p = 0; p < pieces; p++)
+            if (task++ == mine) {
+              decode_item(runs, i * model.kv_heads + head, first_token, head, item, p, pieces, size);
+              mine = team.claim();
+            }
+          item += pieces;
+        } else {
+          // the last tiles see most and go first
+          for (int64_t t = (s.count - 1) / tile * tile; t >= 0; t -= tile)
+            if (task++ == mine) {
+              prefill_tile(desk, layer, s, first_token, head, t, smaller(tile, s.count - t));
+              mine = team.claim();
+            }
+        }
+      }
+      first_token += s.count;
+    }
+    team.barrier();
+  }
+
+  Partial partial_of(int64_t item) const {
+    float *at = partial + item * group * (model.head_dim + 2);
+    return {at, at + group, at + 2 * group};
+  }
+
+  // The tokens from p * size on of all that one query token sees; the last to end adds them up.
+  void decode_item(const Runs<T> &runs, int64_t pair, int64_t m, int64_t head, int64_t item,
+                   int64_t p, int64_t pieces, int64_t size) {
+    const int64_t d = model.head_dim;
+    const Partial to = partial_of(item + p);
+    for (int64_t g = 0; g < group; g++) to.peak[g] = HIDDEN, to.sum[g] = 0;
+    memset(to.out, 0, group * d * sizeof(float));
+    int64_t skip = p * size, left = size;
+    for (int i = 0; i < runs.count && left; i++) {
+      const Run<T> &run = runs.run[i];
+      const int64_t n = smaller(run.count - skip, left);
+      if (n > 0) {
+        attend_one(q + m * queries + head * group * d, group, d, run.keys + skip * run.stride,
+                   run.values + skip * run.stride, run.stride, n, to);
+        left -= n;
+      }
+      skip = larger(0, skip - run.count);
+    }
+    if (__atomic_add_fetch(&done[pair], 1, __ATOMIC_ACQ_REL) < pieces) return;
+    done[pair] = 0;
+    for (int64_t g = 0; g < group; g++) combine(item, pieces, g, attended + m * queries + (head * group + g) * d);
+  }
+
+  void combine(int64_t item, int64_t pieces, int64_t g, A *to) {
+    const int64_t d = model.head_dim;
+    const Partial all = partial_of(item);
+    for (int64_t p = 1; p < pieces; p++) {
+      const Partial part = partial_of(item + p);
+      const float peak = all.peak[g] > part.peak[g] ? all.peak[g] : part.peak[g];
+      const float old = power2(all.peak[g] - peak), fresh = power2(part.peak[g] - peak);
+      for (int64_t i = g * d; i < (g + 1) * d; i += W)
+        vstore(all.out + i, vfma(vload(part.out + i), vset(fresh), vmul(vload(all.out + i), vset(old))));
+      all.sum[g] = all.sum[g] * old + part.sum[g] * fresh;
+      all.peak[g] = peak;
+    }
+    for (int64_t i = 0; i < d; i += W)
+      vstore(to + i, vmul(vload(all.out + g * d + i), vset(1 / all.sum[g])));
+  }
+
+  // Queries t to t + tokens - 1 of a segment that stands at `first` among the step's tokens.
+  void prefill_tile(Desk<A> &desk, int64_t layer, const Segment &s, int64_t first, int64_t head,
+                    int64_t t, int64_t tokens) {
+    const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS), kv = model.kv_heads;
+    const Cache &cache = cache_of(layer, head);
+    Runs<T> runs;
+    add_held(runs, cache, d, s.row, head - cache.first, s.start);
+    add_positions(runs, cache, k + (first * kv + head) * d, v + (first * kv + head) * d, kv * d,
+                  s.start, s.count);
+    runs.clip(s.start + t, s.start + t + tokens - 1);
+    for (int64_t i = 0; i < tokens; i++)
+      memcpy(desk.tile.q + i * group * d, q + (first + t + i) * queries + head * group * d,
+             group * d * sizeof(A));
+    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs);
+    for (int64_t i = 0; i < tokens; i++)
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t row = i * group + g;
+        A *to = attended + (first + t + i) * queries + (head * group + g) * d;
+        for (int64_t j = 0; j < d; j += W)
+          vstore(to + j, vmul(vload(desk.tile.to.out + row * ld + j), vset(1 / desk.tile.to.sum[row])));
+      }
+  }
+
+  // Put what a segment leaves into the caches, once nobody reads them any more.
+  void store(int64_t layer) {
+    const int64_t d = model.head_dim, kv = model.kv_heads;
+    for (int64_t task; (task = team.claim()) < step->num_segments * kv;) {
+      const Segment &s = step->segments[task / kv];
+      const int64_t head = task % kv;
+      if (s.count == 1) continue;
+      int64_t first = 0;
+      for (const Segment *before = step->segments; before < &s; before++) first += before->count;
+      const Cache &cache = cache_of(layer, head);
+      const int64_t base = (s.row * cache.heads + head - cache.first) * cache.size;
+      const int64_t begin = s.start - cache.shifts[s.row], end = begin + s.count;
+      for (int64_t place = begin; place < end; place++) {
+        if (place >= cache.sink) place = larger(place, end - (cache.size - cache.sink));
+        const int64_t from = ((first + place - begin) * kv + head) * d;
+        const int64_t to = (base + slot_of(cache, place)) * d;
+        memcpy((T *)cache.keys + to, k + from, d * sizeof(T));
+        memcpy((T *)cache.values + to, v + from, d * sizeof(T));
+      }
+    }
+    team.barrier();
+  }
+
+  // ---- the step ----
+
+  void run(int64_t index) {
+    Desk<A> &desk = desks[index];
+    const int64_t m = step->num_tokens;
+    embed();
+    for (int64_t l = 0; l < model.num_layers; l++) {
+      const Layer &layer = model.layers[l];
+      norm(layer.attn_norm);
+      linear(desk, normed, m, model.hidden, layer.qkv, layer.qkv_bias, width,
+             [&](int64_t r, int64_t n, int64_t count, const float *c) {
+               memcpy(qkv + r * width + n, c, count * sizeof(float));
+             });
+      prepare(l, layer);
+      attend(desk, l);
+      if (m > step->num_segments) store(l);
+      add_linear(desk, attended, m, queries, layer.o, layer.o_bias);
+      norm(layer.mlp_norm);
+      gate_up(desk, layer, m);
+      add_linear(desk, inner, m, model.inner, layer.down, layer.down_bias);
+    }
+    head(desk);
+  }
+
+  void head(Desk<A> &desk) {
+    const int64_t n = step->num_wanted, hidden = model.hidden, vocab = model.vocab;
+    for (int64_t i; (i = team.claim()) < n;)
+      normalise(x + step->wanted[i] * hidden, hidden, model.norm, normed + i * hidden);
+    team.barrier();
+    if (n == 0) return;
+    linear(desk, normed, n, hidden, model.head, nullptr, vocab,
+           [&](int64_t r, int64_t first, int64_t count, const float *c) {
+             memcpy(step->logits + step->places[r] * vocab + first, c, count * sizeof(float));
+           });
+  }
+
+  bool take_step(const Step *s) {
+    int64_t rows = 0, kv_tokens = 0;
+    for (int64_t i = 0; i < s->num_segments; i++) rows = larger(rows, s->segments[i].row + 1);
+    for (int64_t l = 0; l < model.num_layers; l++) {
+      int64_t held = 0;
+      for (const Cache *c = s->caches + s->first_cache[l]; c < s->caches + s->first_cache[l + 1]; c++)
+        held += rows * c->heads * c->size;
+      kv_tokens = larger(kv_tokens, held);
+    }
+    if (!reserve(s->num_tokens, rows, kv_tokens)) return false;
+    int64_t m = 0;
+    for (int64_t i = 0; i < s->num_segments; i++)
+      for (int64_t t = 0; t < s->segments[i].count; t++, m++)
+        segment[m] = i, position[m] = s->segments[i].start + t;
+    step = s;
+    team.barrier();
+    run(0);
+    return true;
+  }
+
+  void serve(int64_t index) {
+    for (;;) {
+      team.barrier(IDLE_SPINS);
+      if (closing) return;
+      run(index);
+    }
+  }
+
+  void close() {
+    closing = true;
+    team.barrier();
+  }
+};
+
+struct Handle {
+  bool bf16;
+  void *engine;
+};
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define WITH(handle, call) \
+  (handle->bf16 ? ((Engine<bf16> *)handle->engine)->call : ((Engine<float> *)handle->engine)->call)
+
+EXPORT int64_t moac_abi() { return MOAC_ABI; }
+
+template <class T> static void *open_engine(const Model *model, int64_t threads) {
+  void *memory = aligned_alloc(64, padded(sizeof(Engine<T>), 64));
+  return memory ? new (memory) Engine<T>(*model, threads) : nullptr;
+}
+
+// Null where memory is short.
+EXPORT Handle *moac_open(const Model *model, int64_t threads) {
+  Handle *handle = (Handle *)malloc(sizeof(Handle));
+  if (!handle) return nullptr;
+  handle->bf16 = model->bf16;
+  handle->engine = model->bf16 ? open_engine<bf16>(model, threads) : open_engine<float>(model, threads);
+  if (handle->engine) return handle;
+  free(handle);
+  return nullptr;
+}
+
+// Threads 1 to threads - 1 spend their life in here, until moac_close sends them home.
+EXPORT void moac_serve(Handle *handle, int64_t index) { WITH(handle, serve(index)); }
+
+// 0, or 1 where memory is short; nothing is written to the caches then.
+EXPORT int64_t moac_step(Handle *handle, const Step *step) {
+  return WITH(handle, take_step(step)) ? 0 : 1;
+}
+
+EXPORT void moac_close(Handle *handle) { WITH(handle, close()); }
+
+template <class T> static void destroy(void *engine) {
+  ((Engine<T> *)engine)->~Engine();
+  free(engine);
+}
+
+// Only once the threads have come back.
+EXPORT void moac_free(Handle *handle) {
+  if (handle->bf16) destroy<bf16>(handle->engine);
+  else destroy<float>(handle->engine);
+  free(handle);
+}
+
+// `count` elements of 0 float32, 1 bfloat16, 2 float16 to bfloat16 or float32. No multiple of
+// anything is asked for.
+EXPORT void moac_convert(const void *from, int64_t kind, void *to, int64_t to_bf16, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const float value = kind == 0   ? ((const float *)from)[i]
+                        : kind == 1 ? widen(((const bf16 *)from)[i])
+                                    : _cvtsh_ss(((const uint16_t *)from)[i]);
+    if (to_bf16) {
+      bf16 narrow[W];
+      vstore(narrow, vset(value));
+      ((bf16 *)to)[i] = narrow[0];
+    } else {
+      ((float *)to)[i] = value;
+    }
+  }
+}

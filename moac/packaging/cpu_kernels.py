@@ -1,0 +1,62 @@
+"""The cpu target of one compile: native kernels for the instruction sets a package serves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from moac_kernels.build import BuildError
+from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle
+from moac_runtime.cpu.engine import obstacle
+from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.spec import ModelSpec
+
+CPU_NAMES = ("cpu", *CPU_TARGETS)
+
+
+def cpu_sets(targets: Sequence[str]) -> list[str]:
+    """The instruction sets that targets name, best first; `cpu` alone names all of them."""
+    return [name for name in INSTRUCTION_SETS if "cpu" in targets or f"cpu:{name}" in targets]
+
+
+def cpu_obstacle(spec: ModelSpec, dtype: str) -> str | None:
+    """Why this host cannot build CPU kernels for a model, None where it can."""
+    if (unserved := obstacle(spec, dtype)) is not None:
+        return f"no CPU kernel serves this model ({unserved}); leave cpu out of --target"
+    return build_obstacle()
+
+
+def require_cpu(spec: ModelSpec, dtype: str, targets: Sequence[str]) -> None:
+    """Raises UsageError where targets name CPU kernels that cannot be built here."""
+    reason = cpu_obstacle(spec, dtype) if cpu_sets(targets) else None
+    if reason is not None:
+        raise UsageError(reason)
+
+
+def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
+    """Write `kernels/cpu/` for the cpu targets, if there are any.
+
+    A build does not depend on the model, so it is kept below the folder `kept` for the next
+    compile. Raises MoacError.
+    """
+    try:
+        for name in cpu_sets(targets):
+            _copy(_built(kept, name), staging / "kernels" / "cpu", name)
+    except BuildError as error:
+        raise MoacError(f"{error}; leave cpu out of --target, and report this") from error
+
+
+def _built(kept: Path, name: str) -> Path:
+    """The folder of one build, made where it is not there yet."""
+    folder = kept / f"cpu-{build_key([name])}"
+    if not (folder / f"{name}.json").is_file():  # written last
+        build_cpu(folder, [name])
+    return folder
+
+
+def _copy(folder: Path, target: Path, name: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for suffix in ("so", "json"):
+        shutil.copyfile(folder / f"{name}.{suffix}", target / f"{name}.{suffix}")

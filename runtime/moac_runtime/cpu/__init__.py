@@ -1,0 +1,1 @@
+"""The cpu backend: native kernels of the package, no torch."""

@@ -1,0 +1,137 @@
+"""A decoder in native code: weights by address, threads, one call a step."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moac_runtime.cpu.library import LayerStruct, ModelStruct, StepStruct, default_threads
+from moac_runtime.errors import MoacError
+from moac_runtime.spec import ModelSpec
+
+_ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+}
+_MOST_HEAD_DIM, _MOST_GROUP = 256, 64
+
+
+def obstacle(spec: ModelSpec, dtype: str) -> str | None:
+    """Why the native kernels do not serve a model in a dtype, None where they do."""
+    if dtype not in ("bfloat16", "float32"):
+        return f"they compute in bfloat16 and float32, not in {dtype}"
+    if spec.activation not in _ACTIVATIONS:
+        return f"they do not know the activation {spec.activation!r}"
+    if spec.head_dim > _MOST_HEAD_DIM or spec.group_size > _MOST_GROUP:
+        return (
+            f"they serve head dims up to {_MOST_HEAD_DIM} and up to {_MOST_GROUP} query heads a "
+            f"KV head, and the model has {spec.head_dim} and {spec.group_size}"
+        )
+    widths = ("hidden_size", "intermediate_size", "head_dim")
+    odd = next((name for name in widths if getattr(spec, name) % 16), None)
+    if odd is None:
+        return None
+    return f"they need a {odd} that is a multiple of 16, and the model has {getattr(spec, odd)}"
+
+
+class CpuEngine:
+    """A decoder on some threads; it holds weights and no state of a session.
+
+    `addresses`: of the weights by name, in `dtype`, heads in packed order (ARCHITECTURE.md,
+    "Package format"); `memory` is what they lie in, and is held. `threads`: None is every core
+    this process may use. Raises MoacError where memory is short.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        spec: ModelSpec,
+        addresses: Mapping[str, int],
+        *,
+        dtype: str,
+        threads: int | None = None,
+        memory: object = None,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.threads = threads or default_threads()
+        self._library = library
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._model = _model(spec, addresses, dtype)
+        self._handle = library.moac_open(ctypes.byref(self._model), self.threads)
+        if not self._handle:
+            raise _short_of_memory()
+        team = [
+            threading.Thread(
+                target=library.moac_serve,
+                args=(self._handle, index),
+                name=f"moac-cpu-{index}",
+                daemon=True,
+            )
+            for index in range(1, self.threads)
+        ]
+        for thread in team:
+            thread.start()
+        weakref.finalize(self, _close, library, self._handle, team)
+
+    def run(self, step: StepStruct) -> None:
+        """Take one step. Raises MoacError where memory is short; no cache is written then."""
+        with self._lock:
+            if self._library.moac_step(self._handle, ctypes.byref(step)):
+                raise _short_of_memory()
+
+
+def _close(library: Any, handle: int, team: Sequence[threading.Thread]) -> None:
+    library.moac_close(handle)
+    for thread in team:
+        thread.join()
+    library.moac_free(handle)
+
+
+def _short_of_memory() -> MoacError:
+    return MoacError(
+        "there is not enough memory for this step; run fewer prompts at once or end other programs"
+    )
+
+
+def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelStruct:
+    layers = (LayerStruct * spec.num_layers)(
+        *(_layer(addresses, f"layers.{index}") for index in range(spec.num_layers))
+    )
+    return ModelStruct(
+        num_layers=spec.num_layers,
+        hidden=spec.hidden_size,
+        inner=spec.intermediate_size,
+        heads=spec.num_heads,
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        vocab=spec.vocab_size,
+        bf16=dtype == "bfloat16",
+        activation=_ACTIVATIONS[spec.activation],
+        norm_eps=spec.norm_eps,
+        rope_scaling=spec.rope.scaling,
+        embed=addresses["embed.weight"],
+        norm=addresses["norm.weight"],
+        head=addresses["embed.weight" if spec.tied_embeddings else "lm_head.weight"],
+        layers=layers,
+    )
+
+
+def _layer(addresses: Mapping[str, int], name: str) -> LayerStruct:
+    def at(weight: str, kind: str = "weight") -> int | None:
+        return addresses.get(f"{name}.{weight}.{kind}")
+
+    linear = ("qkv", "o", "gate_up", "down")
+    norms = ("attn_norm", "q_norm", "k_norm", "mlp_norm")
+    return LayerStruct(
+        **{weight: at(weight) for weight in (*norms, *linear)},
+        **{f"{weight}_bias": at(weight, "bias") for weight in linear},
+    )

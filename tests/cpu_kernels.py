@@ -1,0 +1,63 @@
+"""The native CPU kernels under test: built once a run, opened on the same models as the oracle."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from moac.checkpoint.model_spec import model_spec
+from moac.packaging.fuse import head_order, pack_weights
+from moac_kernels.cpu_build import build_cpu, build_obstacle
+from moac_runtime.cpu.engine import CpuEngine
+from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features, open_library
+from moac_runtime.cpu.session import CpuSession
+from moac_runtime.plan import Plan
+
+needs_compiler = pytest.mark.skipif(
+    build_obstacle() is not None, reason=build_obstacle() or "CPU kernels can be built"
+)
+
+
+@cache
+def library(instruction_set: str) -> Any:
+    """The kernels for an instruction set; skips the test where this processor has it not."""
+    if not INSTRUCTION_SETS[instruction_set].issubset(host_features()):
+        pytest.skip(f"this processor has no {instruction_set}")
+    # what is open stays when its file goes
+    with tempfile.TemporaryDirectory(prefix="moac-cpu-") as folder:
+        build_cpu(Path(folder), [instruction_set])
+        return open_library(Path(folder, f"{instruction_set}.so"))
+
+
+def open_cpu_session(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    instruction_set: str,
+    capacity: int,
+    batch: int = 1,
+    chunk: int = 512,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+) -> CpuSession:
+    """A native session on `model` under `plan`, as `oracle.open_session` opens one of torch."""
+    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    tensors = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in pack_weights(weights.__getitem__, spec, order)
+    }
+    engine = CpuEngine(
+        library(instruction_set),
+        spec,
+        {name: tensor.data_ptr() for name, tensor in tensors.items()},
+        dtype=str(dtype).removeprefix("torch."),
+        threads=threads,
+        memory=tensors,
+    )
+    return CpuSession(engine, plan, order, batch=batch, capacity=capacity, chunk=chunk)
