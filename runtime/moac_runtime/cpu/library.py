@@ -102,13 +102,16 @@ def host_features() -> frozenset[str]:
 
 
 def runnable_sets(targets: Iterable[str], features: Collection[str] | None = None) -> list[str]:
-    """The instruction sets of a package's targets that this processor has, best first."""
+    """The instruction sets of a package's targets that this processor has, best first.
+
+    The target `cpu` stands for all of them.
+    """
     found = host_features() if features is None else features
     built = set(targets)
     return [
         name
         for name, needed in INSTRUCTION_SETS.items()
-        if f"cpu:{name}" in built and needed.issubset(found)
+        if ("cpu" in built or f"cpu:{name}" in built) and needed.issubset(found)
     ]
 
 
