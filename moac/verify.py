@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.cuda.opening import device_obstacle, open_cuda
+from moac_runtime.cuda.session import CudaSession
 from moac_runtime.decoder import Decoder
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.golden import GoldenPrompt, load_golden
@@ -82,6 +84,12 @@ def runtime_logits(
 ) -> Tensor:
     """The runtime's logits `[len(positions), V]`; the last `decoded` tokens go one by one."""
     session = Session(decoder, plan, head_order, batch=1, capacity=len(tokens))
+    return _session_logits(session, tokens, positions, decoded)
+
+
+def _session_logits(
+    session: Session | CudaSession, tokens: Sequence[int], positions: Sequence[int], decoded: int
+) -> Tensor:
     split = len(tokens) - decoded
     ahead = [p for p in positions if p < split]
     parts = list(session.extend_at([list(tokens[:split])], [ahead]))
@@ -124,6 +132,9 @@ def _runners(artifact: Artifact) -> Iterator[_Runner]:
     if set(artifact.targets) != {"onnx"}:  # the cuda target's weights are those of torch
         for dtype in dict.fromkeys([artifact.dtype, "float32"]):
             yield _torch_runner(artifact, dtype)
+    built = any(target.startswith("cuda") for target in artifact.targets)
+    if built and device_obstacle(artifact.targets) is None:
+        yield _cuda_runner(artifact)
     if "onnx" in artifact.targets:
         yield _onnx_runner(artifact)
 
@@ -140,6 +151,20 @@ def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
         return runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
 
     return _Runner(dtype, logits, _limit(artifact, dtype), dtype == "float32")
+
+
+def _cuda_runner(artifact: Artifact) -> _Runner:
+    model = open_cuda(artifact)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        session = model.session(1, len(tokens), plan=plan)
+        return _session_logits(session, tokens, positions, decoded)
+
+    limit = _limit(artifact, artifact.dtype)
+    return _Runner(f"cuda {artifact.dtype}", logits, limit, artifact.dtype == "float32")
 
 
 def _onnx_runner(artifact: Artifact) -> _Runner:

@@ -21,6 +21,7 @@ ALLOWED = {
     "runtime/moac_runtime": {
         *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
         *("numpy", "onnxruntime"),  # the onnx backend's
+        "cuda",  # the cuda backend's
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }

@@ -41,7 +41,8 @@ class Built:
 
     `entry`: the function's name in the binary. `arguments`: `[name, type]` in order, and after
     them `null_arguments` pointers that are null. `shared`: bytes of dynamic shared memory;
-    `spills`: bytes of local memory a thread; `num_warps`: of 32 threads, a block. `cubin`, `ptx`:
+    `spills`: bytes of local memory a thread; `num_warps`: of 32 threads, a block;
+    `max_registers`: the limit a thread was built under, None without one. `cubin`, `ptx`:
     paths inside the package. `driver`: the lowest `cuDriverGetVersion` that loads the binary.
     """
 
@@ -54,6 +55,7 @@ class Built:
     constants: dict[str, int | bool]
     num_warps: int
     num_stages: int
+    max_registers: int | None
     registers: int
     shared: int
     spills: int
@@ -183,6 +185,7 @@ def _finish(
         constants=tile.constants,
         num_warps=facts["num_warps"],
         num_stages=tile.num_stages,
+        max_registers=tile.max_registers,
         registers=used.registers,
         shared=facts["shared"],
         spills=used.spills,

@@ -74,7 +74,7 @@ def _names(
     default="torch",
     show_default=True,
     metavar="NAME",
-    help="of our runtime: torch, onnx",
+    help="of our runtime: torch, onnx, cuda",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda")
 @click.option(

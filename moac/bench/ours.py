@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,19 @@ def _torch(subject: Subject) -> tuple[str, Opener]:
     return subject.dtype, open_session
 
 
+def _cuda(subject: Subject) -> tuple[str, Opener]:
+    from moac.bench.cuda import open_subject
+
+    weights = None
+    if subject.package is None:
+        dtype: torch.dtype = getattr(torch, subject.dtype)
+        weights = random_weights(
+            subject.spec, dtype=dtype, device=subject.device, seed=subject.seed
+        )
+    model = open_subject(subject, weights)
+    return subject.dtype, partial(model.session, plan=subject.plan)
+
+
 def _onnx(subject: Subject) -> tuple[str, Opener]:
     from moac_runtime.onnx_session import OnnxSession, open_graph
 
@@ -104,4 +118,8 @@ def _onnx(subject: Subject) -> tuple[str, Opener]:
     return graph.layout.dtype, open_session
 
 
-_BACKENDS: dict[str, Callable[[Subject], tuple[str, Opener]]] = {"torch": _torch, "onnx": _onnx}
+_BACKENDS: dict[str, Callable[[Subject], tuple[str, Opener]]] = {
+    "cuda": _cuda,
+    "onnx": _onnx,
+    "torch": _torch,
+}

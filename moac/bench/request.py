@@ -10,7 +10,7 @@ from moac_runtime.errors import UsageError
 from moac_runtime.generation import DTYPE_BYTES
 
 SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "flex", "llamacpp")
-BACKENDS = ("torch", "onnx")
+BACKENDS = ("cuda", "torch", "onnx")
 DEVICES = ("cpu", "cuda")
 
 
@@ -55,6 +55,8 @@ class BenchRequest:
         _check_choices("system", self.against or (), SYSTEMS)
         _check_choices("backend", (self.backend,), BACKENDS)
         _check_choices("device", (self.device,), DEVICES)
+        if self.backend == "cuda" and self.device != "cuda":
+            raise UsageError("the backend cuda runs on a GPU; give --device cuda as well")
         _check_choices("dtype", (self.dtype,) if self.dtype else (), DTYPE_BYTES)
         for name, values in (("--batch", self.batches), ("--context", self.contexts)):
             _check_positive(name, values)

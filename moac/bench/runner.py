@@ -143,10 +143,15 @@ def _open_model(request: BenchRequest) -> _Model:
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
-        if request.backend not in artifact.targets:
+        if request.backend not in {target.partition(":")[0] for target in artifact.targets}:
             raise MoacError(
                 f"{request.package} is built for {', '.join(artifact.targets)}, not for "
                 f"{request.backend}; compile it with --target {request.backend}"
+            )
+        if request.backend == "cuda" and request.dtype not in (None, artifact.dtype):
+            raise UsageError(
+                f"the package's kernels compute in {artifact.dtype}, not in {request.dtype}; "
+                "leave out --dtype"
             )
         _check_source(request, artifact)
         model = _Model(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)

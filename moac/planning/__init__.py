@@ -1,17 +1,23 @@
 """Choosing one elastic span rule per KV head: rule space, solver, Pareto front, baselines."""
 
-from moac.planning.front import pareto_front
-from moac.planning.layerwise import layerwise_plan
-from moac.planning.milp import (
-    FrontPoint,
-    SolverRecord,
-    solve_minmax,
-    solve_weighted,
-)
-from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
-from moac.planning.rules import candidate_rules
-from moac.planning.solver import SolverOptions
-from moac.planning.uniform import largest_density_between, matching_uniform, uniform_plan
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moac.planning.front import pareto_front
+    from moac.planning.layerwise import layerwise_plan
+    from moac.planning.milp import (
+        FrontPoint,
+        SolverRecord,
+        solve_minmax,
+        solve_weighted,
+    )
+    from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
+    from moac.planning.rules import candidate_rules
+    from moac.planning.solver import SolverOptions
+    from moac.planning.uniform import largest_density_between, matching_uniform, uniform_plan
 
 __all__ = [
     "FrontPoint",
@@ -31,3 +37,29 @@ __all__ = [
     "solve_weighted",
     "uniform_plan",
 ]
+
+_HOMES = {
+    "FrontPoint": "milp",
+    "Layout": "problem",
+    "Objective": "problem",
+    "Problem": "problem",
+    "SolverOptions": "solver",
+    "SolverRecord": "milp",
+    "candidate_rules": "rules",
+    "largest_density_between": "uniform",
+    "layerwise_plan": "layerwise",
+    "matching_uniform": "uniform",
+    "pareto_front": "front",
+    "plan_losses": "problem",
+    "smallest_budget": "problem",
+    "solve_minmax": "milp",
+    "solve_weighted": "milp",
+    "uniform_plan": "uniform",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: rules and uniform plans are wanted where there is no solver.
+    if name in _HOMES:
+        return getattr(import_module(f"moac.planning.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

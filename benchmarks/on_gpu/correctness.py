@@ -1,0 +1,197 @@
+"""Random layers and small models on the device, against the oracle and the torch backend."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moac.bench.ours import random_weights
+from moac.checkpoint.model_spec import model_spec, parse_config
+from moac.packaging.fuse import head_order
+from moac.packaging.kernels import require_kernels
+from moac.verify import FLOAT32_LIMIT
+from moac_kernels.shape import KernelShape
+from moac_runtime.cuda.decoder import CudaDecoder
+from moac_runtime.cuda.session import CudaSession
+from moac_runtime.decoder import Decoder
+from moac_runtime.plan import Plan
+from moac_runtime.session import Session
+from moac_runtime.span import DENSE, HeadSpan, Rule
+from moac_runtime.spec import ModelSpec
+from on_gpu.layer import Layer
+from on_gpu.setting import Setting
+from on_gpu.workshop import Workshop
+
+_SMALLEST = KernelShape(
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    hidden_size=128,
+    intermediate_size=128,
+    norm_eps=1e-5,
+    activation="silu",
+    qk_norm=False,
+    windowed=False,
+    dtype="float16",
+    plan="",
+)
+# KV heads, group, head dim, dtype, own window
+_OTHERS = (
+    (8, 4, 128, "bfloat16", False),
+    (3, 3, 64, "bfloat16", False),
+    (4, 1, 128, "float16", True),
+    (2, 8, 96, "bfloat16", True),
+    (2, 2, 80, "float16", False),
+    (1, 16, 256, "bfloat16", False),
+)
+_LONGEST = {False: 1500, True: 40}  # tokens of a row; in a rehearsal
+
+
+def case_shapes(setting: Setting) -> list[KernelShape]:
+    """The shapes that random layers have; the first is the smallest."""
+    if setting.interpret:
+        return [replace(_SMALLEST, head_dim=16)]
+    others = [
+        replace(
+            _SMALLEST,
+            num_heads=kv_heads * group,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            windowed=windowed,
+        )
+        for kv_heads, group, head_dim, dtype, windowed in _OTHERS
+    ]
+    return [_SMALLEST, *others]
+
+
+def random_layers(setting: Setting, workshop: Workshop) -> Iterator[dict[str, Any]]:
+    """`cases` random layers in each form of the kernels; a row a form."""
+    shapes = case_shapes(setting)
+    for form in workshop.forms():
+        worst = [
+            _play(setting, workshop, shapes[case % len(shapes)], form, random.Random(case))
+            for case in range(setting.cases)
+        ]
+        yield {
+            "what": f"{len(worst)} random layers, {form}",
+            "worst_error_of_limit": max(worst),
+            "failed": sum(not share <= 1 for share in worst),
+        }
+
+
+def _play(
+    setting: Setting, workshop: Workshop, shape: KernelShape, form: Any, dice: random.Random
+) -> float:
+    longest = _LONGEST[setting.interpret]
+    heads = _random_heads(shape, longest, dice)
+    layer = Layer(
+        workshop.load(shape, form),
+        workshop.tables(shape),
+        shape,
+        heads,
+        dice.randint(1, 4),
+        setting.device,
+    )
+    torch.manual_seed(dice.randrange(2**31))
+    for _ in range(dice.randint(1, 3)):
+        room = [(longest - 10 - length) // 2 for length in layer.lengths()]
+        counts = [dice.randint(0, most) for most in room]
+        layer.prefill(counts if any(counts) else [1] * len(counts))
+        for _ in range(dice.randint(0, 3)):
+            layer.decode(dice.randint(0, 64))
+    return layer.worst
+
+
+def _random_heads(shape: KernelShape, longest: int, dice: random.Random) -> list[HeadSpan]:
+    """Dense, or sinks and a ring, under an own window where the shape has one."""
+    window = dice.randint(longest // 3, longest) if shape.windowed else None
+    most = longest if window is None else window
+    heads = []
+    for _ in range(shape.num_kv_heads):
+        sink = dice.randint(0, most // 4)
+        size = most if dice.random() < 0.25 else dice.randint(sink + 1, most)
+        heads.append(HeadSpan(size, 0 if size == most else sink, window))
+    return heads
+
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 48},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def family_specs(setting: Setting) -> dict[str, ModelSpec]:
+    """A small model of every family served."""
+    common = {
+        "vocab_size": 320,
+        "hidden_size": setting.hidden,
+        "intermediate_size": setting.hidden + 32,
+        "num_hidden_layers": setting.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    return {
+        name: model_spec(parse_config({"model_type": name, **common, **own}, f"a small {name}"))
+        for name, own in _FAMILIES.items()
+    }
+
+
+def small_plan(spec: ModelSpec) -> Plan:
+    """At 96 tokens: dense heads beside spans of 24 and 48."""
+    rules = ((DENSE, Rule(0, 0.25)), (Rule(0, 0.5), Rule(0, 0.25)))
+    layers = tuple(rules[layer % 2] for layer in range(spec.num_layers))
+    return Plan(layers, sink=4, block=8, min_span=8, windows=spec.windows)
+
+
+def families(setting: Setting, workshop: Workshop) -> Iterator[dict[str, Any]]:
+    """Whole models in float32 against the torch backend on the CPU; a row a family."""
+    for name, spec in family_specs(setting).items():
+        worst = _compare(setting, workshop, spec)
+        yield {
+            "what": f"small {name}, prefill and decode",
+            "worst_error_of_limit": worst / FLOAT32_LIMIT,
+            "failed": int(not worst <= FLOAT32_LIMIT),
+        }
+
+
+def _compare(setting: Setting, workshop: Workshop, spec: ModelSpec) -> float:
+    """The largest difference of logits: ragged prefill in chunks, decode, a row that leaves."""
+    plan, cpu = small_plan(spec), torch.device("cpu")
+    shape = require_kernels(spec, None, "float32")
+    weights = random_weights(spec, dtype=torch.float32, device="cpu", seed=0)
+    decoder = CudaDecoder(
+        spec, weights, workshop.load(shape), dtype=torch.float32, device=setting.device
+    )
+    order, tables = head_order(plan), workshop.tables(shape)
+    ours = CudaSession(decoder, plan, order, tables, batch=2, capacity=96, chunk=40)
+    torchs = Session(Decoder(spec, weights, device=cpu), plan, order, batch=2, capacity=96)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, spec.vocab_size, (2, 96), generator=generator).tolist()
+    worst = 0.0
+
+    def compare(found: torch.Tensor, wanted: torch.Tensor) -> None:
+        nonlocal worst
+        worst = max(worst, float((found.cpu() - wanted).abs().nan_to_num(torch.inf).max()))
+
+    begun = [rows[0][:60], rows[1][:13]]
+    compare(ours.extend(begun), torchs.extend(begun))
+    for step in range(4):
+        tokens = torch.tensor([rows[0][60 + step], rows[1][13 + step]])
+        compare(ours.decode(tokens.to(setting.device)), torchs.decode(tokens))
+    for session in (ours, torchs):
+        session.keep([1])
+    for step in range(4):
+        tokens = torch.tensor([rows[1][17 + step]])
+        compare(ours.decode(tokens), torchs.decode(tokens))
+    return worst

@@ -1,0 +1,229 @@
+"""A session on the device: the interface of `moac_runtime.session.Session`.
+
+All its memory is allocated when it opens. Rows that leave keep theirs, and cost no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moac_runtime.cuda.cache import LayerCache, fresh_layouts
+from moac_runtime.cuda.decode import DecodeStep, bucket
+from moac_runtime.cuda.decoder import CudaDecoder
+from moac_runtime.cuda.device import free_bytes
+from moac_runtime.cuda.layers import Layers
+from moac_runtime.cuda.memory import check_fit, session_demand
+from moac_runtime.cuda.prefill import PrefillStep, Share
+from moac_runtime.decoder import rope_frequencies
+from moac_runtime.feeding import (
+    check_growth,
+    check_kept,
+    check_room,
+    check_sizes,
+    check_step,
+    check_tokens,
+    check_vocabulary,
+)
+from moac_runtime.plan import Plan
+from moac_runtime.span import HeadSpan
+
+
+class CudaSession:
+    """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
+
+    `head_order[layer][position]`: the checkpoint's KV head packed at that position. `tables`: the
+    package's `kernels/tables.py`. `chunk`: tokens of a prefill step, None for what fits. Raises
+    UsageError for a size below one, and MoacError where the device's memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        decoder: CudaDecoder,
+        plan: Plan,
+        head_order: Sequence[Sequence[int]],
+        tables: object,
+        *,
+        batch: int,
+        capacity: int,
+        chunk: int | None = None,
+    ) -> None:
+        check_sizes(batch=batch, capacity=capacity, chunk=1 if chunk is None else chunk)
+        self._decoder, self._plan, self._head_order = decoder, plan, head_order
+        demand = session_demand(decoder.spec, plan, capacity, itemsize=decoder.dtype.itemsize)
+        free = free_bytes(decoder.device)
+        check_fit(demand, batch=batch, capacity=capacity, free=free)
+        self._chunk = chunk or demand.chunk(batch, free)
+        self._capacity = capacity
+        self._lengths = [0] * batch
+        self._rows = list(range(batch))  # of the caches, for each row of the batch
+        self._frequencies = self._resolved_frequencies()
+        self._layers = Layers(
+            [self._new_cache(layer) for layer in range(decoder.spec.num_layers)], tables
+        )
+        self._steps: dict[int, DecodeStep] = {}
+        self._step: DecodeStep | None = None  # the one that serves the rows as they stand
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return len(self._rows)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row may hold in all: N of the span rule."""
+        return self._capacity
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens fed so far, per row."""
+        return list(self._lengths)
+
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values, rows that left included."""
+        return self._layers.bytes
+
+    @torch.inference_mode()
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed each row its `tokens`; float32 logits `[B, V]` after the last token of each row.
+
+        Rows may differ in number and may get none (their logits are NaN). Raises UsageError for
+        tokens that are none, MoacError where a row would pass the capacity; nothing is fed then.
+        """
+        logits = self.extend_at(tokens, [[len(row) - 1] if row else [] for row in tokens])
+        absent = self._no_logits(1).fill_(float("nan"))
+        return torch.cat([row if len(row) else absent for row in logits])
+
+    def extend_all(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Feed each row its `tokens`; float32 logits `[T_b, V]` after each of them, per row."""
+        return self.extend_at(tokens, [range(len(row)) for row in tokens])
+
+    @torch.inference_mode()
+    def extend_at(
+        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Feed each row its `tokens`; float32 logits `[len(wanted[b]), V]` per row.
+
+        `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
+        """
+        size = self._decoder.spec.vocab_size
+        check_tokens(tokens, wanted, batch=self.batch, vocab_size=size)
+        check_room(self._lengths, [len(row) for row in tokens], self._capacity)
+        self._step = None
+        begin = self.lengths
+        logits = [[self._no_logits(0)] for _ in tokens]
+        while cuts := self._cuts(begin, tokens):
+            shares = [
+                Share(self._rows[row], begin[row] + cut.start, tokens[row][cut])
+                for row, cut in cuts.items()
+            ]
+            normed = PrefillStep(self._decoder, self._layers, self._frequencies, shares).run()
+            flat = 0
+            for row, cut in cuts.items():
+                places = [flat + i - cut.start for i in wanted[row] if cut.start <= i < cut.stop]
+                if places:
+                    logits[row].append(self._decoder.logits(normed[places]))
+                flat += cut.stop - cut.start
+                self._lengths[row] = begin[row] + cut.stop
+        return [torch.cat(parts) for parts in logits]
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`.
+
+        Tokens that lie on the device are taken as they are: to look at them would wait for them.
+        """
+        check_step(tokens.shape, self.batch)
+        if tokens.device.type == "cpu":
+            size = self._decoder.spec.vocab_size
+            check_vocabulary(int(tokens.min()), int(tokens.max()), size)
+        check_room(self._lengths, [1] * self.batch, self._capacity)
+        if self._step is None:
+            self._step = self._ready_step()
+        logits = self._step.run(tokens, self._lengths)
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits.clone()
+
+    @torch.inference_mode()
+    def grow(self, capacity: int) -> None:
+        """Move to a larger capacity: every head gets its span there and keeps what it holds.
+
+        As `moac_runtime.session.Session.grow` does. Raises UsageError for a capacity that is not
+        larger, and MoacError where the device's memory does not suffice.
+        """
+        check_growth(self._capacity, capacity)
+        spec, itemsize = self._decoder.spec, self._decoder.dtype.itemsize
+        demand = session_demand(spec, self._plan, capacity, itemsize=itemsize)
+        self._steps, self._step = {}, None
+        free = free_bytes(self._decoder.device) + self._layers.bytes  # layer by layer
+        check_fit(demand, batch=self.batch, capacity=capacity, free=free)
+        self._capacity = capacity
+        self._frequencies = self._resolved_frequencies()
+        self._replace(
+            self._layers.changed(
+                lambda layer, cache: cache.selected(self._rows).grown(
+                    self._heads(layer), self._lengths
+                )
+            )
+        )
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; a row named twice is copied.
+
+        The memory of the others stays allocated, unless rows are copied. Raises UsageError for
+        no rows and for a row that the batch does not have.
+        """
+        check_kept(rows, self.batch)
+        self._rows = [self._rows[row] for row in rows]
+        self._lengths = [self._lengths[row] for row in rows]
+        self._step = None
+        if len(set(rows)) < len(rows):
+            self._replace(self._layers.changed(lambda layer, cache: cache.selected(self._rows)))
+
+    def _replace(self, layers: Layers) -> None:
+        """Go on with caches that hold the rows of the batch in their order, and nothing else."""
+        self._layers, self._rows = layers, list(range(self.batch))
+        self._steps, self._step = {}, None
+
+    def _ready_step(self) -> DecodeStep:
+        """The step for as many rows as there are, told where they stand."""
+        rows = bucket(self.batch, self._layers.batch)
+        if rows not in self._steps:
+            self._steps[rows] = DecodeStep(self._decoder, self._layers, self._frequencies, rows)
+        self._steps[rows].steer(self._rows, self._lengths)
+        return self._steps[rows]
+
+    def _cuts(self, begin: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, slice]:
+        """The next step's part of every row's tokens: rows one after another until it is full."""
+        cuts, left = {}, self._chunk
+        for row, fed in enumerate(tokens):
+            first = self._lengths[row] - begin[row]
+            count = min(left, len(fed) - first)
+            if count:
+                cuts[row] = slice(first, first + count)
+                left -= count
+        return cuts
+
+    def _resolved_frequencies(self) -> Tensor:
+        spec = self._decoder.spec
+        frequencies = rope_frequencies(spec.rope, spec.head_dim, self._capacity)
+        return frequencies.to(self._decoder.device)
+
+    def _heads(self, layer: int) -> list[HeadSpan]:
+        """The spans of a layer's KV heads in packed order, at the present capacity."""
+        return [self._plan.head(layer, head, self._capacity) for head in self._head_order[layer]]
+
+    def _new_cache(self, layer: int) -> LayerCache:
+        return LayerCache(
+            fresh_layouts(self._heads(layer), self.batch),
+            self.batch,
+            head_dim=self._decoder.spec.head_dim,
+            dtype=self._decoder.dtype,
+            device=self._decoder.device,
+        )
+
+    def _no_logits(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._decoder.spec.vocab_size, device=self._decoder.device)

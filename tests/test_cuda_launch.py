@@ -1,0 +1,280 @@
+"""Which kernels a device gets, and what the driver is told, with a driver that only listens."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moac_runtime.cuda.binaries import Binary, choose
+from moac_runtime.cuda.launch import DriverKernels
+from moac_runtime.cuda.memory import LEAST_CHUNK, MOST_CHUNK, check_fit, session_demand
+from moac_runtime.cuda.opening import current_device, driver_version
+from moac_runtime.errors import MoacError
+from moac_runtime.plan import dense_plan
+from moac_runtime.spec import ModelSpec, RopeSpec
+
+DECODE = Binary(
+    name="decode",
+    arch="sm_90",
+    entry="decode_entry",
+    source="kernels/decode.py",
+    arguments=("qkv", "keys", "out"),
+    null_arguments=2,
+    constants={"BLOCK_N": 64},
+    num_warps=4,
+    num_stages=3,
+    max_registers=None,
+    shared=98304,
+    cubin="kernels/sm_90/decode.cubin",
+    ptx="kernels/compute_80/decode.ptx",
+    driver=12000,
+)
+PTX = replace(DECODE, arch="compute_80", cubin=None)
+NEW = replace(DECODE, arch="sm_120", driver=12080)
+BINARIES = {
+    "sm_90": {"decode": DECODE},
+    "sm_120": {"decode": NEW},
+    "compute_80": {"decode": PTX},
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "triton", "form", "arch"),
+    [
+        ((9, 0), 12000, False, "cubin", "sm_90"),
+        ((9, 0), 13000, True, "cubin", "sm_90"),
+        ((8, 0), 12000, True, "ptx", "compute_80"),
+        ((8, 6), 12000, False, "ptx", "compute_80"),
+        ((10, 3), 13000, False, "ptx", "compute_80"),  # an architecture to come
+        ((12, 0), 12080, False, "cubin", "sm_120"),
+        ((12, 0), 12070, False, "ptx", "compute_80"),  # too old for this machine code alone
+        ((9, 0), 11080, True, "source", "compute_80"),
+        ((9, 0), None, True, "source", "compute_80"),
+    ],
+)
+def test_machine_code_then_ptx_then_source(
+    capability: tuple[int, int], driver: int | None, triton: bool, form: str, arch: str
+) -> None:
+    choice = choose(BINARIES, capability=capability, driver=driver, triton=triton)
+    assert (choice.form, choice.arch) == (form, arch)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "sentence"),
+    [
+        (
+            (7, 5),
+            13000,
+            "no kernels for this GPU, whose architecture is sm_75: they are for sm_90, sm_120, "
+            "sm_80 and later; run on another backend, or compile the package for the GPU",
+        ),
+        (
+            (9, 0),
+            11080,
+            "the NVIDIA driver serves CUDA up to 11.8, but the package's kernels for sm_90 need "
+            "12.0; update the driver, or install triton to build them here",
+        ),
+        ((9, 0), None, r"needs cuda-bindings, which is not installed; run: pip install 'moac"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(
+    capability: tuple[int, int], driver: int | None, sentence: str
+) -> None:
+    with pytest.raises(MoacError) as raised:
+        choose(BINARIES, capability=capability, driver=driver, triton=False)
+    assert sentence in str(raised.value)
+
+
+class Driver:
+    """Answers as `cuda.bindings.driver` does, and remembers what it was asked."""
+
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="carveout",
+    )
+
+    def __init__(self, refuse: str = "") -> None:
+        self.refuse = refuse
+        self.loaded: list[bytes] = []
+        self.attributes: list[tuple[Any, ...]] = []
+        self.launches: list[tuple[Any, ...]] = []
+        self.parameters: list[list[int]] = []
+
+    def _status(self, name: str) -> int:
+        return 209 if name == self.refuse else 0
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[int, str]:
+        self.loaded.append(image)
+        return self._status("load"), "module"
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, bytes]:
+        assert module == "module"
+        return self._status("function"), name
+
+    def cuFuncSetAttribute(self, *asked: Any) -> tuple[int]:
+        self.attributes.append(asked)
+        return (self._status("attribute"),)
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, *asked: Any) -> tuple[int, int]:
+        assert asked == (b"decode_entry", 128, 98304)
+        return 0, 2
+
+    def cuLaunchKernel(self, *asked: Any) -> tuple[int]:
+        *told, slots, extra = asked
+        assert extra == 0
+        self.launches.append(tuple(told))
+        where = (ctypes.c_uint64 * 5).from_address(slots)
+        self.parameters.append([ctypes.c_uint64.from_address(slot).value for slot in where])
+        assert all(b - a == 8 for a, b in pairwise(where))
+        return (self._status("launch"),)
+
+    def cuDriverGetVersion(self) -> tuple[int, int]:
+        return self._status("version"), 12080
+
+
+def opened(driver: Driver, binary: Binary = DECODE) -> DriverKernels:
+    choice = choose({binary.arch: {"decode": binary}, **BINARIES}, capability=(9, 0),
+                    driver=12080, triton=False)  # fmt: skip
+    return DriverKernels(
+        choice, lambda name: name.encode(), driver=driver, stream=lambda: 77, processors=132
+    )
+
+
+def test_a_launch_is_what_the_metadata_says() -> None:
+    driver = Driver()
+    kernels = opened(driver)
+    assert kernels.origin == "cubin sm_90"
+    assert kernels.programs == 264
+    assert kernels.constant("decode", "BLOCK_N") == 64
+    assert driver.loaded == [b"kernels/sm_90/decode.cubin"]
+    assert driver.attributes == [
+        (b"decode_entry", "shared", 98304),
+        (b"decode_entry", "carveout", 100),
+    ]
+    tensors = [torch.zeros(8), torch.zeros(3, 4, dtype=torch.int32), torch.zeros(2, 2)]
+    kernels.launch("decode", (5, 2), *tensors)
+    # function, grid, block, bytes of shared memory, stream
+    assert driver.launches == [(b"decode_entry", 5, 2, 1, 128, 1, 1, 98304, 77)]
+    assert driver.parameters == [[*(tensor.data_ptr() for tensor in tensors), 0, 0]]
+
+
+def test_ptx_ends_in_a_zero() -> None:
+    driver = Driver()
+    choice = choose(BINARIES, capability=(8, 0), driver=12000, triton=False)
+    kernels = DriverKernels(
+        choice, lambda name: name.encode(), driver=driver, stream=lambda: 0, processors=1
+    )
+    assert driver.loaded == [b"kernels/compute_80/decode.ptx\0"]
+    assert kernels.origin == "ptx compute_80"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ([torch.zeros(4)] * 2, "decode takes 3 tensors, got 2"),
+        ([torch.zeros(4), torch.zeros(8)[1:], torch.zeros(4)], "argument 1 of decode must be"),
+        ([torch.zeros(4, 4).t(), *[torch.zeros(4)] * 2], "argument 0 of decode must be"),
+    ],
+)
+def test_tensors_that_a_kernel_would_misread(tensors: list[torch.Tensor], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        opened(Driver()).launch("decode", (1,), *tensors)
+
+
+@pytest.mark.parametrize("refuse", ["load", "function", "attribute"])
+def test_a_kernel_that_the_driver_refuses_is_one_sentence(refuse: str) -> None:
+    with pytest.raises(MoacError, match="the NVIDIA driver could not load decode for sm_90: 209;"):
+        opened(Driver(refuse))
+
+
+def test_a_launch_that_fails_is_one_sentence() -> None:
+    kernels = opened(Driver("launch"))
+    with pytest.raises(MoacError, match="could not launch decode: 209;"):
+        kernels.launch("decode", (1,), *[torch.zeros(4)] * 3)
+
+
+def test_the_drivers_version_is_asked_for() -> None:
+    assert driver_version(Driver()) == 12080
+    with pytest.raises(MoacError, match="does not tell its version"):
+        driver_version(Driver("version"))
+
+
+def test_bindings_have_what_is_asked_of_them() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    for name in vars(Driver):
+        assert name.startswith("_") or hasattr(driver, name)
+    kinds = driver.CUfunction_attribute
+    for name in vars(Driver.CUfunction_attribute):
+        assert hasattr(kinds, name)
+
+
+def test_no_gpu_is_one_sentence() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(MoacError, match="the backend cuda needs an NVIDIA GPU that torch can use"):
+        current_device()
+
+
+def llama_8b() -> ModelSpec:
+    return ModelSpec(
+        family="llama",
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        context=131072,
+        norm_eps=1e-5,
+        activation="silu",
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied_embeddings=False,
+        windows=(None,) * 32,
+        rope=RopeSpec("default", 500000.0, (1.0,) * 64),
+    )
+
+
+def test_memory_is_told_before_it_is_taken() -> None:
+    spec = llama_8b()
+    plan = dense_plan(32, 8, sink=64, block=64, min_span=128, windows=spec.windows)
+    demand = session_demand(spec, plan, 16384, itemsize=2)
+    # 2 GiB of keys and values, and what a row's logits take
+    assert 2**31 < demand.row < 2**31 + 2**22
+    free = 24 * 2**30
+    check_fit(demand, batch=11, capacity=16384, free=free)
+    with pytest.raises(MoacError) as raised:
+        check_fit(demand, batch=15, capacity=16384, free=free)
+    assert str(raised.value) == (
+        "a batch of 15 rows of 16384 tokens needs 30.1 GiB, 24.0 free: batch 11 fits; "
+        "give --max-batch 11"
+    )
+    assert demand.bytes(11) <= free < demand.bytes(12)
+    with pytest.raises(MoacError, match="not even one row fits; give less --capacity"):
+        check_fit(demand, batch=1, capacity=16384, free=2**30)
+    assert demand.chunk(1, free) == MOST_CHUNK
+    assert LEAST_CHUNK <= demand.chunk(11, free) <= MOST_CHUNK
+    assert demand.chunk(12, free) == LEAST_CHUNK
+
+
+def test_the_backend_imports_without_triton_and_bindings(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None; sys.modules['cuda'] = None\n"
+        "import moac_runtime.cuda.opening, moac_runtime.cuda.session\n"
+    )
+    spec = importlib.util.find_spec("moac_runtime")
+    assert spec is not None
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=tmp_path)

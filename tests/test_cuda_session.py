@@ -1,0 +1,227 @@
+"""The cuda backend's sessions, kernels interpreted on CPU tensors, against the oracle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB, tiny_model
+from interpreted_cuda import interpreter, open_session
+from oracle import grown_masks, masked_logits, oracle_logits
+from oracle import open_session as open_torch_session
+from torch import Tensor
+
+from moac_runtime.cuda import decode as decode_module
+from moac_runtime.cuda import session as session_module
+from moac_runtime.cuda.decode import bucket
+from moac_runtime.cuda.session import CudaSession
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.plan import Plan
+from moac_runtime.span import DENSE, Rule
+
+SINK, BLOCK, MIN_SPAN = 4, 8, 8
+ATOL = 2e-4
+
+Run = Callable[..., Any]
+
+
+def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] | None = None) -> Plan:
+    return Plan(
+        layers,
+        sink=SINK,
+        block=BLOCK,
+        min_span=MIN_SPAN,
+        windows=windows or (None,) * len(layers),
+    )
+
+
+# at 64 tokens: spans 16, 64; a second layer with 8 (the least), 32
+ONE = plan_of((Rule(0, 0.25), DENSE))
+MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Run]:
+    yield from interpreter()
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
+
+
+def by_decode(session: CudaSession, rows: list[list[int]]) -> Tensor:
+    """Logits `[B, T, V]` of equally long rows fed token by token, through decode alone."""
+    steps = [session.decode(torch.tensor(step)) for step in zip(*rows, strict=True)]
+    return torch.stack(steps, dim=1)
+
+
+def family(name: str) -> None:
+    """Chunked prefill past the smallest spans, then decode while rings wrap."""
+    plan, tokens = (MIXED if name == "llama" else ONE), text(34)
+    model = tiny_model(name, num_hidden_layers=len(plan.rules))
+    wanted = oracle_logits(model, tokens, plan, 64)
+    session = open_session(model, plan, capacity=64, chunk=19)
+    prefill = session.extend_all([tokens[:29]])[0]
+    decode = by_decode(session, [tokens[29:]])[0]
+    close(torch.cat([prefill, decode]), wanted)
+    torch_session = open_torch_session(model, plan, capacity=64)
+    close(prefill, torch_session.extend_all([tokens[:29]])[0])
+    assert session.kv_bytes() == torch_session.kv_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_the_oracle(interpreted: Run, name: str) -> None:
+    interpreted(family, name)
+
+
+def ragged() -> None:
+    """Rows of different lengths, turns, a row that gets nothing, rings that wrap."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    rows = [text(64, seed=seed) for seed in range(3)]
+    session = open_session(model, ONE, capacity=64, batch=3, chunk=24)
+    cuts = [(0, 19, 20), (5, 5, 25), (13, 13, 13)]
+    for turn in range(3):
+        fed = [row[(0, *cut)[turn] : cut[turn]] for row, cut in zip(rows, cuts, strict=True)]
+        last = session.extend(fed)
+        for b, (row, part) in enumerate(zip(rows, fed, strict=True)):
+            if part:
+                close(last[b], oracle_logits(model, row[: cuts[b][turn]], ONE, 64)[-1])
+            else:
+                assert last[b].isnan().all()
+    found = by_decode(
+        session, [row[count : count + 3] for row, count in zip(rows, session.lengths, strict=True)]
+    )
+    assert session.lengths == [23, 28, 16]
+    for b, row in enumerate(rows):
+        count = session.lengths[b]
+        close(found[b], oracle_logits(model, row[:count], ONE, 64)[-3:])
+
+
+def test_ragged_turns_equal_rows_alone(interpreted: Run) -> None:
+    interpreted(ragged)
+
+
+def leaving() -> None:
+    """Rows leave, are reordered and copied; what stays goes on as it would alone."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    rows = [text(40, seed=seed) for seed in range(4)]
+    session = open_session(model, ONE, capacity=64, batch=4)
+    session.extend([row[: 10 + 5 * i] for i, row in enumerate(rows)])
+    held = session.kv_bytes()
+    session.decode(torch.tensor([row[10 + 5 * i] for i, row in enumerate(rows)]))
+    session.keep([3, 0, 1])
+    assert session.lengths == [26, 11, 16]
+    assert session.kv_bytes() == held
+    found = session.decode(torch.tensor([rows[3][26], rows[0][11], rows[1][16]]))
+    for logits, (b, count) in zip(found, ((3, 27), (0, 12), (1, 17)), strict=True):
+        close(logits, oracle_logits(model, rows[b][:count], ONE, 64)[-1])
+    session.keep([1, 1])
+    assert session.kv_bytes() == held // 2
+    found = session.decode(torch.tensor([rows[0][12], 7]))
+    close(found[0], oracle_logits(model, rows[0][:13], ONE, 64)[-1])
+    close(found[1], oracle_logits(model, [*rows[0][:12], 7], ONE, 64)[-1])
+    chosen, none = session.extend_at([rows[0][13:20], []], [[0, 6], []])
+    close(chosen, oracle_logits(model, rows[0][:20], ONE, 64)[[13, 19]])
+    assert none.shape == (0, VOCAB)
+
+
+def test_kept_rows_go_on_as_before(interpreted: Run) -> None:
+    interpreted(leaving)
+
+
+GROWING: dict[str, tuple[Plan, dict[str, Any]]] = {
+    "llama": (ONE, {}),
+    # no window at 40 tokens, and one of 48 that binds at 80
+    "mistral": (plan_of((Rule(0, 0.5), DENSE), windows=(48,)), {"sliding_window": 48}),
+}
+
+
+def growing(name: str) -> None:
+    plan, options = GROWING[name]
+    model = tiny_model(name, num_hidden_layers=1, **options)
+    rows, fed = [text(80, seed=seed) for seed in range(2)], [(40, 50, 53), (17, 21, 24)]
+    session = open_session(model, plan, capacity=40, batch=2, chunk=30)
+    session.extend([row[:a] for row, (a, _, _) in zip(rows, fed, strict=True)])
+    session.grow(80)
+    found = session.extend_all([row[a:b] for row, (a, b, _) in zip(rows, fed, strict=True)])
+    decoded = by_decode(session, [row[b:c] for row, (_, b, c) in zip(rows, fed, strict=True)])
+    for b, (row, stops) in enumerate(zip(rows, fed, strict=True)):
+        phases = [(40, stops[0]), (80, stops[2])]
+        wanted = masked_logits(model, row[: stops[2]], [grown_masks(plan, 0, phases)])
+        wanted = wanted[stops[0] :]
+        close(torch.cat([found[b], decoded[b]]), wanted)
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_growth_drops_nothing_else(interpreted: Run, name: str) -> None:
+    interpreted(growing, name)
+
+
+def long_decode() -> None:
+    """Past the steps that one work table serves."""
+    model, tokens = tiny_model("llama", num_hidden_layers=1), text(14)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_module, "LOOKAHEAD", 3)
+        session = open_session(model, ONE, capacity=64)
+        session.extend([tokens[:4]])
+        close(by_decode(session, [tokens[4:]])[0], oracle_logits(model, tokens, ONE, 64)[4:])
+
+
+def test_a_work_table_is_made_anew_when_it_is_used_up(interpreted: Run) -> None:
+    interpreted(long_decode)
+
+
+def requests() -> None:
+    """Wrong requests are refused before anything is fed."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    session = open_session(model, plan_of((DENSE, DENSE)), capacity=8, batch=2)
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: session.extend([[1]]), "got tokens for 1 rows"),
+        (lambda: session.extend([[1], [VOCAB]]), f"got token {VOCAB}"),
+        (lambda: session.decode(torch.tensor([1])), "shape [1], expected [2]"),
+        (lambda: session.decode(torch.tensor([1, -1])), "got token -1"),
+        (lambda: session.grow(8), "cannot grow a session of 8 tokens to 8"),
+        (lambda: session.keep([2]), "cannot keep rows [2]"),
+        (lambda: session.extend([[1] * 9, []]), "row 0 holds 0 of 8 tokens and cannot take 9"),
+    ]
+    for ask, sentence in wrong:
+        with pytest.raises(MoacError, match=re.escape(sentence)):
+            ask()
+    assert session.lengths == [0, 0]
+
+
+def test_wrong_requests_are_one_sentence(interpreted: Run) -> None:
+    interpreted(requests)
+
+
+def does_not_fit() -> None:
+    model, plan = tiny_model("llama", num_hidden_layers=1), plan_of((DENSE, DENSE))
+    sentence = "a batch of 1 rows of 1048576 tokens needs .* GiB, 0.1 free: not even one row fits;"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "free_bytes", lambda device: 100 * 2**20)
+        open_session(model, plan, capacity=64, batch=2)
+        with pytest.raises(MoacError, match=sentence):
+            open_session(model, plan, capacity=1 << 20)
+
+
+def test_a_session_that_does_not_fit_is_one_sentence(interpreted: Run) -> None:
+    interpreted(does_not_fit)
+
+
+def test_buckets_are_powers_of_two_and_the_whole() -> None:
+    assert [bucket(rows, 11) for rows in (1, 2, 3, 5, 8, 9, 11)] == [1, 2, 4, 8, 8, 11, 11]
+
+
+@pytest.mark.parametrize("name", ["batch", "capacity", "chunk"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    none: Any = None
+    with pytest.raises(UsageError, match=f"{name} is 0, expected at least 1"):
+        CudaSession(none, MIXED, (), none, **{"batch": 1, "capacity": 8, name: 0})
