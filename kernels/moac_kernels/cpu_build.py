@@ -53,14 +53,11 @@ def build_obstacle() -> str | None:
     """Why the CPU kernels cannot be built here and what to do, None where they can."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return (
-            f"CPU kernels are built on Linux for x86-64, and this is {sys.platform} on "
-            f"{platform.machine()}; compile there, or leave cpu out of --target"
+            "CPU kernels are built on Linux for x86-64, and this is "
+            f"{sys.platform} on {platform.machine()}"
         )
     if find_compiler() is None:
-        return (
-            "CPU kernels need a C++ compiler, and there is none here; install g++, or leave cpu "
-            "out of --target"
-        )
+        return "CPU kernels need a C++ compiler, and there is none here: install g++"
     return None
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import click
 
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle
+from moac_runtime.artifact import Artifact
 from moac_runtime.cpu.engine import obstacle
 from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
 from moac_runtime.errors import MoacError, UsageError
@@ -24,15 +29,24 @@ def cpu_sets(targets: Sequence[str]) -> list[str]:
 def cpu_obstacle(spec: ModelSpec, dtype: str) -> str | None:
     """Why this host cannot build CPU kernels for a model, None where it can."""
     if (unserved := obstacle(spec, dtype)) is not None:
-        return f"no CPU kernel serves this model ({unserved}); leave cpu out of --target"
+        return f"no CPU kernel serves this model: {unserved}"
     return build_obstacle()
+
+
+def default_targets(spec: ModelSpec, dtype: str) -> tuple[str, ...]:
+    """torch, and cpu where this host can build its kernels; where it cannot, it says why."""
+    reason = cpu_obstacle(spec, dtype)
+    if reason is None:
+        return ("torch", "cpu")
+    click.echo(f"note: the package gets no native CPU kernels: {reason}", err=True)
+    return ("torch",)
 
 
 def require_cpu(spec: ModelSpec, dtype: str, targets: Sequence[str]) -> None:
     """Raises UsageError where targets name CPU kernels that cannot be built here."""
     reason = cpu_obstacle(spec, dtype) if cpu_sets(targets) else None
     if reason is not None:
-        raise UsageError(reason)
+        raise UsageError(f"{reason}; leave cpu out of --target")
 
 
 def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
@@ -46,6 +60,16 @@ def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
             _copy(_built(kept, name), staging / "kernels" / "cpu", name)
     except BuildError as error:
         raise MoacError(f"{error}; leave cpu out of --target, and report this") from error
+
+
+def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
+    """The record of every build, as `moac_kernels.cpu_build.CpuBuilt`, best first."""
+    names = [f"kernels/cpu/{name}.json" for name in INSTRUCTION_SETS]
+    return [
+        json.loads((artifact.root / name).read_text(encoding="utf-8"))
+        for name in names
+        if name in artifact.files
+    ]
 
 
 def _built(kept: Path, name: str) -> Path:

@@ -77,7 +77,9 @@ def emit_kernels(
 def packaged_kernels(artifact: Artifact) -> list[dict[str, Any]]:
     """`name`, `arch`, `registers`, `shared`, `spills`, `cubin` and `ptx` of every kernel built."""
     names = sorted(
-        name for name in artifact.files if name.startswith("kernels/") and name.endswith(".json")
+        name
+        for name in artifact.files
+        if name.endswith(".json") and name.startswith(("kernels/sm_", "kernels/compute_"))
     )
     records = [json.loads((artifact.root / name).read_text(encoding="utf-8")) for name in names]
     return [{key: record[key] for key in _LISTED} for record in records]
