@@ -87,13 +87,15 @@ def test_sampling_options_are_passed_on(
     monkeypatch.setattr(loader.model, "generate", spy)
     arguments = (
         "out --prompt hi --json --system s --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 "
-        "--repetition-penalty 1.2 --seed 7 --max-tokens 4 --stop a --stop b --capacity 200"
+        "--repetition-penalty 1.2 --seed 7 --max-tokens 4 --stop a --stop b --capacity 200 "
+        "--max-batch 3"
     )
     assert main(arguments.split()) == 0
     assert seen == {
         "system": "s",
         "raw": False,
         "capacity": 200,
+        "max_batch": 3,
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.9,

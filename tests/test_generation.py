@@ -224,9 +224,34 @@ def test_streamed_pieces_make_the_text() -> None:
 def test_the_stream_is_not_read_ahead() -> None:
     model, sessions = scripted_model("abcdef")
     stream = model.stream("go")
-    assert sessions[0].rows == []
+    assert sessions == []
     assert (next(stream), next(stream)) == ("a", "b")
     assert len(sessions[0].steps) == 1
+
+
+def test_prompts_beyond_the_largest_batch_wait() -> None:
+    model, sessions = scripted_model(echo)
+    prompts = ["first one", "b", "third", "the fourth", "e"]
+    together = model.generate(prompts, raw=True, max_tokens=20)
+    apart = model.generate(prompts, raw=True, max_tokens=20, max_batch=2)
+    assert [r.text for r in apart] == prompts
+    assert [session.batch for session in sessions[1:]] == [2, 2, 1]
+    assert {session.capacity for session in sessions} == {len("the fourth") + 1 + 20}
+    whole, parts = together[0].stats, apart[0].stats
+    assert {result.stats for result in apart} == {parts}
+    assert parts.prompt_tokens == whole.prompt_tokens
+    assert parts.decoded_tokens == whole.decoded_tokens
+    assert parts.kv_held_bytes == 7 * 2
+    with pytest.raises(UsageError, match="max_batch must be >= 1, got 0"):
+        model.generate(prompts, max_batch=0)
+
+
+def test_an_interrupt_keeps_waiting_prompts_from_starting() -> None:
+    model, sessions = scripted_model(echo, interrupt_at=2)
+    results = model.generate(["abcdef", "b", "c"], raw=True, max_batch=1)
+    assert [r.finish_reason for r in results] == ["interrupted"] * 3
+    assert [r.text for r in results] == ["ab", "", ""]
+    assert len(sessions) == 1
 
 
 @pytest.mark.parametrize("interrupt_at", [1, 3])
@@ -343,14 +368,31 @@ def test_a_token_the_model_lacks_is_an_error() -> None:
 def test_backends() -> None:
     assert choose_backend(None, ["torch"]) == "torch"
     assert choose_backend("torch", ["cuda", "torch"]) == "torch"
-    with pytest.raises(UsageError, match="no backend 'tpu'; choose from cuda, onnx, torch"):
+    with pytest.raises(UsageError, match="no backend 'tpu'; choose from cpu, cuda, onnx, torch"):
         choose_backend("tpu", ["torch"])
-    for targets in (["torch"], ["torch", "cuda"]):
-        with pytest.raises(MoacError, match="backend cuda cannot run here") as caught:
-            choose_backend("cuda", targets)
-        assert not isinstance(caught.value, UsageError)
+    with pytest.raises(MoacError, match="backend cuda cannot run here") as caught:
+        choose_backend("cuda", ["torch"])
+    assert not isinstance(caught.value, UsageError)
     with pytest.raises(MoacError, match="of this package cannot run here"):
-        choose_backend(None, ["cuda"])
+        choose_backend(None, ["tpu"])
+
+
+def test_cuda_is_chosen_where_there_is_a_device_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = ["torch", "cuda:80", "cuda:90"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_backend(None, targets) == "torch"
+    for asked, built in (("cuda", targets), (None, ["cuda"])):
+        with pytest.raises(MoacError, match="cuda needs an NVIDIA GPU that torch can use"):
+            choose_backend(asked, built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_backend(None, targets) == "cuda"
+    assert choose_backend(None, ["torch"]) == "torch"
+    assert choose_backend("torch", targets) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert choose_backend(None, targets) == "torch"
+    with pytest.raises(MoacError, match="sm_75, but the package is built for cuda:80, cuda:90"):
+        choose_backend("cuda", targets)
 
 
 @pytest.mark.parametrize(

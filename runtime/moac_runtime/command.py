@@ -106,6 +106,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
     add("--threads", type=int, metavar="N", help="CPU threads (the backend's own choice)")
     add("--capacity", type=int, metavar="N", help="tokens the session holds (prompt + answer)")
+    add("--max-batch", type=int, metavar="N", help="prompts that run at once (all of them)")
     add("--json", action="store_true", help="one JSON document on standard output")
 
 
@@ -122,9 +123,11 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         dtype=options.dtype,
         threads=options.threads,
     )
+    if model.note is not None:
+        print(f"note: {model.note}", file=sys.stderr)
     asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
     if options.json or len(prompts) > 1:
-        results = model.generate(prompts, **asked, **sampling)
+        results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
         _print_json(model, prompts, results) if options.json else _print_texts(results)
     else:
         results = [_print_stream(model, prompts[0], asked, sampling)]
@@ -213,6 +216,8 @@ def _document(
             "load_s": model.load_s,
         },
         "backend": model.backend,
+        "kernels": model.kernels,
+        "note": model.note,
         "dtype": model.dtype,
         "capacity": results[0].capacity,
     }
@@ -237,9 +242,13 @@ def _print_stats(model: Model, stats: Stats) -> None:
         f"loaded in {model.load_s:.1f} s\n"
         f"KV {_mib(stats.kv_held_bytes)} held, {share:.0%} of dense; "
         f"peak memory {_mib(stats.peak_memory_bytes)}; "
-        f"{model.backend} {model.dtype}",
+        f"{_backend(model)} {model.dtype}",
         file=sys.stderr,
     )
+
+
+def _backend(model: Model) -> str:
+    return model.backend if model.kernels is None else f"{model.backend} ({model.kernels})"
 
 
 def _rate(tokens_per_s: float | None) -> str:

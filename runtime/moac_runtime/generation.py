@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Protocol, TypedDict, Unpack
@@ -21,11 +21,12 @@ from moac_runtime.spec import ModelSpec
 from moac_runtime.text import Message, StopStrings, Tokenizer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-BACKENDS = ("cuda", "onnx", "torch")  # every name a package or a user may use
-RUNNABLE = ("torch", "onnx")  # those this runtime has, best first
+BACKENDS = ("cpu", "cuda", "onnx", "torch")  # every name a package or a user may use
+RUNNABLE = ("cuda", "cpu", "torch", "onnx")  # those this runtime has, best first
 
 # What a backend needs on its host, and how to get it.
 _NEEDS = {
+    "cuda": ("torch", "pip install torch"),
     "torch": ("torch", "pip install torch"),
     "onnx": ("onnxruntime", "pip install 'moac[onnx]'"),
 }
@@ -68,7 +69,7 @@ class OpenSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a batch cost. Tokens are summed over its rows; None where nothing was measured.
+    """What an answer's batches cost. Tokens are summed over rows; None where not measured.
 
     `decoded_tokens`: answer tokens but the first of each row, which the prefill yields.
     `kv_dense_bytes`: what full attention would hold at the same capacity.
@@ -143,11 +144,14 @@ class Answer:
 
 
 class Batch:
-    """One ragged batch from prompt tokens to answers; iterate it for `(row, new text)`."""
+    """One ragged batch from prompt tokens to answers; iterate it for `(row, new text)`.
+
+    The session opens with the first step.
+    """
 
     def __init__(
         self,
-        session: OpenSession,
+        open_session: Callable[[int, int], OpenSession],
         sampler: Sampler,
         prompts: Sequence[list[int]],
         answers: Sequence[Answer],
@@ -155,7 +159,7 @@ class Batch:
         capacity: int,
         dense_bytes: int,
     ) -> None:
-        self._session = session
+        self._open_session = open_session
         self._sampler = sampler
         self._prompts = list(prompts)
         self._answers = list(answers)
@@ -196,10 +200,11 @@ class Batch:
 
     def _steps(self) -> Iterator[None]:
         """One item per token of the batch; finished rows leave it."""
+        session = self._open_session(len(self._prompts), self._capacity)
         started = time.perf_counter()
-        tokens = self._sampler.next(self._session.extend(self._prompts))
+        tokens = self._sampler.next(session.extend(self._prompts))
         self._prefill_s = time.perf_counter() - started
-        self._held_bytes = self._session.kv_bytes()
+        self._held_bytes = session.kv_bytes()
         active = self._answers
         while True:
             for answer, token in zip(active, tokens.tolist(), strict=True):
@@ -212,9 +217,9 @@ class Batch:
             if len(going) < len(active):
                 active = [active[i] for i in going]
                 tokens = tokens[going]
-                self._session.keep(going)
+                session.keep(going)
                 self._sampler.keep(going)
-            tokens = self._sampler.next(self._session.decode(tokens))
+            tokens = self._sampler.next(session.decode(tokens))
             self._decode_s += time.perf_counter() - started
 
     def _news(self) -> Iterator[tuple[int, str]]:
@@ -233,6 +238,20 @@ class Batch:
             kv_dense_bytes=self._dense_bytes,
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+
+def _joined(parts: Sequence[Stats]) -> Stats:
+    """Of batches that ran one after another: what each took, and the most that was held."""
+    held = max(parts, key=lambda stats: stats.kv_held_bytes)
+    return Stats(
+        prompt_tokens=sum(stats.prompt_tokens for stats in parts),
+        decoded_tokens=sum(stats.decoded_tokens for stats in parts),
+        prefill_s=sum(stats.prefill_s for stats in parts),
+        decode_s=sum(stats.decode_s for stats in parts),
+        kv_held_bytes=held.kv_held_bytes,
+        kv_dense_bytes=held.kv_dense_bytes,
+        peak_memory_bytes=parts[-1].peak_memory_bytes,
+    )
 
 
 def _reason(answer: Answer) -> FinishReason:
@@ -278,6 +297,8 @@ class Model:
 
     `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
     by name. `open_session(batch, capacity)` is the backend. `load_s`: seconds loading took.
+    `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
+    be told.
     """
 
     def __init__(
@@ -290,6 +311,8 @@ class Model:
         backend: str,
         open_session: Callable[[int, int], OpenSession],
         load_s: float = 0.0,
+        kernels: str | None = None,
+        note: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
@@ -297,6 +320,8 @@ class Model:
         self.dtype = dtype
         self.backend = backend
         self.load_s = load_s
+        self.kernels = kernels
+        self.note = note
         self._open_session = open_session
 
     def generate(
@@ -306,6 +331,7 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         capacity: int | None = None,
+        max_batch: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Generation]:
         """Answers to one prompt or several, which then run as one ragged batch.
@@ -313,15 +339,24 @@ class Model:
         A prompt is text or a conversation, a list of `{"role", "content"}` messages. `system`:
         a system message before each. `raw`: the text itself, no chat template. `capacity`: tokens
         the session holds; left out, the longest prompt plus `max_tokens`. Spans follow from it,
-        so a batch's rows answer as they would alone at the same capacity. A KeyboardInterrupt
-        ends the answers early. Raises UsageError and MoacError.
+        so a batch's rows answer as they would alone at the same capacity. `max_batch`: prompts
+        that run at once, None for all; the rest waits. A KeyboardInterrupt ends the answers
+        early. Raises UsageError and MoacError.
         """
         each: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         options = SamplingOptions(**sampling)
-        batch = self._start(each, options, system=system, raw=raw, capacity=capacity)
-        for _ in batch:
-            pass
-        return batch.generations()
+        found: list[Generation] = []
+        for batch in self._batches(
+            each, options, system=system, raw=raw, capacity=capacity, max_batch=max_batch
+        ):
+            if any(answer.finish_reason == "interrupted" for answer in found):
+                batch.interrupt()  # it has not begun
+            else:
+                for _ in batch:
+                    pass
+            found.extend(batch.generations())
+        stats = _joined([found[i].stats for i in range(0, len(found), max_batch or len(found))])
+        return [replace(answer, stats=stats) for answer in found]
 
     def stream(
         self,
@@ -334,9 +369,12 @@ class Model:
     ) -> Stream:
         """The answer to one prompt, piece by piece; keywords as in `generate`."""
         options = SamplingOptions(**sampling)
-        return Stream(self._start([prompt], options, system=system, raw=raw, capacity=capacity))
+        batches = self._batches(
+            [prompt], options, system=system, raw=raw, capacity=capacity, max_batch=None
+        )
+        return Stream(next(batches))
 
-    def _start(
+    def _batches(
         self,
         prompts: Sequence[Prompt],
         options: SamplingOptions,
@@ -344,14 +382,23 @@ class Model:
         system: str | None,
         raw: bool,
         capacity: int | None,
-    ) -> Batch:
+        max_batch: int | None,
+    ) -> Iterator[Batch]:
+        """The prompts in groups of at most `max_batch`, all at the capacity of the whole."""
         if not prompts:
             raise UsageError("there is no prompt; give at least one")
+        if max_batch is not None and max_batch < 1:
+            raise UsageError(f"max_batch must be >= 1, got {max_batch}")
         rows = [self._tokens(prompt, system=system, raw=raw) for prompt in prompts]
         size = self._session_capacity(max(map(len, rows)), options.max_tokens, capacity)
+        count = max_batch or len(rows)
+        for first in range(0, len(rows), count):
+            yield self._batch(rows[first : first + count], options, size)
+
+    def _batch(self, rows: list[list[int]], options: SamplingOptions, size: int) -> Batch:
         limits = [min(options.max_tokens, size - len(row)) for row in rows]
         return Batch(
-            self._open_session(len(rows), size),
+            self._open_session,
             Sampler(options, rows),
             rows,
             [Answer(self.tokenizer, options.stop, limit=limit) for limit in limits],
@@ -424,14 +471,14 @@ def load(
     """Open the package at `path`, check it, and read its weights.
 
     `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
-    `threads`: CPU threads, None is torch's own choice. Raises UsageError, ArtifactError where the
-    package is not whole, and MoacError where the backend asked for cannot run here.
+    `threads`: CPU threads, None is the backend's own choice. Raises UsageError, ArtifactError
+    where the package is not whole, and MoacError where the backend asked for cannot run here.
     """
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
     opening = start_opening(path)  # hashes while the backend's libraries load
-    chosen = choose_backend(backend, opening.targets)
-    ready = (_open_onnx if chosen == "onnx" else _open_torch)(opening, dtype, threads)
+    chosen = choose_backend(backend, opening.targets, dtype=dtype)
+    ready = _OPENERS[chosen](opening, dtype, threads)
     return Model(
         tokenizer=_tokenizer(ready.artifact),
         spec=ready.artifact.spec,
@@ -440,7 +487,17 @@ def load(
         backend=chosen,
         open_session=ready.open_session,
         load_s=time.perf_counter() - started,
+        kernels=ready.kernels,
+        note=_note(opening.targets, dtype) if backend is None and chosen == "torch" else None,
     )
+
+
+def _note(targets: Sequence[str], dtype: str | None) -> str | None:
+    """What the user is told where the portable path runs because no better one can."""
+    from moac_runtime.cpu.opening import host_obstacle
+
+    reason = host_obstacle(targets, dtype)
+    return None if reason is None else f"running on torch's own operators: {reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +507,7 @@ class _Ready:
     artifact: Artifact
     dtype: str
     open_session: Callable[[int, int], OpenSession]
+    kernels: str | None = None
 
 
 def _open_torch(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
@@ -491,27 +549,70 @@ def _open_onnx(opening: Opening, dtype: str | None, threads: int | None) -> _Rea
     return _Ready(artifact, found, open_session)
 
 
-def choose_backend(asked: str | None, targets: Sequence[str]) -> str:
-    """The backend to run a package built for `targets`. Raises UsageError or MoacError.
+def _open_cuda(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
+    import torch
 
-    One asked for by name is never replaced by another.
+    from moac_runtime.cuda.opening import open_cuda
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    artifact = opening.result()
+    if dtype not in (None, artifact.dtype):
+        raise UsageError(
+            f"the package's kernels compute in {artifact.dtype}, not in {dtype}; leave out "
+            "--dtype, or run with --backend torch"
+        )
+    return _Ready(artifact, artifact.dtype, open_cuda(artifact).session)
+
+
+def _open_cpu(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
+    from moac_runtime.cpu.opening import open_cpu
+
+    model = open_cpu(opening.result(), dtype=dtype, threads=threads)
+    return _Ready(model.artifact, model.engine.dtype, model.session, model.instruction_set)
+
+
+_OPENERS = {"cpu": _open_cpu, "cuda": _open_cuda, "onnx": _open_onnx, "torch": _open_torch}
+
+
+def choose_backend(asked: str | None, targets: Sequence[str], *, dtype: str | None = None) -> str:
+    """The backend to run a package built for `targets` in `dtype`, None for its own.
+
+    One asked for by name is never replaced by another. Raises UsageError or MoacError.
     """
     _check_choice("backend", asked, BACKENDS)
-    wanted = targets if asked is None else [asked]
-    runnable = [name for name in RUNNABLE if name in wanted and name in targets]
+    built = {target.partition(":")[0] for target in targets}
+    wanted = built if asked is None else {asked}
+    runnable = [name for name in RUNNABLE if name in wanted & built]
     if not runnable:
         raise MoacError(
             f"the backend {asked or 'of this package'} cannot run here: the package is built for "
             f"{', '.join(targets)}, and this runtime runs {', '.join(RUNNABLE)}; "
             "choose a backend both name, or compile the package again"
         )
-    present = [name for name in runnable if find_spec(_NEEDS[name][0]) is not None]
-    if not present:
-        module, remedy = _NEEDS[runnable[0]]
-        raise MoacError(
-            f"the backend {runnable[0]} needs {module}, which is not installed; run: {remedy}"
-        )
-    return present[0]
+    obstacles = []
+    for name in runnable:
+        obstacle = _obstacle(name, targets, dtype)
+        if obstacle is None:
+            return name
+        obstacles.append(obstacle)
+    raise MoacError(obstacles[0])
+
+
+def _obstacle(backend: str, targets: Sequence[str], dtype: str | None) -> str | None:
+    """Why a backend cannot run here, and what to do; None where it can."""
+    if backend == "cpu":
+        from moac_runtime.cpu.opening import host_obstacle
+
+        return host_obstacle(targets, dtype)
+    module, remedy = _NEEDS[backend]
+    if find_spec(module) is None:
+        return f"the backend {backend} needs {module}, which is not installed; run: {remedy}"
+    if backend != "cuda":
+        return None
+    from moac_runtime.cuda.opening import device_obstacle
+
+    return device_obstacle(targets)
 
 
 def _check_request(backend: str | None, dtype: str | None, threads: int | None) -> None:
