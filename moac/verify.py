@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.cpu.library import runnable_sets
+from moac_runtime.cpu.opening import open_cpu
+from moac_runtime.cpu.session import CpuSession
 from moac_runtime.cuda.opening import device_obstacle, open_cuda
 from moac_runtime.cuda.session import CudaSession
 from moac_runtime.decoder import Decoder
@@ -88,7 +91,10 @@ def runtime_logits(
 
 
 def _session_logits(
-    session: Session | CudaSession, tokens: Sequence[int], positions: Sequence[int], decoded: int
+    session: Session | CudaSession | CpuSession,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    decoded: int,
 ) -> Tensor:
     split = len(tokens) - decoded
     ahead = [p for p in positions if p < split]
@@ -96,7 +102,7 @@ def _session_logits(
     for place in range(split, len(tokens)):
         logits = session.decode(torch.tensor([tokens[place]]))
         parts.extend([logits] if place in positions else [])
-    return torch.cat(parts)
+    return torch.cat([torch.as_tensor(part) for part in parts])
 
 
 def undropping(artifact: Artifact) -> Plan:
@@ -135,6 +141,9 @@ def _runners(artifact: Artifact) -> Iterator[_Runner]:
     built = any(target.startswith("cuda") for target in artifact.targets)
     if built and device_obstacle(artifact.targets) is None:
         yield _cuda_runner(artifact)
+    for instruction_set in runnable_sets(artifact.targets):
+        for dtype in dict.fromkeys([artifact.dtype, "float32"]):
+            yield _cpu_runner(artifact, dtype, instruction_set)
     if "onnx" in artifact.targets:
         yield _onnx_runner(artifact)
 
@@ -165,6 +174,21 @@ def _cuda_runner(artifact: Artifact) -> _Runner:
 
     limit = _limit(artifact, artifact.dtype)
     return _Runner(f"cuda {artifact.dtype}", logits, limit, artifact.dtype == "float32")
+
+
+def _cpu_runner(artifact: Artifact, dtype: str, instruction_set: str) -> _Runner:
+    model = open_cpu(artifact, dtype=dtype, instruction_set=instruction_set)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        return _session_logits(
+            model.session(1, len(tokens), plan=plan), tokens, positions, decoded
+        )
+
+    name = f"cpu {instruction_set} {dtype}"
+    return _Runner(name, logits, _limit(artifact, dtype), dtype == "float32")
 
 
 def _onnx_runner(artifact: Artifact) -> _Runner:
