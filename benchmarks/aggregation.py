@@ -23,7 +23,7 @@ from moac.calibration.answers import DenseReader
 from moac.calibration.passkey import PASSKEY_ANSWER_TOKENS
 from moac.calibration.prompt import PromptFormat
 from moac.checkpoint import open_checkpoint
-from moac.compiler import open_bench, prepare, sample_counts
+from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import (
     Objective,
     Problem,

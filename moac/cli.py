@@ -1,4 +1,4 @@
-"""The command line of the build host: compile, run, eval, inspect, verify."""
+"""The command line of the build host: plan, compile, run, eval, inspect, verify, diff, bench."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moac.bench.command import bench_command
+from moac.options import check_one_goal, given, numbers, planning_options, size, words
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
 
 if TYPE_CHECKING:
-    from moac.request import CompileRequest
+    from moac.compiler import CompileResult
+    from moac.estimate import StageEstimate
+    from moac.planner import PlanResult
 
 _INTERRUPTED = 130
 
@@ -68,55 +71,56 @@ def run_command(arguments: tuple[str, ...]) -> None:
     sys.exit(run_main(list(arguments)))
 
 
-def _numbers(context: click.Context, option: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of tokens such as 1024,2048") from None
+@cli.command("plan")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@planning_options
+def plan_command(
+    model: str,
+    output: Path,
+    work_dir: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Plan MODEL without packaging it: write plan.json, which moac compile --plan takes.
 
+    The stages are those of moac compile, kept in the same work folder.
+    """
+    check_one_goal()
+    _require_compile_extra()
+    from moac.request import CompileRequest
 
-def _words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(","))
+    request = CompileRequest(**choices)
+    if dry_run:
+        from moac.estimate import estimate_plan
 
+        _show_estimate(estimate_plan(model, output, request, force=force), as_json=as_json)
+        return
+    from moac.planner import plan_model
+    from moac.summary import plan_summary
 
-def _size(context: click.Context, option: click.Parameter, value: str) -> int:
-    from moac.packaging.writer import parse_size
-
-    try:
-        return parse_size(value)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
+    result = plan_model(model, output, request=request, work_dir=work_dir, force=force)
+    click.echo(_told(result) if as_json else plan_summary(result))
 
 
 @cli.command("compile")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
-    "--budget",
-    default=0.5,
-    show_default=True,
-    metavar="SHARE",
-    help="share of the dense model's KV memory that may stay, above 0 and at most 1",
-)
-@click.option(
-    "--lengths",
-    callback=_numbers,
-    metavar="N,N,...",
-    help="prompt lengths to profile and plan for, in tokens  [from the context]",
-)
-@click.option(
-    "--capacity", type=int, metavar="N", help="most tokens a session may hold  [the context]"
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="a plan.json made for this model, in place of planning",
 )
 @click.option(
     "--target",
     "targets",
-    default="torch",
-    show_default=True,
-    callback=_words,
+    callback=lambda context, option, value: value and words(context, option, value),
     metavar="NAME,...",
-    help="backends to build for: torch, onnx, cuda (every architecture), cuda:80, cuda:90, ...",
+    help="backends to build for: torch, cpu (native kernels), onnx, cuda (every architecture), "
+    "cuda:80, cuda:90, ...  [torch, and cpu where there is a C++ compiler]",
 )
 @click.option(
     "--onnx-dtype",
@@ -130,71 +134,23 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
     metavar="NAME",
     help="of the ONNX graph: shared (the package's own) or int8",
 )
-@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the checkpoint's]")
-@click.option(
-    "--rules-per-layer",
-    type=int,
-    metavar="N",
-    help="at most so many distinct span rules in a layer  [no limit]",
-)
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help='your own samples, JSONL of {"prompt"|"messages", "response"?}',
-)
-@click.option(
-    "--samples",
-    default=5,
-    show_default=True,
-    metavar="N",
-    help="calibration samples per domain at the shortest length",
-)
-@click.option(
-    "--sink", default=64, show_default=True, metavar="N", help="first tokens every head keeps"
-)
-@click.option(
-    "--block", default=64, show_default=True, metavar="N", help="spans are multiples of this"
-)
-@click.option(
-    "--min-span", default=128, show_default=True, metavar="N", help="smallest span, sink included"
-)
-@click.option(
-    "--plans",
-    default=5,
-    show_default=True,
-    metavar="N",
-    help="plans of the Pareto front to compare",
-)
-@click.option(
-    "--seed", default=0, show_default=True, metavar="N", help="of the calibration samples"
-)
 @click.option(
     "--max-shard-size",
     default="1GB",
     show_default=True,
-    callback=_size,
+    callback=size,
     metavar="SIZE",
     help="largest weight file, as 2GB or 500MiB",
 )
-@click.option("--revision", metavar="NAME", help="revision of a hub id")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="where each stage's result is kept  [$MOAC_CACHE or ~/.cache/moac]",
-)
-@click.option("--force", is_flag=True, help="replace the output once the new one is verified")
-@click.option("--dry-run", is_flag=True, help="print the stages with time and memory, and stop")
-@click.option("--json", "as_json", is_flag=True, help="the summary as JSON")
+@planning_options
 def compile_command(
     model: str,
     output: Path,
+    plan: Path | None,
     work_dir: Path | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
-    max_shard_size: int,
     **choices: Any,
 ) -> None:
     """Compile MODEL, a checkpoint directory, hub id or .gguf file, into a package.
@@ -202,46 +158,48 @@ def compile_command(
     Finds out how far back each attention head looks, hands the budget out over the heads, writes
     the package and verifies it.
     """
+    check_one_goal()
     _require_compile_extra()
-    from moac.request import CompileRequest
+    from moac.request import PLANNING, CompileRequest
 
-    request = CompileRequest(max_shard_size=max_shard_size, **choices)
+    if plan is not None:
+        from moac.plan_file import refuse_beside_plan
+
+        refuse_beside_plan(given(PLANNING))
+    request = CompileRequest(**choices)
     if dry_run:
-        _print_estimate(model, output, request, force=force, as_json=as_json)
+        from moac.estimate import estimate
+
+        stages = estimate(model, output, request, force=force, plan=plan)
+        _show_estimate(stages, as_json=as_json)
         return
     from moac.compiler import compile_model
     from moac.summary import compile_summary
 
-    result = compile_model(model, output, request=request, work_dir=work_dir, force=force)
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "path": str(result.path),
-                    "record": result.record,
-                    "checks": [check.to_json() for check in result.checks],
-                    "seconds": result.seconds,
-                    "peak_memory_bytes": result.peak_memory_bytes,
-                },
-                indent=2,
-            )
-        )
-    else:
-        click.echo(compile_summary(result))
+    result = compile_model(
+        model, output, request=request, plan=plan, work_dir=work_dir, force=force
+    )
+    click.echo(_told(result) if as_json else compile_summary(result))
 
 
-def _print_estimate(
-    model: str, output: Path, request: CompileRequest, *, force: bool, as_json: bool
-) -> None:
-    from moac.estimate import estimate
+def _told(result: PlanResult | CompileResult) -> str:
+    """What was made, as JSON."""
+    checks = getattr(result, "checks", None)
+    told = {
+        "path": str(result.path),
+        "record": result.record,
+        **({} if checks is None else {"checks": [check.to_json() for check in checks]}),
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+    return json.dumps(told, indent=2)
+
+
+def _show_estimate(stages: Sequence[StageEstimate], *, as_json: bool) -> None:
     from moac.summary import estimate_table
 
-    stages = estimate(model, output, request, force=force)
-    click.echo(
-        json.dumps([stage.to_json() for stage in stages], indent=2)
-        if as_json
-        else estimate_table(stages)
-    )
+    told = [stage.to_json() for stage in stages]
+    click.echo(json.dumps(told, indent=2) if as_json else estimate_table(stages))
 
 
 @cli.command("inspect")
@@ -280,7 +238,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
 )
 @click.option(
     "--lengths",
-    callback=_numbers,
+    callback=numbers,
     metavar="N,N,...",
     help="prompt lengths for --source, in tokens  [64,1000,4000]",
 )
@@ -325,14 +283,14 @@ def verify_command(
 )
 @click.option(
     "--tasks",
-    callback=lambda context, option, value: value and _words(context, option, value),
+    callback=lambda context, option, value: value and words(context, option, value),
     metavar="NAME,...",
     help="passkey, longeval, ruler (eleven tasks, or name some of them) and nll  "
     "[all of them; with --task FILE only that]",
 )
 @click.option(
     "--lengths",
-    callback=_numbers,
+    callback=numbers,
     metavar="N,N,...",
     help="tokens of prompt and answer together  [the planned lengths]",
 )
@@ -343,7 +301,7 @@ def verify_command(
     "--against",
     default="dense,uniform",
     show_default=True,
-    callback=_words,
+    callback=words,
     metavar="NAME,...",
     help="plans to compare with, on the same weights: dense, uniform, layerwise",
 )

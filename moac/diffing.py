@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moac.inspection import planned_lengths
+from moac.inspection import chosen_plan, planned_lengths
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.generation import DTYPE_BYTES
@@ -115,7 +115,7 @@ def _lengths(record: dict[str, Any]) -> tuple[int, ...]:
 def _losses(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The measured losses of the plans that every record names; without the front's others."""
     names = {"uniform": "uniform", "dense": "dense"}
-    names |= {point["plan"]: "chosen" for point in record.get("front", ()) if point["chosen"]}
+    names[chosen_plan(record)] = "chosen"
     return {
         names[row["plan"]]: {
             domain: float(loss) for domain, loss in (*row["losses"].items(), ("mean", row["loss"]))

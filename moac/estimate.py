@@ -1,4 +1,4 @@
-"""`moac compile --dry-run`: the stages of a compile with their time and memory, guessed ahead.
+"""`--dry-run`: the stages of a compile or a plan with their time and memory, guessed ahead.
 
 Time is floating-point operations over a rate measured here in half a second, so it is right to a
 factor of two at best; memory counts weights and activations.
@@ -16,8 +16,11 @@ import torch
 
 from moac.calibration import DOMAINS
 from moac.checkpoint import Checkpoint, open_checkpoint
-from moac.compiler import measuring_dtype, prepare, sample_counts
+from moac.lengths import Lengths
+from moac.loss_model import LADDER_PLANS
 from moac.packaging.staging import check_target
+from moac.plan_file import check_plan_target, read_plan_file
+from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, activation_bytes
 from moac.request import CompileRequest
 from moac.stages import VALIDATION_SAMPLES
@@ -46,12 +49,34 @@ class StageEstimate:
 
 
 def estimate(
-    source: str, out: Path, request: CompileRequest, *, force: bool
+    source: str, out: Path, request: CompileRequest, *, force: bool, plan: Path | None = None
 ) -> list[StageEstimate]:
     """What `compile_model` with these arguments would do; raises as it would before any work."""
     check_target(out, force=force)
     checkpoint = open_checkpoint(source, revision=request.revision)
+    if plan is None:
+        lengths, _ = prepare(checkpoint, request)
+        planning = _planning(checkpoint, request, lengths)
+    else:
+        lengths, _ = read_plan_file(plan, checkpoint, request).prepared()
+        planning = []
+    check_packaging(checkpoint, request)
+    return [*planning, _emit(checkpoint, lengths)]
+
+
+def estimate_plan(
+    source: str, out: Path, request: CompileRequest, *, force: bool
+) -> list[StageEstimate]:
+    """The same of `plan_model`."""
+    check_plan_target(out, force=force)
+    checkpoint = open_checkpoint(source, revision=request.revision)
     lengths, _ = prepare(checkpoint, request)
+    return _planning(checkpoint, request, lengths)
+
+
+def _planning(
+    checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths
+) -> list[StageEstimate]:
     spec, device = checkpoint.spec, pick_device()
     dtype = measuring_dtype(checkpoint, device)
     rate = _measured_rate(spec, dtype, device)
@@ -59,10 +84,9 @@ def estimate(
     base = weights + _LIBRARIES_BYTES
     counts = {n: c * len(DOMAINS) for n, c in sample_counts(lengths, request.samples).items()}
     lines = [n for n, count in counts.items() for _ in range(count)]
-    checked = VALIDATION_SAMPLES * len(DOMAINS)
+    checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
     plans = request.plans + 2
     working = max(_working_bytes(spec, n, dtype) for n in lengths.profiled)
-    exact = _parameters(checkpoint) * 4
     return [
         StageEstimate(
             "calibrate",
@@ -77,20 +101,33 @@ def estimate(
             3 * _forward(spec, lines) / rate,
             base + working,
         ),
+        StageEstimate(
+            "predict",
+            f"{LADDER_PLANS} plans of other densities measured",
+            LADDER_PLANS * _forward(spec, checked) / rate + _SOLVE_SECONDS,
+            base + working // 4,
+        ),
         StageEstimate("optimise", f"{request.plans} plans", _SOLVE_SECONDS, base),
         StageEstimate(
             "validate",
-            f"{plans} plans on {checked} samples of {lengths.unseen} tokens",
-            plans * _forward(spec, [lengths.unseen] * checked) / rate,
+            f"{plans} plans on {len(checked)} samples of {lengths.unseen} tokens",
+            plans * _forward(spec, checked) / rate,
             base + working // 4,
         ),
-        StageEstimate(
-            "emit",
-            "weights, golden logits, checks",
-            12 * _forward(spec, [lengths.profiled[0]]) / rate + weights / 2e8,
-            base + 2 * exact,
-        ),
     ]
+
+
+def _emit(checkpoint: Checkpoint, lengths: Lengths) -> StageEstimate:
+    spec, device = checkpoint.spec, pick_device()
+    dtype = measuring_dtype(checkpoint, device)
+    weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
+    seconds = 12 * _forward(spec, [lengths.profiled[0]]) / _measured_rate(spec, dtype, device)
+    return StageEstimate(
+        "emit",
+        "weights, golden logits, checks",
+        seconds + weights / 2e8,
+        weights + _LIBRARIES_BYTES + 8 * _parameters(checkpoint),
+    )
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moac.packaging.cpu_kernels import packaged_cpu_kernels
 from moac.packaging.kernels import packaged_kernels
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.cpu.opening import host_obstacle
 from moac_runtime.generation import DTYPE_BYTES
 
 
@@ -20,6 +23,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
     `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
     `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
+    `cpu_note`: why the native CPU kernels do not run on this host, None where they do.
     """
     record = load_plan_record(artifact)
     lengths = planned_lengths(record)
@@ -31,6 +35,8 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "capacity": artifact.capacity,
         "targets": list(artifact.targets),
         "kernels": packaged_kernels(artifact),
+        "cpu_kernels": packaged_cpu_kernels(artifact),
+        "cpu_note": host_obstacle(artifact.targets, None),
         "budget": record["budget"],
         "lengths": lengths,
         "sink": plan.sink,
@@ -52,9 +58,16 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def planned_lengths(record: dict[str, Any]) -> list[int]:
-    """The lengths, in tokens, at which a plan promises its budget."""
-    extrapolated = record["extrapolated"]
-    return [*record["lengths"], *([] if extrapolated is None else [extrapolated])]
+    """The lengths, in tokens, at which a plan promises its budget, ascending."""
+    capped = record.get("kv_cap", {}).get("length")
+    others = {n for n in (record["extrapolated"], capped) if n is not None}
+    return sorted({*record["lengths"], *others})
+
+
+def chosen_plan(record: Mapping[str, Any]) -> str:
+    """The name that the package's plan bears among the measured ones; "" where none was."""
+    front = record.get("front", ())
+    return str(record.get("chosen", next((p["plan"] for p in front if p["chosen"]), "")))
 
 
 def kv_bytes(artifact: Artifact, length: int) -> dict[str, int]:

@@ -15,22 +15,33 @@ _LONGEST_ON_GPU = 8192
 class Lengths:
     """Tokens. `profiled`: where influence is measured, ascending. `extrapolated`: where the
     budget must hold too, None where the context ends before. `unseen`: where plans are compared.
+    `capped`: the length of the session whose KV bytes are bounded, where they are.
     """
 
     profiled: tuple[int, ...]
     extrapolated: int | None
     unseen: int
+    capped: int | None = None
 
     @property
     def planned(self) -> tuple[int, ...]:
-        """Every length at which the plan meets the budget."""
-        return self.profiled if self.extrapolated is None else (*self.profiled, self.extrapolated)
+        """Every length at which the plan meets the budget, ascending."""
+        others = {n for n in (self.extrapolated, self.capped) if n is not None}
+        return tuple(sorted({*self.profiled, *others}))
 
 
 def choose_lengths(
-    asked: Sequence[int] | None, *, context: int, block: int, min_span: int, gpu: bool
+    asked: Sequence[int] | None,
+    *,
+    context: int,
+    block: int,
+    min_span: int,
+    gpu: bool,
+    capped: int | None = None,
 ) -> Lengths:
     """The lengths asked for, else three doubling ones up to half of the context.
+
+    `capped`: a length whose KV bytes are bounded, at which the budget holds too.
 
     Raises UsageError for a length beyond the context or too short to hold a span and more.
     """
@@ -52,6 +63,7 @@ def choose_lengths(
         profiled=tuple(profiled),
         extrapolated=extrapolated if extrapolated > longest else None,
         unseen=_unseen(profiled, block),
+        capped=capped,
     )
 
 

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from moac.calibration import read_calibration
+from moac.packaging.cpu_kernels import CPU_NAMES
 from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac_runtime.errors import UsageError
 from moac_runtime.manifest import DTYPES
 
-TARGETS = ("torch", "onnx", *CUDA_TARGETS)
+TARGETS = ("torch", "onnx", *CPU_NAMES, *CUDA_TARGETS)
 ONNX_DTYPES = ("float32", "float16")
 ONNX_WEIGHTS = ("shared", "int8")
+DEFAULT_BUDGET = 0.5
+
+# The choices that decide a plan; the others decide how it is packaged.
+PLANNING = (
+    *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
+    *("calibration", "samples", "sink", "block", "min_span", "plans", "seed"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileRequest:
     """Every choice of a compile. Lengths, spans and blocks in tokens, sizes in bytes.
 
-    None means: derived from the checkpoint. `onnx_dtype`: what the ONNX graph computes in, None
+    How much KV memory may stay is one of three: `budget`, a share of the dense model's;
+    `max_kv_bytes`, for a session of `batch` sequences (1) of `length` tokens (the capacity); or
+    `max_loss`, the predicted increase of loss in nats a token that may not be passed.
+    None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
+    for the model, cpu. `onnx_dtype`: what the ONNX graph computes in, None
     the package's dtype, or float32 for bfloat16. `onnx_weights`: "shared" reads the package's own
     files, "int8" writes the linear weights in 8 bits. Raises UsageError for values that cannot be
     meant.
     """
 
-    budget: float = 0.5
+    budget: float = DEFAULT_BUDGET
+    max_kv_bytes: int | None = None
+    batch: int | None = None
+    length: int | None = None
+    max_loss: float | None = None
     lengths: tuple[int, ...] | None = None
     capacity: int | None = None
     dtype: str | None = None
-    targets: tuple[str, ...] = ("torch",)
+    targets: tuple[str, ...] | None = None
     onnx_dtype: str | None = None
     onnx_weights: str = "shared"
     rules_per_layer: int | None = None
@@ -50,11 +69,12 @@ class CompileRequest:
                 f"the budget is {self.budget:g}, expected above 0 and at most 1: the share of "
                 "the dense model's KV memory that may stay"
             )
+        self._check_goal()
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise UsageError("lengths must be positive numbers of tokens, such as 1024,2048")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"there is no dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
-        for target in self.targets:
+        for target in self.targets or ():
             if target not in TARGETS:
                 raise UsageError(
                     f"there is no target {target!r}; choose from {', '.join(TARGETS)}"
@@ -67,6 +87,38 @@ class CompileRequest:
         if self.calibration is not None:
             read_calibration(self.calibration)  # a bad line is named now, not after minutes
 
+    def planning(self) -> dict[str, Any]:
+        """The choices that decide a plan, as JSON values."""
+        asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return {name: asked[name] for name in PLANNING}
+
+    def planning_changed(self) -> list[str]:
+        """Which of them are not what they are by default."""
+        default = {field.name: field.default for field in fields(self)}
+        return [name for name in PLANNING if getattr(self, name) != default[name]]
+
+    def _check_goal(self) -> None:
+        goals = {
+            "a budget": self.budget != DEFAULT_BUDGET,
+            "the most KV bytes": self.max_kv_bytes is not None,
+            "the most loss": self.max_loss is not None,
+        }
+        asked = [name for name, given in goals.items() if given]
+        if len(asked) > 1:
+            raise UsageError(f"{' and '.join(asked)} were given, expected one of them; choose one")
+        for name in ("max_kv_bytes", "batch", "length"):
+            found = getattr(self, name)
+            if found is not None and found < 1:
+                raise UsageError(f"{name.replace('_', ' ')} is {found}, expected at least 1")
+            if found is not None and self.max_kv_bytes is None:
+                raise UsageError(
+                    f"--{name} says what --max-kv-bytes is for; give --max-kv-bytes with it"
+                )
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
+            raise UsageError(
+                f"the most loss is {self.max_loss:g}, expected a number of nats a token above 0"
+            )
+
     def _check_onnx(self) -> None:
         for name, choices, default in (
             ("onnx_dtype", ONNX_DTYPES, None),
@@ -75,7 +127,7 @@ class CompileRequest:
             found, option = getattr(self, name), name.replace("_", "-")
             if found not in (default, *choices):
                 raise UsageError(f"--{option} is {found!r}, expected one of {', '.join(choices)}")
-            if found != default and "onnx" not in self.targets:
+            if found != default and "onnx" not in (self.targets or ()):
                 raise UsageError(f"--{option} is for the onnx target; add onnx to --target")
 
     def _check_spans(self) -> None:

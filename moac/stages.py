@@ -27,6 +27,7 @@ from moac.planning import (
     candidate_rules,
     matching_uniform,
     pareto_front,
+    solve_weighted,
     uniform_plan,
 )
 from moac.planning.objectives import length_objectives
@@ -101,31 +102,45 @@ def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
     return tables
 
 
-def optimise(
-    bench: Bench, samples: Sequence[CalibrationSample], tables: Sequence[Tensor], lengths: Lengths
-) -> tuple[list[FrontPoint], Problem]:
-    """The Pareto front over the profiled lengths, and the problem it solves."""
+def planning_problem(
+    bench: Bench,
+    samples: Sequence[CalibrationSample],
+    tables: Sequence[Tensor],
+    lengths: Lengths,
+    budget: float,
+) -> Problem:
+    """The choice of rules that `budget` leaves at the planned lengths."""
     request, layout = bench.request, bench.layout
+    uniform = uniform_plan(layout, budget=budget, lengths=lengths.planned)
+    rules = candidate_rules(
+        lengths.profiled,
+        block=request.block,
+        min_span=request.min_span,
+        extrapolated=[n for n in lengths.planned if n not in lengths.profiled],
+    )
+    return Problem(
+        layout=layout,
+        rules=rules,
+        lengths=lengths.planned,
+        objectives=tuple(length_objectives(samples, tables, uniform)),
+        budget=budget,
+        rules_per_layer=request.rules_per_layer,
+    )
+
+
+def optimise(bench: Bench, problem: Problem) -> list[FrontPoint]:
+    """The Pareto front over the profiled lengths."""
+    options = _solver_options(bench.request)
     with stage("optimise") as advance:
-        uniform = uniform_plan(layout, budget=request.budget, lengths=lengths.planned)
-        objectives = length_objectives(samples, tables, uniform)
-        rules = candidate_rules(
-            lengths.profiled,
-            block=request.block,
-            min_span=request.min_span,
-            extrapolated=lengths.planned[len(lengths.profiled) :],
-        )
-        problem = Problem(
-            layout=layout,
-            rules=rules,
-            lengths=lengths.planned,
-            objectives=tuple(objectives),
-            budget=request.budget,
-            rules_per_layer=request.rules_per_layer,
-        )
-        front = pareto_front(problem, points=request.plans, options=_solver_options(request))
+        front = pareto_front(problem, points=bench.request.plans, options=options)
         advance(1, 1)
-    return front, problem
+    return front
+
+
+def best_weighted(bench: Bench, problem: Problem) -> FrontPoint:
+    """The plan that loses least over all objectives together: one solve, where a front is many."""
+    weights = {objective.name: 1.0 for objective in problem.objectives}
+    return solve_weighted(problem, weights, options=_solver_options(bench.request))
 
 
 def _solver_options(request: CompileRequest) -> SolverOptions:
@@ -134,34 +149,38 @@ def _solver_options(request: CompileRequest) -> SolverOptions:
     return SolverOptions(gap=_FRONT_GAP, time_limit=_SECONDS_A_SOLVE if limited else None)
 
 
-def validate(
-    bench: Bench, front: Sequence[FrontPoint], lengths: Lengths
-) -> tuple[FrontPoint, list[Measured]]:
-    """The front's plan with the lowest loss at the unseen length, and the whole table.
+def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int, list[Measured]]:
+    """Which of `plans` has the lowest loss at the unseen length, and the whole table.
 
     Dense and a uniform plan of the winner's density stand in the table for comparison. The
     samples are ones that no profile has seen.
     """
+    samples = unseen_samples(bench, lengths)
     with stage("validate") as advance:
-        counts = {lengths.unseen: VALIDATION_SAMPLES}
-        samples = _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
-        total = len(front) + 2
+        total = len(plans) + 2
         rows: list[Measured] = []
-        for number, point in enumerate(front, start=1):
-            rows.append(_measure(bench, samples, f"plan {number}", point.plan))
+        for number, plan in enumerate(plans, start=1):
+            rows.append(measure(bench, samples, f"plan {number}", plan))
             advance(number, total)
-        best = min(range(len(front)), key=lambda i: rows[i].loss)
-        uniform = matching_uniform(front[best].plan, lengths=lengths.planned)
-        rows.append(_measure(bench, samples, "uniform", uniform))
+        best = min(range(len(plans)), key=lambda i: rows[i].loss)
+        uniform = matching_uniform(plans[best], lengths=lengths.planned)
+        rows.append(measure(bench, samples, "uniform", uniform))
         advance(total - 1, total)
-        rows.append(_measure(bench, samples, "dense", None))
+        rows.append(measure(bench, samples, "dense", None))
         advance(total, total)
-    return front[best], rows
+    return best, rows
 
 
-def _measure(
+def unseen_samples(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
+    """Samples that no profile has seen, at a length that none was made for."""
+    counts = {lengths.unseen: VALIDATION_SAMPLES}
+    return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
+
+
+def measure(
     bench: Bench, samples: Sequence[CalibrationSample], name: str, plan: Plan | None
 ) -> Measured:
+    """Run `plan` (None: the dense model) on every sample; what was run before is not again."""
     losses: dict[str, list[float]] = {}
     for sample in samples:
         losses.setdefault(sample.domain, []).append(_sample_loss(bench, sample, plan))

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from moac.inspection import inspect_package
+from moac.inspection import chosen_plan, inspect_package, planned_lengths
 from moac.terminal_map import Look, span_map
 
 if TYPE_CHECKING:
     from moac.compiler import CompileResult
     from moac.estimate import StageEstimate
+    from moac.planner import PlanResult
 
 _MIB = 1 << 20
 
@@ -31,6 +32,44 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def plan_summary(result: PlanResult) -> str:
+    """The plan's figures, what was measured and predicted."""
+    record = result.record
+    lengths = planned_lengths(record)
+    rows = [(f"{n} tokens", f"{record['density'][str(n)]:.4f}") for n in lengths]
+    parts = [
+        _validation_table(record),
+        table(("capacity", "density"), rows),
+        "\n".join(f"{name:<9} {text}" for name, text in goal_facts(record)),
+        f"time      {result.seconds:.0f} s",
+        f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB at most",
+        f"plan      {result.path}",
+    ]
+    return "\n\n".join(parts[:3]) + "\n" + "\n".join(parts[3:])
+
+
+def goal_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was asked for and what it came to; the predicted loss beside the measured one."""
+    facts = [("budget", f"{record['budget']:.4f} of the dense KV memory")]
+    if "max_loss" in record:
+        facts = [("budget", f"{record['budget']:.4f}, the least with at most "
+                  f"{record['max_loss']:g} nats a token predicted to be lost")]  # fmt: skip
+    if "kv_cap" in record:
+        cap = record["kv_cap"]
+        facts.append(
+            ("KV cap", f"{cap['held_bytes']} of {cap['max_bytes']} bytes for a batch of "
+             f"{cap['batch']} at {cap['length']} tokens")
+        )  # fmt: skip
+    if "predicted_loss" in record:
+        found = record["predicted_loss"]
+        low, high = found["interval"]
+        facts.append(
+            ("predicted", f"{found['loss']:.4f} nats a token above dense at {found['length']} "
+             f"tokens, {found['level']:.0%} interval {low:.4f} to {high:.4f}")
+        )  # fmt: skip
+    return facts
+
+
 def compile_summary(result: CompileResult) -> str:
     """The plan's figures, what was measured, and the checks the package passed."""
     out = StringIO()
@@ -38,6 +77,8 @@ def compile_summary(result: CompileResult) -> str:
     print(file=out)
     print(_density_table(inspect_package(result.path)), file=out)
     print(file=out)
+    for name, text in goal_facts(result.record):
+        print(f"{name:<9} {text}", file=out)
     passed = sum(check.ok for check in result.checks)
     print(f"checks    {passed} of {len(result.checks)} hold", file=out)
     print(f"time      {result.seconds:.0f} s", file=out)
@@ -61,6 +102,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
         ("capacity", f"{found['capacity']} tokens"),
         ("targets", ", ".join(found["targets"])),
         ("kernels", _kernels(found["kernels"])),
+        ("cpu", _cpu(found)),
         (
             "budget",
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
@@ -76,6 +118,12 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _cpu(found: dict[str, Any]) -> str:
+    built = ", ".join(kernel["instruction_set"] for kernel in found["cpu_kernels"])
+    note = found["cpu_note"]
+    return built if note is None else f"torch's own operators here: {note}"
 
 
 def _kernels(built: list[dict[str, Any]]) -> str:
@@ -96,13 +144,12 @@ def estimate_table(stages: Sequence[StageEstimate]) -> str:
 
 
 def _validation_table(record: dict[str, Any]) -> str:
-    rows = record["measured_loss"]
-    chosen = {point["plan"] for point in record["front"] if point["chosen"]}
+    rows, chosen = record["measured_loss"], chosen_plan(record)
     domains = list(rows[0]["losses"])
     return table(
         (f"loss at {record['unseen']} tokens", *domains, "mean"),
         [
-            (f"{row['plan']}{' *' if row['plan'] in chosen else ''}",
+            (f"{row['plan']}{' *' if row['plan'] == chosen else ''}",
              *(f"{row['losses'][d]:.3f}" for d in domains), f"{row['loss']:.3f}")
             for row in rows
         ],

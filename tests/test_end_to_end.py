@@ -337,7 +337,7 @@ def test_a_dry_run_writes_nothing(
     assert moac_command(*command, "--json") == 0
     stages_told = json.loads(capsys.readouterr().out)
     names = [stage["name"] for stage in stages_told]
-    assert names == ["calibrate", "profile", "optimise", "validate", "emit"]
+    assert names == ["calibrate", "profile", "predict", "optimise", "validate", "emit"]
     assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 for stage in stages_told)
     assert not out.exists()
 

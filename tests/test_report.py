@@ -103,7 +103,8 @@ def test_it_says_what_inspect_says(tiny_package: Compiled, found: dict[str, Any]
 def test_the_manifest_keeps_verdict_and_cost(found: dict[str, Any]) -> None:
     assert found["verification"]["checks"]
     cost = found["provenance"]
-    stages = ["load", "calibrate", "profile", "optimise", "validate", "emit", "verify"]
+    stages = ["load", "calibrate", "profile", "predict", "optimise", "validate", "emit"]
+    stages.append("verify")
     assert list(cost["seconds"]) == sorted(stages)  # as JSON keeps them
     assert cost["peak_memory_by_stage"].keys() == cost["seconds"].keys()
     assert cost["peak_memory_bytes"] == max(cost["peak_memory_by_stage"].values())
@@ -249,7 +250,32 @@ def test_one_plan_has_nothing_to_compare(found: dict[str, Any]) -> None:
     changed["planning"]["front"] = front
     page = Page(render_report(changed))
     assert "It found 1 plan " in page.words
-    assert "Predicted against measured" not in page.words
+    assert "The Pareto front a line for each plan" not in page.words
+
+
+def test_the_predicted_loss_stands_beside_the_measured_one(
+    found: dict[str, Any], page: Page
+) -> None:
+    told, record = found["planning"]["predicted_loss"], found["planning"]
+    assert "Predicted against measured loss" in page.within("h2")
+    low, high = map(wording.change, told["interval"])
+    assert f"interval {low} to {high}" in page.words
+    titles = page.within("title")
+    for rung in record["prediction"]["ladder"]:
+        predicted, measured = wording.change(rung["predicted"]), wording.change(rung["measured"])
+        assert f"{rung['plan']}: predicted {predicted}, measured {measured}" in titles
+    for point in record["prediction"]["front"]:
+        start = f"{point['plan']}: predicted {wording.change(point['loss'])}, measured"
+        assert any(title.startswith(start) for title in titles)
+
+
+def test_a_plan_without_a_prediction_tells_none(found: dict[str, Any]) -> None:
+    changed = copy.deepcopy(found)
+    for name in ("predicted_loss", "prediction", "front", "solver"):
+        del changed["planning"][name]
+    page = Page(render_report(changed))
+    assert "Predicted against measured loss" not in page.within("h2")
+    assert "What it costs in quality" in page.within("h2")
 
 
 # ---- hostile words

@@ -30,11 +30,16 @@ def request(**changes: Any) -> CompileRequest:
 
 
 def options(**changes: Any) -> list[str]:
-    """The same for the command line."""
+    """The same for `moac compile`."""
+    return [*plan_options(**changes), "--target", "torch"]
+
+
+def plan_options(**changes: Any) -> list[str]:
+    """The same for `moac plan`, which knows no targets."""
     asked = asdict(request(**changes))
     chosen = {name: asked[name] for name in (*_CHOICES, *changes) if name != "lengths"}
     lengths = ",".join(map(str, asked["lengths"]))
-    words = ["--lengths", lengths, "--target", "torch"]
+    words = ["--lengths", lengths]
     for name, value in chosen.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words

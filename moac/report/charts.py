@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup
@@ -12,6 +13,7 @@ from moac.report.svg import Drawing, Frame, Scale, around, labels, ticks
 Series = Sequence[tuple[int, float]]
 
 _ROW = 56
+_ROUND = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def density_chart(curve: Series, planned: Series, budget: float) -> Markup:
@@ -130,28 +132,51 @@ def front_chart(
     return drawing.markup()
 
 
-def scatter_chart(plans: Mapping[str, tuple[float, float]], chosen: str) -> Markup:
-    """Predicted against measured loss, `plans[name] = (predicted, measured)`."""
-    frame = Frame.of(
-        x=around((p for p, _ in plans.values()), zero=False),
-        y=around((m for _, m in plans.values()), zero=False),
-    )
+def prediction_chart(
+    front: Mapping[str, tuple[float, float]],
+    ladder: Mapping[str, tuple[float, float]],
+    chosen: str,
+    interval: tuple[float, float],
+) -> Markup:
+    """Predicted against measured loss above dense in nats, `plans[name] = (predicted, measured)`.
+
+    `ladder`: the plans that the prediction was learned from. `interval`: of `chosen`. Both axes
+    go by roots, which show small and large losses on one chart.
+    """
+    shown = [*front.values(), *ladder.values(), (interval[1], 0.0)]
+    high = _root(max(value for pair in shown for value in pair)) * 1.06 or 1.0
+    low = min(0.0, *(_root(value) for pair in shown for value in pair)) * 1.06
+    frame = Frame.of(x=(0, high), y=(low, high))
     drawing = frame.drawing(
         "Predicted against measured loss",
-        across="predicted loss, mean over lengths",
+        across="predicted above dense, nats a token",
         up="measured above dense, nats a token",
     )
-    marks = ticks(frame.y.low, frame.y.high)
-    frame.rule_up(drawing, marks, labels(marks))
-    marks = ticks(frame.x.low, frame.x.high)
-    frame.mark_across(drawing, marks, labels(marks))
-    for name, (predicted, measured) in plans.items():
-        kind = "chosen" if name == chosen else "other"
-        x, y = frame.x(predicted), frame.y(measured)
-        told = f"{name}: predicted {wording.short(predicted)}, measured {wording.change(measured)}"
-        drawing.dot(kind, x, y, radius=6 if kind == "chosen" else 4.5, title=told)
-        drawing.text("accent" if kind == "chosen" else "tick", x + 9, y + 4, name.split()[-1])
+    marks = [mark for mark in _ROUND if mark <= high**2]
+    frame.rule_up(drawing, [_root(mark) for mark in marks], labels(marks))
+    frame.mark_across(drawing, [_root(mark) for mark in marks], labels(marks))
+    drawing.line("zero", frame.x(0), frame.y(0), frame.x(high), frame.y(high))
+    for name, pair in ladder.items():
+        x, y = frame.x(_root(pair[0])), frame.y(_root(pair[1]))
+        drawing.add("rect", "rung", x=x - 4, y=y - 4, width=8, height=8, title=_told(name, pair))
+    for name, pair in sorted(front.items(), key=lambda item: item[0] == chosen):
+        x, y = frame.x(_root(pair[0])), frame.y(_root(pair[1]))
+        if name == chosen:
+            ends = [(frame.x(_root(end)), y) for end in interval]
+            drawing.path("line chosen", ends, title=f"{wording.percent(0.9)} interval")
+            drawing.dot("chosen", x, y, radius=6, title=_told(name, pair))
+        else:
+            drawing.dot("other", x, y, title=_told(name, pair))
     return drawing.markup()
+
+
+def _told(name: str, pair: tuple[float, float]) -> str:
+    predicted, measured = map(wording.change, pair)
+    return f"{name}: predicted {predicted}, measured {measured}"
+
+
+def _root(loss: float) -> float:
+    return math.copysign(math.sqrt(abs(loss)), loss)
 
 
 def _lengths(frame: Frame, drawing: Drawing, planned: Series) -> None:

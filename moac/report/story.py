@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from moac.inspection import chosen_plan
 from moac.report import charts
 from moac.report.heat_map import heat_map
 from moac_runtime.plan import Plan
@@ -21,7 +22,7 @@ _KINDS = {
     "text": "the continuation of running text",
 }
 _CURVE_STEPS = 128
-_STAGES = ("load", "calibrate", "profile", "optimise", "validate", "emit", "verify")
+_STAGES = ("load", "calibrate", "profile", "predict", "optimise", "validate", "emit", "verify")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Story:
         """Read what the page needs out of `found`."""
         plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
         record = found["planning"]
-        chosen = next((p["plan"] for p in record.get("front", ()) if p["chosen"]), "")
+        chosen = chosen_plan(record)
         lengths = _curve_lengths(found["lengths"], plan.block)
         held = tuple((n, plan.density(n)) for n in lengths)
         return cls(found, held, Losses.of(record, chosen))
@@ -175,21 +176,35 @@ class Story:
         names = [f"{int(o):,} tokens" if o.isdecimal() else o for o in self.objectives]
         return charts.front_chart(names, plans, self._chosen)
 
-    def scatter_chart(self) -> Markup | None:
-        """Predicted against measured loss of the front; None where one of them is not known."""
-        if self.losses is None or len(self.front) < 2:
+    @property
+    def predicted(self) -> dict[str, Any] | None:
+        """The predicted loss of the package's plan; None where the record holds none."""
+        found: dict[str, Any] | None = self.found["planning"].get("predicted_loss")
+        return found
+
+    def prediction_chart(self) -> Markup | None:
+        """Predicted against measured loss; None where one of them is not known."""
+        if self.losses is None or self.predicted is None:
             return None
-        return charts.scatter_chart(self.predictions(), self._chosen)
+        low, high = self.predicted["interval"]
+        return charts.prediction_chart(
+            self.predictions(), self.ladder(), self._chosen, (low, high)
+        )
+
+    def ladder(self) -> dict[str, tuple[float, float]]:
+        """Predicted and measured loss above dense of the plans that the curves go through."""
+        rungs = self.found["planning"]["prediction"]["ladder"]
+        return {rung["plan"]: (rung["predicted"], rung["measured"]) for rung in rungs}
 
     def predictions(self) -> dict[str, tuple[float, float]]:
-        """Of each plan, the predicted loss (mean) and the measured one above dense (mean)."""
-        if self.losses is None:
+        """The same of each plan of the front, which the prediction did not learn from."""
+        if self.losses is None or self.predicted is None:
             return {}
         dense = self.losses.plans["dense"][MEAN]
         return {
-            p["plan"]: (mean_loss(p), self.losses.plans[p["plan"]][MEAN] - dense)
-            for p in self.front
-            if p["plan"] in self.losses.plans
+            point["plan"]: (point["loss"], self.losses.plans[point["plan"]][MEAN] - dense)
+            for point in self.found["planning"]["prediction"]["front"]
+            if point["plan"] in self.losses.plans
         }
 
     def pairs_in_order(self) -> tuple[int, int]:
@@ -200,7 +215,7 @@ class Story:
 
     @property
     def _chosen(self) -> str:
-        return next((p["plan"] for p in self.front if p["chosen"]), "")
+        return chosen_plan(self.found["planning"])
 
 
 def _curve_lengths(planned: Sequence[int], block: int) -> list[int]:
@@ -213,12 +228,6 @@ def _curve_lengths(planned: Sequence[int], block: int) -> list[int]:
 def at_most(check: Mapping[str, Any]) -> bool:
     """Whether the check demands a value of at most its limit; else it demands more than it."""
     return bool((check["value"] <= check["limit"]) == check["ok"])
-
-
-def mean_loss(point: Mapping[str, Any]) -> float:
-    """The mean of a front plan's predicted losses."""
-    losses = list(point["losses"].values())
-    return float(sum(losses) / len(losses))
 
 
 def _times(factor: float, count: int) -> float:

@@ -1,0 +1,161 @@
+"""Options that several commands share, each told once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moac_runtime.errors import UsageError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def numbers(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    """`1024,2048` as whole numbers, for tokens."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of tokens such as 1024,2048") from None
+
+
+def words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    """`torch,onnx` as names."""
+    return tuple(part.strip() for part in value.split(","))
+
+
+def size(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """`24GiB` as bytes."""
+    from moac.packaging.writer import parse_size
+
+    if value is None:
+        return None
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def given(names: Collection[str]) -> list[str]:
+    """Those parameters of the running command that stand on its command line."""
+    context = click.get_current_context()
+    stated = click.core.ParameterSource.COMMANDLINE
+    return [name for name in names if context.get_parameter_source(name) is stated]
+
+
+def check_one_goal() -> None:
+    """Raise UsageError where more than one option says how much memory may stay."""
+    found = given(("budget", "max_kv_bytes", "max_loss"))
+    if len(found) > 1:
+        one, other = (f"--{name.replace('_', '-')}" for name in found[:2])
+        raise UsageError(f"{one} and {other} both say how much may stay; give one of them")
+
+
+def planning_options(command: Command) -> Command:
+    """The options of a command that plans: their values are fields of `CompileRequest`."""
+    for option in reversed(_PLANNING):
+        command = option(command)
+    return command
+
+
+_PLANNING = (
+    click.option(
+        "--budget",
+        default=0.5,
+        show_default=True,
+        metavar="SHARE",
+        help="share of the dense model's KV memory that may stay, above 0 and at most 1",
+    ),
+    click.option(
+        "--max-kv-bytes",
+        callback=size,
+        metavar="SIZE",
+        help="in place of --budget: the most KV memory of a session, as 24GiB or 1e9",
+    ),
+    click.option(
+        "--batch", type=int, metavar="N", help="sequences that --max-kv-bytes is for  [1]"
+    ),
+    click.option(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of each that --max-kv-bytes is for  [the capacity]",
+    ),
+    click.option(
+        "--max-loss",
+        type=float,
+        metavar="NATS",
+        help="in place of --budget: the least memory whose predicted loss, the upper end of its "
+        "interval, stays so near the dense model's, per token",
+    ),
+    click.option(
+        "--lengths",
+        callback=numbers,
+        metavar="N,N,...",
+        help="prompt lengths to profile and plan for, in tokens  [from the context]",
+    ),
+    click.option(
+        "--capacity", type=int, metavar="N", help="most tokens a session may hold  [the context]"
+    ),
+    click.option(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the checkpoint's]"
+    ),
+    click.option(
+        "--rules-per-layer",
+        type=int,
+        metavar="N",
+        help="at most so many distinct span rules in a layer  [no limit]",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help='your own samples, JSONL of {"prompt"|"messages", "response"?}',
+    ),
+    click.option(
+        "--samples",
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="calibration samples per domain at the shortest length",
+    ),
+    click.option(
+        "--sink", default=64, show_default=True, metavar="N", help="first tokens every head keeps"
+    ),
+    click.option(
+        "--block", default=64, show_default=True, metavar="N", help="spans are multiples of this"
+    ),
+    click.option(
+        "--min-span",
+        default=128,
+        show_default=True,
+        metavar="N",
+        help="smallest span, sink included",
+    ),
+    click.option(
+        "--plans",
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="plans of the Pareto front to compare",
+    ),
+    click.option(
+        "--seed", default=0, show_default=True, metavar="N", help="of the calibration samples"
+    ),
+    click.option("--revision", metavar="NAME", help="revision of a hub id"),
+    click.option(
+        "--work-dir",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="where each stage's result is kept  [$MOAC_CACHE or ~/.cache/moac]",
+    ),
+    click.option("--force", is_flag=True, help="replace the output once the new one is whole"),
+    click.option(
+        "--dry-run", is_flag=True, help="print the stages with time and memory, and stop"
+    ),
+    click.option("--json", "as_json", is_flag=True, help="the summary as JSON"),
+)

@@ -1,0 +1,237 @@
+"""`plan.json` alone: what `moac plan` writes and `moac compile --plan` takes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moac.checkpoint import Checkpoint
+from moac.inspection import planned_lengths
+from moac.lengths import Lengths
+from moac.planning import Layout
+from moac.request import CompileRequest
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.plan import Plan
+
+_REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """A plan read back. `record`: how it was found; `sha256`: of the whole file; `edited`:
+    whether its rules are others than those that were written.
+    """
+
+    path: Path
+    plan: Plan
+    record: dict[str, Any]
+    sha256: str
+    edited: bool
+
+    def prepared(self) -> tuple[Lengths, Layout]:
+        """The lengths and the layout that the plan was made for."""
+        record = self.record
+        lengths = Lengths(
+            profiled=tuple(record["lengths"]),
+            extrapolated=record["extrapolated"],
+            unseen=record["unseen"],
+            capped=record.get("kv_cap", {}).get("length"),
+        )
+        return lengths, Layout.of(self.plan)
+
+
+def check_plan_target(path: Path, *, force: bool) -> None:
+    """Refuse, before any work, a file that could not be written in the end. Raises UsageError."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected a file to write: choose another name")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} already exists: pass --force to replace it, or choose another name"
+        )
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise UsageError(f"there is no folder {parent} to write {path.name} in: make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{parent} is not writable: choose another folder")
+
+
+def refuse_beside_plan(names: Sequence[str]) -> None:
+    """Raise UsageError where `names` (fields of a request) decide what a plan has decided."""
+    if names:
+        option = f"--{names[0].replace('_', '-')}"
+        raise UsageError(
+            f"--plan brings its own plan and {option} asks for another; leave {option} out, or "
+            "leave --plan out to plan anew"
+        )
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a plan belongs to: the checkpoint's files as one digest, and the shape of its heads."""
+    spec = checkpoint.spec
+    return {
+        "source": checkpoint.source if checkpoint.revision else Path(checkpoint.source).name,
+        "revision": checkpoint.revision,
+        "fingerprint": checkpoint.fingerprint,
+        "family": spec.family,
+        "num_layers": spec.num_layers,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+    }
+
+
+def rules_digest(plan: Plan) -> str:
+    """SHA-256 of the rules and what they are counted by, whatever the file's layout."""
+    text = json.dumps(plan.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_plan_file(path: Path, plan: Plan, record: Mapping[str, Any], *, force: bool) -> None:
+    """Write the plan and its record, whole or not at all. Raises UsageError, MoacError."""
+    check_plan_target(path, force=force)
+    text = json.dumps({**record, **plan.to_json()}, indent=2, sort_keys=True, allow_nan=False)
+    try:
+        _publish(path, f"{text}\n".encode(), force=force)
+    except FileExistsError:
+        check_plan_target(path, force=force)
+        raise
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise MoacError(
+            f"{path} could not be written ({reason}) and is as it was: free some space or choose "
+            "another folder"
+        ) from error
+
+
+def _publish(path: Path, data: bytes, *, force: bool) -> None:
+    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
+    staging = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o666 & ~mask)
+        if force:
+            staging.replace(path)
+        else:
+            os.link(staging, path)  # unlike a rename, fails where the name was taken meanwhile
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) -> PlanFile:
+    """The plan at `path`, which must have been made for `checkpoint`.
+
+    Rules may have been edited by hand: every one is checked. Raises UsageError for a plan of
+    another model or a request that plans for itself, ArtifactError for a file without a plan.
+    """
+    refuse_beside_plan(request.planning_changed())
+    data, digest = _read(path)
+    _check_identity(path, data, checkpoint)
+    try:
+        plan = _checked_plan(data, checkpoint)
+        lengths = planned_lengths(data)
+        _check_record(data, lengths, checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
+    made = data["rules_sha256"]
+    record = {name: value for name, value in data.items() if name not in plan.to_json()}
+    return PlanFile(path, plan, record, digest, edited=rules_digest(plan) != made)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        raw = path.read_bytes()
+        data = json.loads(raw, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ArtifactError(
+            f"the plan {path} cannot be read ({error.strerror}): {_REMEDY}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the plan {path} is not JSON ({error}): {_REMEDY}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds no JSON object, expected a plan: {_REMEDY}")
+    return data, hashlib.sha256(raw).hexdigest()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    made = data.get("model")
+    if not isinstance(made, dict):
+        raise ArtifactError(f"{path} does not tell which model it was made for: {_REMEDY}")
+    ours = identity(checkpoint)
+    for name in ("family", "num_layers", "num_kv_heads", "head_dim"):
+        if made.get(name) != ours[name]:
+            raise UsageError(
+                f"{path} was made for a model with {name} {made.get(name)}, but "
+                f"{checkpoint.source} has {ours[name]}; plan this model with `moac plan`"
+            )
+    if made.get("fingerprint") != ours["fingerprint"]:
+        raise UsageError(
+            f"{path} was made for other files of this shape (sha256 "
+            f"{str(made.get('fingerprint'))[:16]}) than {checkpoint.source} "
+            f"({ours['fingerprint'][:16]}); plan this model with `moac plan`"
+        )
+
+
+def _checked_plan(data: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
+    """Raises KeyError, TypeError, ValueError."""
+    spec = checkpoint.spec
+    rules = data["rules"]
+    if [len(layer) for layer in rules] != [spec.num_kv_heads] * spec.num_layers:
+        raise ValueError(f"rules must be {spec.num_layers} layers of {spec.num_kv_heads} KV heads")
+    for layer, row in enumerate(rules):
+        for head, rule in enumerate(row):
+            _check_rule(rule, f"layer {layer}, KV head {head}", spec.context)
+    for name in ("sink", "block", "min_span"):
+        if type(data[name]) is not int:
+            raise ValueError(f"{name} must be a whole number, got {data[name]!r}")
+    if data["block"] < 1 or data["sink"] % data["block"] or data["min_span"] % data["block"]:
+        raise ValueError("sink and min_span must be multiples of block")
+    plan = Plan.from_json(data)
+    if plan.windows != spec.windows:
+        raise ValueError("windows must be the model's own")
+    return plan
+
+
+def _check_rule(rule: Any, where: str, context: int) -> None:
+    if not isinstance(rule, list) or len(rule) != 2:
+        raise ValueError(f"the rule of {where} must be [alpha, beta], got {rule!r}")
+    alpha, beta = rule
+    if type(alpha) is not int or abs(alpha) > context:
+        raise ValueError(
+            f"alpha of {where} must be a whole number of tokens within the context of {context}, "
+            f"got {alpha!r}"
+        )
+    if type(beta) not in (int, float) or not 0 <= beta <= 1:
+        raise ValueError(f"beta of {where} must be a number from 0 to 1, got {beta!r}")
+
+
+def _check_record(data: Mapping[str, Any], lengths: list[int], checkpoint: Checkpoint) -> None:
+    """What every reader of a record relies on. Raises KeyError, TypeError, ValueError."""
+    context = checkpoint.spec.context
+    for length in (*lengths, data["unseen"]):
+        if type(length) is not int or not 1 <= length <= context:
+            raise ValueError(f"a length of {length!r}, expected 1 to {context} tokens")
+    budget = data["budget"]
+    if type(budget) not in (int, float) or not math.isfinite(budget) or not 0 < budget <= 1:
+        raise ValueError(f"a budget of {budget!r}, expected above 0 and at most 1")
+    if not isinstance(data["rules_sha256"], str):
+        raise ValueError("rules_sha256 must be text")
+
+
+def _said(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

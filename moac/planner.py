@@ -1,0 +1,309 @@
+"""From an opened checkpoint to a plan: what `moac plan` stops at and `moac compile` packages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moac.calibration import DenseModel
+from moac.cap import KvCap
+from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.export.target import require_onnx
+from moac.lengths import Lengths, choose_lengths
+from moac.loss_model import learn, smallest_within
+from moac.packaging.cpu_kernels import default_targets, require_cpu
+from moac.packaging.kernels import cuda_archs, require_kernels
+from moac.plan_file import PlanFile, check_plan_target, identity, rules_digest, write_plan_file
+from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
+from moac.planning.problem import check_budget
+from moac.request import CompileRequest
+from moac.stages import (
+    Bench,
+    Measured,
+    calibrate,
+    optimise,
+    planning_problem,
+    profile,
+    validate,
+)
+from moac.workspace import Workspace, default_work_dir, peak_memory_bytes, pick_device
+from moac_runtime.errors import UsageError
+from moac_runtime.plan import Plan
+
+_OF_THE_SEARCH = ("predicted_loss", "prediction", "solver", "front", "max_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and how it was found: what `plan.json` holds.
+
+    `file`: name, SHA-256 and whether it was edited, where the plan was taken from a file.
+    """
+
+    plan: Plan
+    record: dict[str, Any]
+    file: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """What `moac plan` wrote."""
+
+    path: Path
+    plan: Plan
+    record: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+
+
+def plan_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    request: CompileRequest | None = None,
+    work_dir: str | Path | None = None,
+    force: bool = False,
+) -> PlanResult:
+    """Find a plan for the checkpoint `source` and write it to the file `out`.
+
+    The stages are those of `compile_model` up to its package, kept in the same work folder, so a
+    later compile reuses them. Raises UsageError, CheckpointError, BudgetError.
+    """
+    started = time.perf_counter()
+    request = request or CompileRequest()
+    check_plan_target(Path(out), force=force)
+    checkpoint = open_checkpoint(str(source), revision=request.revision)
+    lengths, layout = prepare(checkpoint, request)
+    clock = Clock()
+    with clock("load"):
+        bench = open_bench(checkpoint, layout, request, work_dir)
+    found = find_plan(bench, lengths, clock)
+    record = {**found.record, **clock.to_json()}
+    write_plan_file(Path(out), found.plan, record, force=force)
+    return PlanResult(
+        path=Path(out),
+        plan=found.plan,
+        record=record,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, Layout]:
+    """What the request means for this checkpoint; raises before any work where it cannot be."""
+    spec = checkpoint.spec
+    layout = Layout(
+        num_kv_heads=spec.num_kv_heads,
+        sink=request.sink,
+        block=request.block,
+        min_span=request.min_span,
+        windows=spec.windows,
+    )
+    check_capacity(checkpoint, request)
+    cap = KvCap.of(checkpoint, request)
+    lengths = choose_lengths(
+        request.lengths,
+        context=spec.context,
+        block=request.block,
+        min_span=request.min_span,
+        gpu=pick_device().type == "cuda",
+        capped=None if cap is None else cap.length,
+    )
+    check_budget(layout, _budget(request, cap, layout, lengths), lengths.planned)
+    return lengths, layout
+
+
+def check_packaging(checkpoint: Checkpoint, request: CompileRequest) -> CompileRequest:
+    """The request with its targets settled; raises, before any work, where they cannot be made."""
+    check_capacity(checkpoint, request)
+    spec, dtype = checkpoint.spec, request.dtype or checkpoint.dtype
+    if request.targets is None:
+        return replace(request, targets=default_targets(spec, dtype))
+    if "onnx" in request.targets:
+        require_onnx()
+    if cuda_archs(request.targets):
+        require_kernels(spec, None, dtype)
+    require_cpu(spec, dtype, request.targets)
+    return request
+
+
+def check_capacity(checkpoint: Checkpoint, request: CompileRequest) -> None:
+    """Raise UsageError for a capacity that the model has not."""
+    context = checkpoint.spec.context
+    if request.capacity is not None and not 1 <= request.capacity <= context:
+        raise UsageError(
+            f"the capacity {request.capacity} is not within 1 and the model's context of "
+            f"{context} tokens"
+        )
+
+
+def open_bench(
+    checkpoint: Checkpoint, layout: Layout, request: CompileRequest, work_dir: str | Path | None
+) -> Bench:
+    """Load the dense model, on the GPU if there is one, for calibration and measurement."""
+    device = pick_device()
+    dtype = measuring_dtype(checkpoint, device)
+    return Bench(
+        checkpoint=checkpoint,
+        model=checkpoint.load_model(dtype, device),
+        reader=DenseModel(checkpoint, dtype, device),
+        tokenizer=checkpoint.load_tokenizer(),
+        layout=layout,
+        workspace=Workspace(Path(work_dir) if work_dir is not None else default_work_dir()),
+        request=request,
+    )
+
+
+def measuring_dtype(checkpoint: Checkpoint, device: torch.device) -> str:
+    """The checkpoint's dtype where the device computes in it, else float32."""
+    if device.type == "cuda" or checkpoint.dtype == "float32":
+        return checkpoint.dtype
+    native = checkpoint.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
+def sample_counts(lengths: Lengths, shortest: int) -> dict[int, int]:
+    """Calibration samples per domain: fewer the longer they are, two at least."""
+    base = lengths.profiled[0]
+    return {n: max(min(2, shortest), round(shortest * base / n)) for n in lengths.profiled}
+
+
+def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
+    """Calibrate, profile, learn what losses follow, optimise, and measure the best plans."""
+    request = bench.request
+    cap = KvCap.of(bench.checkpoint, request)
+    with clock("calibrate"):
+        samples = calibrate(bench, sample_counts(lengths, request.samples))
+    with clock("profile"):
+        tables = profile(bench, samples)
+
+    def problem_at(budget: float) -> Problem:
+        return planning_problem(bench, samples, tables, lengths, budget)
+
+    with clock("predict"):
+        model = learn(bench, samples, tables, lengths, problem_at)
+    with clock("optimise"):
+        if request.max_loss is None:
+            problem = problem_at(_budget(request, cap, bench.layout, lengths))
+            front = optimise(bench, problem)
+        else:
+            problem, front = smallest_within(bench, lengths, problem_at, model, request.max_loss)
+    with clock("validate"):
+        best, measured = validate(bench, [point.plan for point in front], lengths)
+    plan = front[best].plan
+    record = {
+        "model": identity(bench.checkpoint),
+        "rules_sha256": rules_digest(plan),
+        "arguments": request.planning(),
+        **planning_record(lengths, problem, front, front[best], measured),
+        **model.record(front, plan),
+        **({} if cap is None else {"kv_cap": cap.record(plan)}),
+        **({} if request.max_loss is None else {"max_loss": request.max_loss}),
+    }
+    return Planned(plan, record)
+
+
+def taken_plan(bench: Bench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
+    """The plan of a file. One that was edited is measured, and told without what no longer holds.
+
+    Its densities are counted again; where they pass the budget that the file names, they are the
+    budget of the package.
+    """
+    origin = {"file": file.path.name, "sha256": file.sha256, "edited": file.edited}
+    if not file.edited:
+        return Planned(file.plan, file.record, origin)
+    with clock("validate"):
+        _, measured = validate(bench, [file.plan], lengths)
+    plan, record = file.plan, {k: v for k, v in file.record.items() if k not in _OF_THE_SEARCH}
+    densest = max(plan.density(n) for n in lengths.planned)
+    record |= {
+        "rules_sha256": rules_digest(plan),
+        "budget": max(record["budget"], densest),
+        "chosen": measured[0].name,
+        **density_record(plan, lengths.planned),
+        **measured_record(measured),
+    }
+    return Planned(plan, record, origin)
+
+
+def planning_record(
+    lengths: Lengths,
+    problem: Problem,
+    front: Sequence[FrontPoint],
+    chosen: FrontPoint,
+    measured: Sequence[Measured],
+) -> dict[str, Any]:
+    """What `plan.json` holds beside the rules: how the plan was found and what it costs."""
+    names = [objective.name for objective in problem.objectives]
+    return {
+        "budget": problem.budget,
+        "lengths": list(lengths.profiled),
+        "extrapolated": lengths.extrapolated,
+        "unseen": lengths.unseen,
+        "rules_per_layer": problem.rules_per_layer,
+        **density_record(chosen.plan, lengths.planned),
+        **measured_record(measured),
+        "solver": asdict(chosen.record),
+        "chosen": f"plan {[point is chosen for point in front].index(True) + 1}",
+        "front": [
+            {
+                "plan": f"plan {number}",
+                "losses": dict(zip(names, point.losses, strict=True)),
+                "solver": asdict(point.record),
+                "chosen": point is chosen,
+            }
+            for number, point in enumerate(front, start=1)
+        ],
+        "layerwise": [[layer[0].alpha, layer[0].beta] for layer in layerwise_plan(problem).rules],
+    }
+
+
+def density_record(plan: Plan, lengths: Sequence[int]) -> dict[str, Any]:
+    """Densities at the planned lengths, and the largest that rounding makes in between."""
+    most, where = largest_density_between(plan, lengths[0], lengths[-1])
+    return {
+        "density": {str(n): plan.density(n) for n in lengths},
+        "largest_density_between": {"density": most, "length": where},
+    }
+
+
+def measured_record(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Every measured plan's losses."""
+    return {
+        "measured_loss": [
+            {"plan": row.name, "losses": row.losses, "loss": row.loss} for row in measured
+        ]
+    }
+
+
+class Clock:
+    """Wall seconds by stage, and the most memory held by the end of each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.peaks[name] = peak_memory_bytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """`seconds` and `peak_memory_by_stage` (bytes, from the start to the stage's end)."""
+        return {
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "peak_memory_by_stage": dict(self.peaks),
+            "peak_memory_bytes": max(self.peaks.values()),
+        }
+
+
+def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:
+    return request.budget if cap is None else cap.budget(layout, lengths.planned)

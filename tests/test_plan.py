@@ -1,0 +1,483 @@
+"""`moac plan`, `compile --plan`, `--max-kv-bytes`, `--max-loss`: what they write and refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import Capture, refused
+from tiny import Compiled, moac_command, options, plan_options, request
+
+from moac import compile_model
+from moac.cap import KvCap
+from moac.checkpoint import open_checkpoint
+from moac.packaging.writer import parse_size
+from moac.planner import plan_model
+from moac.planning import Layout
+from moac.planning.problem import allowed_tokens
+from moac_runtime.artifact import load_plan_record, open_artifact
+from moac_runtime.decoder import Decoder
+from moac_runtime.errors import UsageError
+from moac_runtime.session import Session
+from moac_runtime.weights import load_weights
+
+Make = Callable[..., Path]
+Data = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan.json of the tiny checkpoint: copy it to change it."""
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan_model(tiny_package.checkpoint, file, request=request(), work_dir=tiny_package.work_dir)
+    return file
+
+
+@pytest.fixture
+def plan_file(made: Path, tmp_path: Path) -> Path:
+    """A plan.json that a test may change."""
+    return Path(shutil.copy(made, tmp_path / "plan.json"))
+
+
+@pytest.fixture
+def compiling(
+    tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[object]:
+    """`moac compile` of the tiny checkpoint into `tmp_path / "out"`, in its work folder."""
+    monkeypatch.setenv("MOAC_CACHE", str(tiny_package.work_dir))
+    return ["compile", tiny_package.checkpoint, "-o", tmp_path / "out", "--target", "torch"]
+
+
+@pytest.fixture
+def planning(
+    tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[object]:
+    """`moac plan` of the tiny checkpoint into `tmp_path / "made.json"`, in its work folder."""
+    monkeypatch.setenv("MOAC_CACHE", str(tiny_package.work_dir))
+    return ["plan", tiny_package.checkpoint, "-o", tmp_path / "made.json", *plan_options()]
+
+
+def edit(file: Path, change: Callable[[Data], object]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def read(file: Path) -> Data:
+    found: Data = json.loads(file.read_text())
+    return found
+
+
+# ---- moac plan
+
+
+def test_a_plan_is_what_a_compile_would_package(made: Path, tiny_package: Compiled) -> None:
+    found, packaged = read(made), read(tiny_package.package / "plan.json")
+    for name in ("rules", "sink", "block", "min_span", "windows", "budget", "density"):
+        assert found[name] == packaged[name], name
+    assert found["predicted_loss"] == packaged["predicted_loss"]
+    assert found["model"] == packaged["model"]
+    provenance = open_artifact(tiny_package.package).provenance
+    assert found["model"]["fingerprint"] == provenance["fingerprint"]
+
+
+def test_a_plan_tells_its_loss_before_it_is_run(made: Path) -> None:
+    found = read(made)
+    told = found["predicted_loss"]
+    assert told["length"] == found["unseen"]
+    assert told["measured_plans"] == len(found["prediction"]["ladder"])
+    assert set(told["domains"]) == {"retrieval", "documents", "text"}
+    for estimate in (told, *told["domains"].values()):
+        low, high = estimate["interval"]
+        assert 0 <= low <= estimate["loss"] <= high < math.inf
+    densities = {round(rung["density"], 2) for rung in found["prediction"]["ladder"]}
+    assert len(densities) >= 3
+
+
+def test_a_compile_after_a_plan_measures_nothing_again(
+    tiny_package: Compiled, made: Path, planning: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    for name in ("build_calibration", "sample_influence", "answer_loss"):
+        monkeypatch.setattr(f"moac.stages.{name}", never)
+    out = made.parent / "reused"
+    compile_model(tiny_package.checkpoint, out, request=request(), work_dir=tiny_package.work_dir)
+    assert read(out / "plan.json")["rules"] == read(made)["rules"]
+
+
+def test_a_plan_on_the_command_line(
+    planning: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    assert moac_command(*planning) == 0
+    out, err = capsys.readouterr()
+    for word in ("uniform", "dense", "predicted", "budget", str(tmp_path / "made.json")):
+        assert word in out
+    assert "predict: done" in err
+    assert "emit" not in err
+    assert moac_command(*planning, "--force", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    written = read(tmp_path / "made.json")
+    assert told["path"] == str(tmp_path / "made.json")
+    assert written["predicted_loss"] == told["record"]["predicted_loss"]
+    assert "checks" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
+
+
+def test_what_a_plan_would_do(planning: list[object], tmp_path: Path, capsys: Capture) -> None:
+    assert moac_command(*planning, "--dry-run", "--json") == 0
+    stages = [stage["name"] for stage in json.loads(capsys.readouterr().out)]
+    assert stages == ["calibrate", "profile", "predict", "optimise", "validate"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_files_that_cannot_be_written(
+    planning: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "made.json"
+    file.write_text("mine")
+    assert "already exists: pass --force" in refused(2, capsys, *planning)
+    assert file.read_text() == "mine"
+    elsewhere = [*planning[:3], tmp_path / "no" / "plan.json", *plan_options()]
+    assert "there is no folder" in refused(2, capsys, *elsewhere)
+    assert "is a folder, expected a file" in refused(
+        2, capsys, *[*planning[:3], tmp_path, *plan_options(), "--force"]
+    )
+    assert "Missing option '-o'" in refused(2, capsys, *planning[:2])
+
+
+def test_an_interrupted_write_leaves_the_old_plan(
+    planning: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "made.json"
+    file.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert moac_command(*planning, "--force") == 1
+    assert "could not be written (the disk is full)" in capsys.readouterr().err
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# ---- compile --plan
+
+
+def test_a_compile_from_a_plan_skips_the_search(
+    compiling: list[object], plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert moac_command(*compiling, "--plan", plan_file) == 0
+    err = capsys.readouterr().err
+    assert "emit: done" in err
+    for stage in ("calibrate", "profile", "predict", "optimise", "validate"):
+        assert f"{stage}:" not in err
+    packaged, made = read(tmp_path / "out" / "plan.json"), read(plan_file)
+    assert packaged == made
+    origin = open_artifact(tmp_path / "out").provenance["plan"]
+    digest = hashlib.sha256(plan_file.read_bytes()).hexdigest()
+    assert origin == {"file": "plan.json", "sha256": digest, "edited": False}
+    assert "budget" not in open_artifact(tmp_path / "out").provenance["arguments"]
+
+
+def test_the_plan_of_a_package_is_a_plan(
+    compiling: list[object], tiny_package: Compiled, capsys: Capture
+) -> None:
+    assert moac_command(*compiling, "--plan", tiny_package.package / "plan.json") == 0
+
+
+def test_what_a_compile_from_a_plan_would_do(
+    compiling: list[object], plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert moac_command(*compiling, "--plan", plan_file, "--dry-run", "--json") == 0
+    assert [stage["name"] for stage in json.loads(capsys.readouterr().out)] == ["emit"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edited_rule_is_measured_and_told(
+    compiling: list[object], plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    def widen(data: Data) -> None:
+        data["rules"][1][0] = [0, 1.0]
+        data["rules"][0] = [[0, 1.0], [0, 1.0]]
+
+    edit(plan_file, widen)
+    assert moac_command(*compiling, "--plan", plan_file) == 0
+    assert "validate: done" in capsys.readouterr().err
+    out = tmp_path / "out"
+    artifact = open_artifact(out)
+    record = load_plan_record(artifact)
+    assert artifact.plan.to_json()["rules"][1][0] == [0, 1.0]
+    assert artifact.provenance["plan"]["edited"] is True
+    assert record["budget"] == max(record["density"].values()) > 0.5
+    assert [row["plan"] for row in record["measured_loss"]] == ["plan 1", "uniform", "dense"]
+    assert not {"predicted_loss", "front", "solver"} & set(record)
+    assert record["density"]["512"] == artifact.plan.density(512)
+    assert moac_command("inspect", out) == 0
+    assert "plan 1 *" in capsys.readouterr().out
+    assert moac_command("diff", out, plan_file) == 0
+
+
+def another_shape(data: Data) -> None:
+    data["model"]["num_kv_heads"] = 8
+
+
+def another_model(data: Data) -> None:
+    data["model"]["fingerprint"] = "0" * 64
+
+
+def no_identity(data: Data) -> None:
+    del data["model"]
+
+
+def without(name: str) -> Callable[[Data], None]:
+    def drop(data: Data) -> None:
+        del data[name]
+
+    return drop
+
+
+def rule(value: object) -> Callable[[Data], None]:
+    def put(data: Data) -> None:
+        data["rules"][0][1] = value
+
+    return put
+
+
+def field(name: str, value: object) -> Callable[[Data], None]:
+    def put(data: Data) -> None:
+        data[name] = value
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("code", "damage", "words"),
+    [
+        (2, another_shape, "was made for a model with num_kv_heads 8, but"),
+        (2, another_model, "was made for other files of this shape (sha256 0000000000000000)"),
+        (1, no_identity, "does not tell which model it was made for"),
+        (1, without("rules"), "it has no 'rules'"),
+        (1, without("rules_sha256"), "it has no 'rules_sha256'"),
+        (1, without("budget"), "it has no 'budget'"),
+        (1, without("lengths"), "it has no 'lengths'"),
+        (1, rule([64]), "the rule of layer 0, KV head 1 must be [alpha, beta], got [64]"),
+        (1, rule([0.5, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
+        (1, rule([True, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
+        (1, rule([99999, 0]), "within the context of 2048, got 99999"),
+        (1, rule([0, 1.5]), "beta of layer 0, KV head 1 must be a number from 0 to 1, got 1.5"),
+        (1, rule([0, "all"]), "beta of layer 0, KV head 1 must be a number from 0 to 1"),
+        (1, field("rules", [[[0, 1.0]]]), "rules must be 2 layers of 2 KV heads"),
+        (1, field("rules", 7), "holds no usable plan"),
+        (1, field("block", 0), "must be multiples of block"),
+        (1, field("sink", 10), "must be multiples of block"),
+        (1, field("min_span", 16), "min_span must exceed sink"),
+        (1, field("min_span", "big"), "min_span must be a whole number"),
+        (1, field("windows", [64, 64]), "windows must be the model's own"),
+        (1, field("budget", 2), "a budget of 2, expected above 0 and at most 1"),
+        (1, field("lengths", [512, 9999]), "a length of 9999, expected 1 to 2048 tokens"),
+        (1, field("unseen", "x"), "a length of 'x'"),
+    ],
+)
+def test_plans_that_are_refused(
+    compiling: list[object],
+    plan_file: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    code: int,
+    damage: Callable[[Data], None],
+    words: str,
+) -> None:
+    edit(plan_file, damage)
+    assert words in refused(code, capsys, *compiling, "--plan", plan_file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"budget": NaN}', "is not JSON (NaN is no JSON number)"),
+    ],
+)
+def test_files_that_are_no_plan(
+    compiling: list[object], tmp_path: Path, capsys: Capture, text: str | None, words: str
+) -> None:
+    file = tmp_path / "other.json"
+    if text is not None:
+        file.write_text(text)
+    assert words in refused(1, capsys, *compiling, "--plan", file)
+
+
+def test_a_plan_of_another_checkpoint(
+    tiny_checkpoint: Make, plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    other = tiny_checkpoint("qwen3")
+    sentence = refused(2, capsys, "compile", other, "-o", tmp_path / "out", "--plan", plan_file)
+    assert "was made for a model with family llama" in sentence
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(["--budget", "0.5"], ["--max-loss", "1"], ["--seed", "0"], ["--samples", "5"]),
+        *(["--max-kv-bytes", "1MiB"], ["--lengths", "512"], ["--sink", "64"]),
+    ],
+)
+def test_a_plan_and_planning_exclude_each_other(
+    compiling: list[object], plan_file: Path, capsys: Capture, asked: list[str]
+) -> None:
+    sentence = refused(2, capsys, *compiling, "--plan", plan_file, *asked)
+    assert "--plan brings its own plan" in sentence
+    assert asked[0] in sentence
+
+
+def test_a_request_that_plans_beside_a_plan(
+    tiny_package: Compiled, plan_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--budget asks for another"):
+        compile_model(
+            tiny_package.checkpoint,
+            tmp_path / "out",
+            request=request(budget=0.25, lengths=None, samples=5),
+            plan=plan_file,
+        )
+
+
+# ---- --max-kv-bytes
+
+
+def test_sizes_as_people_write_them() -> None:
+    sizes = {"24GiB": 24 << 30, "512MiB": 512 << 20, "1e9": 10**9, "1.5e3": 1500, "2GB": 2 * 10**9}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for wrong in ("", "e9", "1e-3", "-1", "1e999", "inf", "GiB", "0"):
+        with pytest.raises(UsageError):
+            parse_size(wrong)
+
+
+def test_a_session_never_allocates_more_than_the_cap(
+    tiny_package: Compiled, compiling: list[object], tmp_path: Path
+) -> None:
+    batch, length = 3, 1536
+    spec = open_artifact(tiny_package.package).spec
+    token = spec.kv_token_bytes(2)
+    most = int(0.6 * 4 * length * batch * token) + 17
+    asked = ["--max-kv-bytes", most, "--batch", batch, "--length", length]
+    asked += ["--dtype", "bfloat16"]
+    assert moac_command(*compiling, *options(), *asked) == 0
+    artifact = open_artifact(tmp_path / "out")
+    told = load_plan_record(artifact)["kv_cap"]
+    assert told["length"] == length
+    assert told["max_bytes"] == most
+    kind = torch.bfloat16
+    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+    session = Session(decoder, artifact.plan, artifact.head_order, batch=batch, capacity=length)
+    held = session.kv_bytes()
+    assert held == told["held_bytes"] <= most
+    budget = load_plan_record(artifact)["budget"]
+    assert all(artifact.plan.density(n) <= budget for n in (512, 768, 1536))
+
+
+def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
+    checkpoint = open_checkpoint(str(tiny_package.checkpoint))
+    layout = Layout(
+        num_kv_heads=2, sink=16, block=16, min_span=32, windows=checkpoint.spec.windows
+    )
+    asked = request(max_kv_bytes=700_001, batch=1, length=2000, dtype="float32")
+    cap = KvCap.of(checkpoint, asked)
+    assert cap is not None
+    budget = cap.budget(layout, (512, 768, 2000))
+    tokens = 700_001 // cap.token_bytes
+    assert allowed_tokens(layout, budget, 2000) == tokens
+
+
+def test_a_cap_that_is_too_small_names_the_smallest(
+    tiny_package: Compiled, planning: list[object], capsys: Capture, tmp_path: Path
+) -> None:
+    asked = [*planning, "--batch", 2, "--length", 2048, "--dtype", "float32", "--max-kv-bytes"]
+    sentence = refused(1, capsys, *asked, "1000")
+    assert "no plan fits the 1000 bytes of --max-kv-bytes" in sentence
+    least = int(sentence.split("give --max-kv-bytes ")[1].split(" or more")[0])
+    assert "no plan fits" in refused(1, capsys, *asked, str(least - 1))
+    assert moac_command(*asked, str(least), "--dry-run") == 0
+
+
+def test_a_cap_that_dense_fits(planning: list[object], capsys: Capture) -> None:
+    asked = [*planning, "--max-kv-bytes", "1GiB"]
+    assert "the dense model holds" in refused(2, capsys, *asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--batch", "8"], "--batch says what --max-kv-bytes is for; give --max-kv-bytes with it"),
+        (["--length", "64"], "--length says what --max-kv-bytes is for"),
+        (["--max-kv-bytes", "much"], "'much' is not a size, expected one like 2GB"),
+        (["--max-kv-bytes", "0"], "'0' is no bytes at all"),
+        (["--max-kv-bytes", "1MB", "--batch", "0"], "batch is 0, expected at least 1"),
+        (["--max-kv-bytes", "1MB", "--length", "4096"], "is beyond the model's context of 2048"),
+        (
+            ["--max-kv-bytes", "1MB", "--length", "1024", "--capacity", "1000"],
+            "is beyond the capacity of 1000 tokens",
+        ),
+        (["--max-kv-bytes", "1MB", "--length", "32"], "is no longer than the smallest span of 32"),
+        (["--max-kv-bytes", "1MB", "--budget", "0.5"], "--budget and --max-kv-bytes both say"),
+        (["--max-loss", "1", "--budget", "0.5"], "--budget and --max-loss both say"),
+        (["--max-loss", "1", "--max-kv-bytes", "1MB"], "--max-kv-bytes and --max-loss both say"),
+        (["--max-loss", "0"], "the most loss is 0, expected a number of nats a token above 0"),
+        (["--max-loss", "-1"], "the most loss is -1"),
+        (["--max-loss", "nan"], "the most loss is nan"),
+        (["--max-loss", "inf"], "the most loss is inf"),
+        (["--max-loss", "little"], "'little' is not a valid float"),
+        (["--target", "onnx"], "No such option"),
+        (["--budget", "2"], "the budget is 2, expected above 0 and at most 1"),
+    ],
+)
+def test_wrong_usage_of_plan(
+    planning: list[object], tmp_path: Path, capsys: Capture, asked: list[str], words: str
+) -> None:
+    assert words in refused(2, capsys, *planning, *asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_goals_in_a_request() -> None:
+    with pytest.raises(UsageError, match="a budget and the most loss were given"):
+        request(budget=0.25, max_loss=0.1)
+
+
+# ---- --max-loss
+
+
+def test_the_least_memory_that_keeps_a_loss(
+    made: Path, planning: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    limit = read(made)["predicted_loss"]["interval"][1] * 1.5
+    assert moac_command(*planning, "--max-loss", limit) == 0
+    told = capsys.readouterr().out
+    found = read(tmp_path / "made.json")
+    assert found["max_loss"] == limit
+    assert found["predicted_loss"]["interval"][1] <= limit
+    assert f"{found['budget']:.4f}, the least with at most" in told
+    assert max(found["density"].values()) <= found["budget"] < 1
+
+
+def test_a_loss_that_no_plan_keeps(
+    planning: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    assert moac_command(*planning, "--max-loss", "1e-12") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no plan keeps --max-loss 1e-12: even at density" in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
