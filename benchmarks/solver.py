@@ -62,7 +62,7 @@ def instance(shape: Shape, *, seed: int) -> Problem:
     rng = np.random.default_rng(seed)
     heads = (shape.layers, shape.kv_heads, 1)
     # Spread of the magnitudes, and its split over layers, heads and lengths, as in SmolLM2's own.
-    size = 0.7 * rng.normal(size=(shape.layers, 1, 1)) + 1.0 * rng.normal(size=heads)
+    size = 0.9 * rng.normal(size=(shape.layers, 1, 1)) + 0.7 * rng.normal(size=heads)
     decay = np.exp(0.5 * rng.normal(size=heads))
     spread = rng.beta(0.5, 1.5, size=heads)
     objectives = tuple(

@@ -7,14 +7,17 @@ others keep bounds, and the bounds sweep the range that the best plans span.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from moac.planning.milp import TIE_BREAK, Choices, FrontPoint, minimise
+from moac.planning.milp import TIE_BREAK, FrontPoint, Optimiser
 from moac.planning.problem import Floats, Problem
 from moac.planning.solver import SolverOptions
 
 FRONT_GAP = 1e-2  # a hundredth of the loss: less than the tables can tell apart
+EDGE = 1.5e-3  # where plans cost this much more than their bound, the bounds leave next to none
+CELL_NODES = 500  # some bounds make a hard program, and any of their neighbours would do
 
 
 def pareto_front(
@@ -28,23 +31,30 @@ def pareto_front(
     if points < 1:
         raise ValueError(f"points must be >= 1, got {points}")
     options = options or SolverOptions(gap=FRONT_GAP)
-    choices = Choices.of(problem)
-    found = [_extreme(choices, k, options) for k in range(len(problem.objectives))]
+    optimiser = Optimiser(problem)
+    found = [_extreme(optimiser, k, options) for k in range(len(problem.objectives))]
     for bounds in _sweep(np.array([point.losses for point in found]), 2 * points):
         front = _undominated(found)
         if len(front) >= points:
             return front
-        weights = _leading(choices, 0)
-        point = minimise(choices, weights=weights, bounds=bounds, options=options)
-        found.extend([] if point is None else [point])
+        point = optimiser.minimise(
+            weights=_leading(optimiser, 0),
+            bounds=bounds,
+            options=replace(options, nodes=CELL_NODES),
+            known=found,
+            within=EDGE,
+        )
+        if point is not None and point.record.status != "node limit":
+            found.append(point)
     return _undominated(found)
 
 
-def _extreme(choices: Choices, lead: int, options: SolverOptions) -> FrontPoint:
+def _extreme(optimiser: Optimiser, lead: int, options: SolverOptions) -> FrontPoint:
     """The best plan for objective `lead` (to within the gap), and of those the others' best."""
+    choices = optimiser.choices
     count = len(choices.scale)
     free = np.full(count, np.inf)
-    first = minimise(choices, weights=_leading(choices, lead), bounds=free, options=options)
+    first = optimiser.minimise(weights=_leading(optimiser, lead), bounds=free, options=options)
     if first is None:
         raise RuntimeError("the solver found no plan, though the smallest one fits the budget")
     if count == 1:
@@ -53,11 +63,12 @@ def _extreme(choices: Choices, lead: int, options: SolverOptions) -> FrontPoint:
     given = options.gap * (first.losses[lead] - choices.ideal[lead])
     bounds[lead] = first.losses[lead] + given + 1e-5 * choices.scale[lead]
     others = np.where(np.arange(count) == lead, 0.0, 1 / choices.scale)
-    return minimise(choices, weights=others, bounds=bounds, options=options) or first
+    return optimiser.minimise(weights=others, bounds=bounds, options=options) or first
 
 
-def _leading(choices: Choices, lead: int) -> Floats:
+def _leading(optimiser: Optimiser, lead: int) -> Floats:
     """Weights that minimise objective `lead` and break its ties by the others."""
+    choices = optimiser.choices
     count = len(choices.scale)
     share = np.where(np.arange(count) == lead, 1.0, TIE_BREAK / count)
     weights: Floats = share / choices.scale
@@ -79,8 +90,8 @@ def _sweep(payoff: Floats, tries: int) -> Iterator[Floats]:
         ratio = (1 + ratio) ** (1 / (dimensions + 1))
     steps = ratio ** -np.arange(1.0, dimensions + 1)
     for i in range(1, tries + 1):
-        share = np.append(np.inf, (0.5 + i * steps) % 1)
-        yield np.where(np.isinf(share), np.inf, low + share * (high - low))
+        share = (0.5 + i * steps) % 1
+        yield np.append(np.inf, low[1:] + share * (high - low)[1:])
 
 
 def _undominated(points: list[FrontPoint]) -> list[FrontPoint]:

@@ -1,14 +1,14 @@
-"""Running HiGHS on a planning program: relax, search a small core, then prove on what is left.
+"""Running HiGHS on a planning program: relax, then search near the relaxation, then farther.
 
 The linear relaxation of a knapsack is nearly whole and costs milliseconds. Its reduced costs say
-which choices a good plan draws from (the core, searched first) and, once a plan is known, which
-choices no better plan can contain, so that the last search sees few columns.
+by how much a plan with some choice is above the bound at least, so that a search for plans near
+the bound sees few columns, and proves that there is none where it finds none.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import highspy
 import numpy as np
@@ -16,6 +16,9 @@ import numpy as np
 from moac.planning.program import Floats
 
 ABSOLUTE_GAP = 1e-9
+COARSE = 1e-3  # how near the bound the first search looks, even where a proof is asked for
+STOPPED = ("time limit", "node limit")
+WIDER = 4.0  # times as far looks each further search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +26,20 @@ class SolverOptions:
     """`time_limit`: seconds a solve may take, None for as long as it needs.
 
     `gap`: the share of the loss (above the loss of the best rules without a budget) by which the
-    result may miss the optimum; 0 asks for a proof.
+    result may miss the optimum; 0 asks for a proof. `nodes`: of the tree that one search may
+    look at, None for all.
     """
 
     time_limit: float | None = None
+    nodes: int | None = None
     gap: float = 1e-4
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """`status`: "optimal", "time limit" or "infeasible". `values` `[columns]` or None; no solution
-    has less than `bound`, in the program's own units.
+    """`status`: "optimal", "time limit", "node limit", "infeasible", or "known" (see `solve`).
+    `values` `[columns]` or None; no solution has less than `bound`, in the program's own units.
     """
 
     status: str
@@ -43,8 +48,25 @@ class Outcome:
     bound: float
 
 
-def solve(lp: highspy.HighsLp, *, core: int, options: SolverOptions) -> Outcome:
-    """Minimise `lp`, whose objective is never negative. `core`: columns to search first, or 0."""
+def is_close(objective: float, bound: float, options: SolverOptions) -> bool:
+    """Whether a plan of that `objective` is as good as was asked for."""
+    return np.isfinite(objective) and objective - bound <= options.gap * objective + ABSOLUTE_GAP
+
+
+def solve(
+    lp: highspy.HighsLp,
+    *,
+    options: SolverOptions,
+    target: float = 0.0,
+    known: float = np.inf,
+    proof: bool = True,
+) -> Outcome:
+    """Minimise `lp`, whose objective is never negative.
+
+    Any solution of at most `target` will do; without `proof`, so will the first search's. `known`:
+    the value of a solution at hand; where none can be better by more than the gap, the outcome is
+    "known" and holds no values.
+    """
     limit = np.inf if options.time_limit is None else options.time_limit
     deadline = time.perf_counter() + limit
     highspy.Highs.resetGlobalScheduler(True)  # it keeps the thread count of the first solve
@@ -56,30 +78,47 @@ def solve(lp: highspy.HighsLp, *, core: int, options: SolverOptions) -> Outcome:
     if status != highspy.HighsModelStatus.kOptimal:
         return Outcome(_word(status), None, np.inf, 0.0)
     bound = max(relaxed.getInfo().objective_function_value, 0.0)
-    reduced = np.array(relaxed.getSolution().col_dual)
-    first = Outcome("infeasible", None, np.inf, bound)
-    if 0 < core < len(reduced):
-        lp.col_upper_ = np.where(reduced > np.partition(reduced, core)[core], 0.0, upper)
-        first = _search(lp, options, deadline, bound=bound)
-        if first.objective - bound <= options.gap * first.objective + ABSOLUTE_GAP:
-            return Outcome("optimal", first.values, first.objective, bound)
-    lp.col_upper_ = np.where(reduced > first.objective - bound + 1e-6, 0.0, upper)
-    last = _search(lp, options, deadline, bound=bound)
-    best = last if last.objective <= first.objective else first
-    proved = first.values is not None and last.status == "infeasible"  # nothing better is left
-    return Outcome(
-        "optimal" if proved else last.status,
-        best.values,
-        best.objective,
-        max(bound, last.bound),
-    )
+    if is_close(known, bound, options):
+        return Outcome("known", None, np.inf, bound)
+    target = max(target, bound * (1 + options.gap))
+    dearness = np.array(relaxed.getSolution().col_dual)
+    best = Outcome("infeasible", None, np.inf, bound)
+    reach = first_reach(bound, options)
+    while True:
+        lp.col_upper_ = np.where(dearness > reach, 0.0, upper)
+        found = _search(lp, options, deadline, bound=bound, target=target)
+        best = best_of(best, found, proven=bound + reach)
+        missed = best.objective - bound
+        last = reach >= min(missed, dearness.max(initial=0.0)) or found.status in STOPPED
+        found_one = best.values is not None and not proof
+        if last or found_one or _enough(best, target, options):
+            break
+        reach = min(missed, WIDER * reach) + 1e-6
+    proved = _enough(best, target, options)
+    return replace(best, status="optimal" if proved else found.status)
+
+
+def first_reach(bound: float, options: SolverOptions) -> float:
+    """How far above `bound` the first search looks: a little more than its plan may be."""
+    return 2 * max(options.gap, COARSE) * bound + 1e-6
+
+
+def best_of(best: Outcome, found: Outcome, *, proven: float) -> Outcome:
+    """The better solution; `found` searched all that can be in one of less than `proven`."""
+    least = np.inf if found.status == "infeasible" else found.bound
+    better = found if found.objective < best.objective else best
+    least = min(least, proven, better.objective)
+    return replace(better, bound=max(best.bound, least if np.isfinite(least) else best.bound))
+
+
+def _enough(best: Outcome, target: float, options: SolverOptions) -> bool:
+    return is_close(best.objective, best.bound, options) or best.objective <= target
 
 
 def _search(
-    lp: highspy.HighsLp, options: SolverOptions, deadline: float, *, bound: float
+    lp: highspy.HighsLp, options: SolverOptions, deadline: float, *, bound: float, target: float
 ) -> Outcome:
-    """Branch and bound until the gap is closed, to the solver's own bound or to `bound`."""
-    target = bound * (1 + options.gap)
+    """Branch and bound until the gap is closed, or a solution of at most `target` is found."""
     solver = _run(lp, options, deadline, target=target)
     if solver.getModelStatus() == highspy.HighsModelStatus.kSolveError:
         # HiGHS 1.15 can presolve a small program to a point that breaks a row, and notices.
@@ -114,6 +153,7 @@ def _run(
         "mip_abs_gap": ABSOLUTE_GAP,
         "objective_target": target,
         "presolve": presolve,
+        "mip_max_nodes": highspy.kHighsIInf if options.nodes is None else options.nodes,
         "time_limit": max(deadline - time.perf_counter(), 0.0),
     }
     for name, value in settings.items():
@@ -128,6 +168,7 @@ def _word(status: highspy.HighsModelStatus) -> str:
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kObjectiveTarget: "optimal",
         highspy.HighsModelStatus.kTimeLimit: "time limit",
+        highspy.HighsModelStatus.kSolutionLimit: "node limit",
         highspy.HighsModelStatus.kInfeasible: "infeasible",
         highspy.HighsModelStatus.kUnboundedOrInfeasible: "infeasible",  # no cost is negative
     }

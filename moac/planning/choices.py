@@ -1,0 +1,112 @@
+"""A problem as flat columns, and a goal over them, shifted and scaled for a solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moac.planning.problem import Bools, Floats, Ints, Problem, undominated
+from moac_runtime.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choices:
+    """The problem's columns: `layer`, `head` and `rule` of every choice that is left, `[C]`.
+
+    `tokens` `[C, lengths]` whole numbers; `losses` `[C, objectives]`, from each head's own best
+    choice upward, in units of `scale` `[objectives]`; `ideal` `[objectives]` the sum of those
+    bests. Shifted and scaled so that solver tolerances mean the same for every table.
+    """
+
+    problem: Problem
+    layer: Ints
+    head: Ints
+    rule: Ints
+    tokens: Ints
+    losses: Floats
+    scale: Floats
+    ideal: Floats
+
+    @classmethod
+    def of(cls, problem: Problem) -> Choices:
+        """Every choice of `problem` that a best plan can contain."""
+        sizes, losses = problem.sizes(), problem.losses()
+        keep = undominated(sizes, losses, whole_layers=problem.limit is not None)
+        best = np.where(keep[..., None], losses, np.inf).min(axis=2, keepdims=True)
+        above = np.where(keep[..., None], losses - best, 0.0)
+        spread = above.max(axis=2).mean(axis=(0, 1))
+        scale = np.where(spread > 0, spread, 1.0)
+        layer, head, rule = np.nonzero(keep)
+        return cls(
+            problem=problem,
+            layer=layer,
+            head=layer * problem.layout.num_kv_heads + head,
+            rule=rule,
+            tokens=sizes[layer, rule],
+            losses=above[layer, head, rule] / scale,
+            scale=scale,
+            ideal=best.sum(axis=(0, 1, 2)),
+        )
+
+    def only(self, keep: Bools) -> Choices:
+        """The choices where `keep` `[C]`, in the same units."""
+        return replace(
+            self,
+            layer=self.layer[keep],
+            head=self.head[keep],
+            rule=self.rule[keep],
+            tokens=self.tokens[keep],
+            losses=self.losses[keep],
+        )
+
+    def smallest(self) -> Ints:
+        """The first plan there is: per head the choice that holds the fewest tokens, `[heads]`."""
+        order = np.lexsort((self.rule, self.tokens.sum(axis=1), self.head))
+        _, first = np.unique(self.head[order], return_index=True)
+        return order[first]
+
+    def plan(self, chosen: Ints) -> Plan:
+        """The plan of `chosen` `[heads]`, one choice per head in order."""
+        layout, rules = self.problem.layout, self.problem.rules
+        grid = self.rule[chosen].reshape(layout.num_layers, layout.num_kv_heads)
+        return layout.plan([[rules[rule] for rule in layer] for layer in grid])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Goal:
+    """What to minimise over choices: `cost . losses`, plus the worst of `ratios * losses - room`.
+
+    All `[objectives]`, losses as `Choices` scales them. `upper`: what they may sum to, infinite
+    where free. `ratios` and `room` are None without a worst objective. In the tables' own units
+    the value is `floor + unit * value`; it is never negative.
+    """
+
+    cost: Floats
+    upper: Floats
+    ratios: Floats | None
+    room: Floats | None
+    floor: float
+    unit: float
+
+    @classmethod
+    def of(
+        cls, choices: Choices, weights: Floats, bounds: Floats, units: Floats | None = None
+    ) -> Goal:
+        """Least `weights . losses`, plus `max(losses / units)`, with `losses <= bounds`."""
+        cost, ideal = weights * choices.scale, choices.ideal
+        floor, most = float(weights @ ideal), float(cost.max())
+        upper = (bounds - ideal) / choices.scale
+        if units is None:
+            return cls(cost / most, upper, None, None, floor, most)
+        ratios = choices.scale / units
+        unit, best = max(most, float(ratios.max())), float((ideal / units).max())
+        room = (best - ideal / units) / unit
+        return cls(cost / unit, upper, ratios / unit, room, floor + best, unit)
+
+    def value(self, losses: Floats) -> float:
+        """Of a plan whose choices' `losses` `[objectives]` are summed."""
+        value = float(self.cost @ losses)
+        if self.ratios is None or self.room is None:
+            return value
+        return value + float((self.ratios * losses - self.room).max())

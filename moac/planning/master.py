@@ -1,0 +1,152 @@
+"""The master program of the column generation: a mixture of whole layers, kept by HiGHS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+
+from moac.planning.choices import Goal
+from moac.planning.problem import Floats, Ints
+
+_DROPPED = 1e-9  # what HiGHS itself would drop, with a warning
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Whole layers, `[n]`: `layer`, and the `rule_set` it was planned with.
+
+    `tokens` `[n, lengths]` and `losses` `[n, objectives]` are summed over the layer's heads.
+    """
+
+    layer: Ints
+    rule_set: Ints
+    tokens: Floats
+    losses: Floats
+
+    def and_also(self, other: Columns) -> Columns:
+        """Both, `other` last."""
+        return Columns(
+            np.concatenate([self.layer, other.layer]),
+            np.concatenate([self.rule_set, other.rule_set]),
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.losses, other.losses]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prices:
+    """What the rows charge: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
+
+    `fixed` is to be subtracted once. `layers` `[layers]`: the least that a column of each layer
+    pays at these prices.
+    """
+
+    tokens: Floats
+    losses: Floats
+    fixed: float
+    layers: Floats
+
+
+class Master:
+    """Rows: one mixture a layer, budgets, bounds, and the worst objective where there is one.
+
+    Until `charge` it only looks for a mixture that keeps the bounds: its value is by how much
+    they are missed. From then on it minimises the goal, and no bound may be missed.
+    """
+
+    def __init__(self, goal: Goal, budget: Floats, columns: Columns, *, num_layers: int) -> None:
+        self.charged = False
+        self._goal, self._budget, self._num_layers = goal, budget, num_layers
+        room = np.zeros(0) if goal.room is None else goal.room
+        self._room = room
+        upper = np.concatenate([np.ones(num_layers), budget, goal.upper, room])
+        lower = np.concatenate([np.ones(num_layers), np.full(len(upper) - num_layers, -np.inf)])
+        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        self._solver.setOptionValue("output_flag", False)
+        self._solver.setOptionValue("threads", 1)
+        none = np.zeros(0, dtype=np.int32)
+        self._solver.addRows(
+            len(upper), lower, upper, 0, np.zeros(len(upper), dtype=np.int32), none, np.zeros(0)
+        )
+        first = num_layers + len(budget)
+        misses = [np.array([row]) for row in range(first, first + len(goal.upper))]
+        worst = [np.arange(len(upper) - len(room), len(upper))] if len(room) else []
+        for number, rows in enumerate([*misses, *worst]):
+            cost = 1.0 if number < len(misses) else 0.0
+            self._solver.addCol(
+                cost, 0.0, np.inf, len(rows), rows.astype(np.int32), np.full(len(rows), -1.0)
+            )
+        self._own = len(misses) + len(worst)
+        self._columns = columns
+        self._pass(columns)
+
+    def add(self, columns: Columns) -> None:
+        """Mix `columns` in, too."""
+        self._columns = self._columns.and_also(columns)
+        self._pass(columns)
+
+    def charge(self) -> None:
+        """From here on minimise the goal; no bound may be missed."""
+        self.charged = True
+        missed, worst = len(self._goal.upper), self._own - len(self._goal.upper)
+        costs = np.concatenate([np.zeros(missed), np.ones(worst), self._cost(self._columns)])
+        every = np.arange(len(costs), dtype=np.int32)
+        self._solver.changeColsCost(len(costs), every, costs)
+        self._solver.changeColsBounds(missed, every[:missed], np.zeros(missed), np.zeros(missed))
+
+    def solve(self) -> tuple[float, Prices]:
+        """The best mixture's value, and the prices under which it is the best."""
+        self._solver.run()
+        status = self._solver.getModelStatus()
+        if status != highspy.HighsModelStatus.kOptimal:
+            raise RuntimeError(f"the solver stopped with {status.name} on a mixture of layers")
+        value = self._solver.getInfo().objective_function_value
+        return value, self._prices(np.array(self._solver.getSolution().row_dual))
+
+    def share(self, num_sets: int) -> Floats:
+        """How much of each layer is planned with each set of rules, `[layers, sets]`."""
+        found = np.array(self._solver.getSolution().col_value)[self._own :]
+        share = np.zeros((self._num_layers, num_sets))
+        np.add.at(share, (self._columns.layer, self._columns.rule_set), found)
+        return share
+
+    def _cost(self, columns: Columns) -> Floats:
+        cost: Floats = columns.losses @ self._goal.cost
+        return cost if self.charged else np.zeros_like(cost)
+
+    def _pass(self, columns: Columns) -> None:
+        count = len(columns.layer)
+        parts = [np.ones((count, 1)), columns.tokens, columns.losses]
+        parts += [] if self._goal.ratios is None else [columns.losses * self._goal.ratios]
+        values = np.hstack(parts)
+        shared = np.arange(self._num_layers, self._num_layers + values.shape[1] - 1)
+        rows = np.hstack([columns.layer[:, None], np.tile(shared, (count, 1))])
+        used = np.abs(values) > _DROPPED
+        starts = np.concatenate([[0], used.sum(axis=1).cumsum()[:-1]])
+        self._solver.addCols(
+            count,
+            self._cost(columns),
+            np.zeros(count),
+            np.full(count, np.inf),
+            int(used.sum()),
+            starts.astype(np.int32),
+            rows[used].astype(np.int32),
+            values[used],
+        )
+
+    def _prices(self, duals: Floats) -> Prices:
+        """Prices that bound: not negative, and no dearer than a miss and the worst cost."""
+        layers, charged = duals[: self._num_layers], np.maximum(-duals[self._num_layers :], 0.0)
+        ends = np.cumsum([len(self._budget), len(self._goal.upper)])
+        tokens, losses, worst = np.split(charged, ends)
+        bounded = np.isfinite(self._goal.upper)
+        losses = np.where(bounded, losses if self.charged else np.minimum(losses, 1.0), 0.0)
+        fixed = tokens @ self._budget + losses[bounded] @ self._goal.upper[bounded]
+        if self._goal.ratios is not None:
+            most = 1.0 if self.charged else 0.0
+            worst = worst * min(1.0, most / max(worst.sum(), _DROPPED))
+            fixed += worst @ self._room
+            losses = losses + worst * self._goal.ratios
+        return Prices(tokens, losses, float(fixed), layers)
