@@ -21,6 +21,7 @@ from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.sampling import (
     Sampler,
     SamplingOptions,
+    check_chosen,
     filter_scores,
     penalise,
     probabilities,
@@ -188,8 +189,12 @@ def test_seeds() -> None:
 def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float) -> None:
     logits = random_logits()
     logits[1, 5] = bad
+    options = SamplingOptions(temperature=temperature)
+    tokens = sample(logits, options, generators=generators(3)).tolist()
+    assert [token < 0 for token in tokens] == [False, True, False]
     with pytest.raises(MoacError, match="not finite"):
-        sample(logits, SamplingOptions(temperature=temperature), generators=generators(3))
+        check_chosen(tokens)
+    check_chosen(tokens[:1])
 
 
 def test_every_row_needs_a_generator() -> None:

@@ -40,8 +40,8 @@ class ArrayLibrary(Protocol):
     def marked(self, x: Array, places: Array, marks: Array) -> Array:
         """False everywhere in the shape of `x` but for `marks` at `places`."""
 
-    def finite(self, x: Array) -> bool:
-        """Whether every element is a finite number."""
+    def finite(self, x: Array) -> Array:
+        """Whether each element is a finite number."""
 
     def unseen(self, x: Array) -> Array:
         """False everywhere, in the shape of `x`."""
@@ -84,8 +84,8 @@ class _Torch:
     def marked(self, x: Array, places: Array, marks: Array) -> Array:
         return self.unseen(x).scatter(-1, places, marks)
 
-    def finite(self, x: Array) -> bool:
-        return bool(x.isfinite().all())
+    def finite(self, x: Array) -> Array:
+        return x.isfinite()
 
     def unseen(self, x: Array) -> Array:
         import torch
@@ -140,10 +140,10 @@ class _NumPy:
         np.put_along_axis(found, places, marks, axis=-1)
         return found
 
-    def finite(self, x: Array) -> bool:
+    def finite(self, x: Array) -> Array:
         import numpy as np
 
-        return bool(np.isfinite(x).all())
+        return np.isfinite(x)
 
     def unseen(self, x: Array) -> Array:
         import numpy as np

@@ -16,7 +16,7 @@ from typing import Literal, Protocol, TypedDict, Unpack
 from moac_runtime.arrays import Array
 from moac_runtime.artifact import Artifact, Opening, start_opening
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.sampling import Sampler, SamplingOptions
+from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
 from moac_runtime.spec import ModelSpec
 from moac_runtime.text import Message, StopStrings, Tokenizer
 
@@ -207,7 +207,9 @@ class Batch:
         self._held_bytes = session.kv_bytes()
         active = self._answers
         while True:
-            for answer, token in zip(active, tokens.tolist(), strict=True):
+            chosen = tokens.tolist()  # the one wait for the device in a step
+            check_chosen(chosen)
+            for answer, token in zip(active, chosen, strict=True):
                 answer.push(token)
             yield
             started = time.perf_counter()

@@ -68,19 +68,30 @@ def sample(
 ) -> Array:
     """The next token of every row, `[B]` int64, from `logits` `[B, V]`, of the same library.
 
+    -1 where a row's logits are not finite: to ask here would wait for a device, so
+    `check_chosen` asks once the tokens are on the host.
+
     `seen` `[B, V]` bool: tokens of the row's prompt and answer, for the repetition penalty.
-    `generators`: one per row, unused when greedy. Raises MoacError where logits are not finite.
+    `generators`: one per row, unused when greedy.
     """
     scores = _scores(logits, options, seen)
     best, choice = library_of(scores).best(scores)
-    if not library_of(best).finite(best):
+    library = library_of(best)
+    usable = library.finite(best)
+    if options.temperature > 0:
+        scores = library.where(usable[:, None], scores, 0.0)
+        best = library.where(usable, best, 0.0)
+        choice = _draw(_probabilities(scores, best, options), generators)
+    return library.where(usable, choice, -1)
+
+
+def check_chosen(tokens: Sequence[int]) -> None:
+    """Raises MoacError where `sample` found a row's logits to be no numbers."""
+    if min(tokens) < 0:
         raise MoacError(
             "the model's logits are not finite numbers, so no token can be chosen; "
             "run with --dtype float32"
         )
-    if options.temperature == 0:
-        return choice
-    return _draw(_probabilities(scores, best, options), generators)
 
 
 def probabilities(logits: Array, options: SamplingOptions, *, seen: Array | None = None) -> Array:
