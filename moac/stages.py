@@ -183,7 +183,7 @@ def measure(
     """Run `plan` (None: the dense model) on every sample; what was run before is not again."""
     losses: dict[str, list[float]] = {}
     for sample in samples:
-        losses.setdefault(sample.domain, []).append(_sample_loss(bench, sample, plan))
+        losses.setdefault(sample.domain, []).append(sample_loss(bench, sample, plan))
     return Measured(name, {domain: float(np.mean(found)) for domain, found in losses.items()})
 
 
@@ -262,7 +262,8 @@ def _sample_table(bench: Bench, sample: CalibrationSample) -> Tensor:
     return kept["influence"]
 
 
-def _sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> float:
+def sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> float:
+    """The mean loss in nats of a sample's answer tokens under `plan`; None is the dense model."""
     stated = None if plan is None else plan.to_json()
     name = bench.key("moac.profiling", stage="validate", sample=asdict(sample), plan=stated)
     kept = bench.workspace.load_json("loss", name)
