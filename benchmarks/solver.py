@@ -4,16 +4,19 @@
 
 Instances are drawn from a seed (`instance`), with losses that behave as measured ones do: over
 heads they are heavy-tailed, with spans they fall, fast for most heads and slowly for the few that
-need the whole text, and one head's losses at different lengths resemble each other.
+need the whole text, and one head's losses at different lengths resemble each other. `--profile`
+adds fronts of measured losses (`measured`), by default those of SmolLM2-135M-Instruct.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +37,8 @@ from moac.planning import (
 from moac_runtime.span import Rule
 
 SINK, BLOCK, MIN_SPAN = 64, 64, 128
+PROFILE = "SmolLM2-135M"
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,32 @@ def _rules(shape: Shape) -> tuple[Rule, ...]:
     return tuple(every[i] for i in keep)
 
 
+def measured(path: Path, *, by_domain: bool, rules_per_layer: int | None = None) -> Problem:
+    """The problem of a compile's own profile, at the compile's default choices.
+
+    `path`: an .npz of loss tables `[layers, kv_heads, spans]` named `domain@length`, each in units
+    of what the uniform plan of the same budget loses. One objective for each, or for each length.
+    """
+    tables = {name: table.astype(np.float64) for name, table in np.load(path).items()}
+    lengths = sorted({int(name.split("@")[1]) for name in tables})
+    by_length = {n: [t for name, t in tables.items() if name.endswith(f"@{n}")] for n in lengths}
+    objectives = [Objective(str(n), n, np.mean(found, axis=0)) for n, found in by_length.items()]
+    if by_domain:
+        objectives = [Objective(name, int(name.split("@")[1]), t) for name, t in tables.items()]
+    layers, kv_heads, _ = objectives[0].table.shape
+    extrapolated = 2 * lengths[-1]
+    return Problem(
+        layout=Layout(kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * layers),
+        rules=candidate_rules(
+            lengths, block=BLOCK, min_span=MIN_SPAN, extrapolated=(extrapolated,)
+        ),
+        lengths=(*lengths, extrapolated),
+        objectives=tuple(objectives),
+        budget=0.5,
+        rules_per_layer=rules_per_layer,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Front:
     """One instance's front and what it took, in wall and CPU seconds."""
@@ -174,21 +205,34 @@ def table(fronts: Sequence[Front]) -> str:
     return "\n".join(rows)
 
 
+def problems(names: Sequence[str], profile: Path, *, seed: int) -> Iterator[tuple[str, Problem]]:
+    """The instances of these names, and the profile's own."""
+    for shape in SHAPES:
+        if shape.name in names:
+            yield shape.name, instance(shape, seed=seed)
+    if PROFILE in names:
+        yield f"{PROFILE}, a loss a length", measured(profile, by_domain=False)
+        yield f"{PROFILE}, a loss a length and domain", measured(profile, by_domain=True)
+        yield f"{PROFILE}, 2 rules a layer", measured(profile, by_domain=False, rules_per_layer=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--instances", nargs="*", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--instances", nargs="*", default=[*(s.name for s in SHAPES), PROFILE])
+    parser.add_argument("--profile", type=Path, default=HERE / "results/smollm2-influence.npz")
     parser.add_argument("--points", type=int, default=10, help="plans that a front should have")
     parser.add_argument("--gap", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", type=Path, help="a line for every search that HiGHS makes")
     options = parser.parse_args()
 
     fronts = []
-    for shape in SHAPES:
-        if shape.name in options.instances:
-            solver = SolverOptions(gap=options.gap, seed=options.seed)
-            problem = instance(shape, seed=options.seed)
-            fronts.append(run(shape.name, problem, solver, points=options.points))
+    with logged(options.log):
+        solver = SolverOptions(gap=options.gap, seed=options.seed)
+        for name, problem in problems(options.instances, options.profile, seed=options.seed):
+            logging.info("front of %s", name)
+            fronts.append(run(name, problem, solver, points=options.points))
     print(table(fronts))
     if options.json is not None:
         found = {
@@ -200,6 +244,20 @@ def main() -> None:
             "fronts": [front.to_json() for front in fronts],
         }
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@contextmanager
+def logged(path: Path | None) -> Iterator[None]:
+    """What the solver says of each of its searches, written to `path`."""
+    if path is not None:
+        logging.basicConfig(
+            filename=path,
+            filemode="w",
+            level=logging.INFO,
+            format="%(relativeCreated)d ms %(message)s",
+        )
+        logging.getLogger("moac.planning").setLevel(logging.DEBUG)
+    yield
 
 
 if __name__ == "__main__":

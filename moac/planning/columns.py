@@ -9,6 +9,7 @@ program are far from.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from moac.planning.choices import Choices, Goal
 from moac.planning.layers import rule_sets, set_prices
 from moac.planning.master import Columns, Master, Prices
 from moac.planning.problem import Bools, Floats, Ints
+
+_log = logging.getLogger(__name__)
 
 _NOTHING = 1e-9  # of a goal's value, which is of the order of one a head
 _UNMET = 1e-7  # by which HiGHS lets a row be broken
@@ -92,6 +95,7 @@ class Relaxation:
         infeasible = not master.charged and (done or not late) and value > _UNMET
         status = "infeasible" if infeasible else "optimal" if done else "time limit"
         bound = max(least_sum, 0.0) if master.charged else 0.0
+        _log.debug("mixture of layers, %s: %.6g, bound %.6g", status, value, bound)
         return Relaxed(status, bound, *best, master.share(len(self.rule_sets)))
 
     def _paid(self, prices: Prices, cost: Floats) -> Floats:

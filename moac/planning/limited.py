@@ -67,7 +67,7 @@ class _Search:
         """The best plan found, with what is proven of it."""
         heads = self._choices.problem.layout.num_heads
         unit = max(self._relaxed.bound, 1e-3 * heads)
-        reach, farthest = 2 * max(self._options.gap, COARSE) * unit, self._farthest()
+        reach, farthest = 2 * COARSE * unit, self._farthest()
         extra = len(self._above)
         while True:
             cut = self._cut(extra)

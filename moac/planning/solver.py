@@ -7,6 +7,7 @@ the bound sees few columns, and proves that there is none where it finds none.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from moac.planning.program import Floats
 
+_log = logging.getLogger(__name__)
+
 ABSOLUTE_GAP = 1e-9
-COARSE = 1e-3  # how near the bound the first search looks, even where a proof is asked for
+COARSE = 1e-3  # twice this share above the bound is where the first search looks
 STOPPED = ("time limit", "node limit")
 WIDER = 4.0  # times as far looks each further search
 
@@ -83,7 +86,7 @@ def solve(
     target = max(target, bound * (1 + options.gap))
     dearness = np.array(relaxed.getSolution().col_dual)
     best = Outcome("infeasible", None, np.inf, bound)
-    reach = first_reach(bound, options)
+    reach = first_reach(bound)
     while True:
         lp.col_upper_ = np.where(dearness > reach, 0.0, upper)
         found = _search(lp, options, deadline, bound=bound, target=target)
@@ -98,9 +101,9 @@ def solve(
     return replace(best, status="optimal" if proved else found.status)
 
 
-def first_reach(bound: float, options: SolverOptions) -> float:
-    """How far above `bound` the first search looks: a little more than its plan may be."""
-    return 2 * max(options.gap, COARSE) * bound + 1e-6
+def first_reach(bound: float) -> float:
+    """How far above `bound` the first search looks."""
+    return 2 * COARSE * bound + 1e-6
 
 
 def best_of(best: Outcome, found: Outcome, *, proven: float) -> Outcome:
@@ -125,6 +128,15 @@ def _search(
         solver = _run(lp, options, deadline, target=target, presolve="off")
     status, info = solver.getModelStatus(), solver.getInfo()
     word = _word(status)
+    _log.debug(
+        "%s: objective %.6g, bound %.6g, target %.6g, %d nodes, %d columns",
+        word,
+        info.objective_function_value,
+        info.mip_dual_bound,
+        target,
+        info.mip_node_count,
+        int(np.count_nonzero(lp.col_upper_)),
+    )
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return Outcome(word, None, np.inf, bound)
     found = info.mip_dual_bound
