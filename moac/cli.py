@@ -15,9 +15,7 @@ from moac.options import check_one_goal, given, numbers, planning_options, size,
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
 
 if TYPE_CHECKING:
-    from moac.compiler import CompileResult
     from moac.estimate import StageEstimate
-    from moac.planner import PlanResult
 
 _INTERRUPTED = 130
 
@@ -102,7 +100,7 @@ def plan_command(
     from moac.summary import plan_summary
 
     result = plan_model(model, output, request=request, work_dir=work_dir, force=force)
-    click.echo(_told(result) if as_json else plan_summary(result))
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else plan_summary(result))
 
 
 @cli.command("compile")
@@ -179,20 +177,7 @@ def compile_command(
     result = compile_model(
         model, output, request=request, plan=plan, work_dir=work_dir, force=force
     )
-    click.echo(_told(result) if as_json else compile_summary(result))
-
-
-def _told(result: PlanResult | CompileResult) -> str:
-    """What was made, as JSON."""
-    checks = getattr(result, "checks", None)
-    told = {
-        "path": str(result.path),
-        "record": result.record,
-        **({} if checks is None else {"checks": [check.to_json() for check in checks]}),
-        "seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
-    return json.dumps(told, indent=2)
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else compile_summary(result))
 
 
 def _show_estimate(stages: Sequence[StageEstimate], *, as_json: bool) -> None:
@@ -214,6 +199,45 @@ def inspect_command(package: Path, as_json: bool) -> None:
     found = inspect_package(package)
     look = Look.of(sys.stdout)
     click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found, look))
+
+
+@cli.command("report")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--eval",
+    "results",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="what `moac eval PACKAGE --json` printed: adds quality by length and depth",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="the page to write, outside of PACKAGE",
+)
+def report_command(package: Path, results: Path | None, out: Path) -> None:
+    """Write PACKAGE's report anew as one HTML page, with what an evaluation found.
+
+    The page inside PACKAGE stays as it is: its hash stands in the manifest.
+    """
+    from moac.inspection import inspect_package
+    from moac.report import read_evaluation, render_report
+
+    if out.resolve().is_relative_to(package.resolve()):
+        raise UsageError(
+            f"{out} is inside the package {package}, whose files are hashed; give -o a path "
+            "outside of it"
+        )
+    found = inspect_package(package)
+    evaluation = None if results is None else read_evaluation(results, found)
+    try:
+        out.write_text(render_report(found, evaluation), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); give -o another") from None
+    click.echo(f"{out}")
 
 
 @cli.command("diff")

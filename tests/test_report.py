@@ -6,19 +6,24 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import Compiled
 
+from moac.cli import main
+from moac.evaluation.results import Evaluation, Outcome, Result, summarise
 from moac.inspection import inspect_package
 from moac.report import REPORT, render_report, wording
 from moac.report.charts import front_chart
 from moac.report.heat_map import heat_map, step
 from moac.report.svg import Scale, around, ticks
 from moac_runtime.artifact import open_artifact
+from moac_runtime.plan import Plan
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = '<script>alert("1")</script>&amp;"\'><img src=x onerror=alert(1)>'
@@ -355,3 +360,133 @@ def test_scales_and_ticks() -> None:
 )
 def test_wording(told: str, expected: str) -> None:
     assert told == expected
+
+
+# --- with what an evaluation found
+
+
+def evaluation_of(found: dict[str, Any]) -> dict[str, Any]:
+    """What `moac eval --json` prints of the package, with figures made up."""
+    plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
+    lengths, methods = found["lengths"][:2], ("moac", "dense", "uniform", "layerwise")
+    results: list[Result] = []
+    for place, method in enumerate(methods):
+        for length in lengths:
+            deep = [Outcome(float((i + place) % 4 > 0), 0.5, (i + 0.5) / 20) for i in range(20)]
+            flat = [Outcome(None, 2.0 + place / 10 + i / 100) for i in range(5)]
+            for task, outcomes in (("passkey", deep), ("ruler_vt", deep), ("nll", flat)):
+                results += summarise(task, length, method, outcomes)
+    record = {
+        "seed": 3,
+        "date": "2026-11-22T00:00:00+00:00",
+        "machine": {"processor": "x86_64", "threads": 1, "device": "cpu"},
+        "versions": {"moac": "0.1.0"},
+        "package": {"fingerprint": found["provenance"]["fingerprint"]},
+    }
+    density = {method: {n: plan.density(n) for n in lengths} for method in methods}
+    stated = Evaluation(tuple(results), density, record).to_json()
+    return dict(json.loads(json.dumps(stated)))
+
+
+def test_an_evaluation_adds_quality_by_length_and_depth_with_intervals(found):
+    evaluation = evaluation_of(found)
+    page = Page(render_report(found, evaluation))
+    lengths = found["lengths"][:2]
+    charts = [svg["aria-label"] for svg in page.all("svg")]
+    expected = ["passkey by length", "nll by length"]
+    expected += [f"passkey by depth at {n} tokens" for n in lengths]
+    assert [label for label in charts if label in expected] == expected
+    assert not [label for label in charts if label and "ruler_vt" in label]
+    for method in ("moac", "dense", "uniform", "layerwise"):
+        ranges = [line for line in page.all("line") if line["class"] == f"range q-{method}"]
+        assert len(ranges) == 2 * len(lengths) + 5 * len(lengths)
+    passkey = next(r for r in evaluation["results"] if r["task"] == "passkey")
+    low, high = passkey["ci95"]
+    assert f"{passkey['value']:.2f} [{low:.2f}, {high:.2f}]" in page.within("td")
+    assert "ruler_vt" in page.within("td")
+    assert "Quality by length and depth" not in render_report(found)
+
+
+def test_methods_differ_by_shape_too(found):
+    text = render_report(found, evaluation_of(found))
+    for tag, method in (
+        ("circle", "moac"),
+        ("circle", "dense"),
+        ("rect", "uniform"),
+        ("polygon", "layerwise"),
+    ):
+        assert f'<{tag} class="q-{method}"' in text
+
+
+def test_every_figure_stays_inside_its_chart(found):
+    charts = re.findall(r"<svg.*?</svg>", render_report(found, evaluation_of(found)))
+    for chart in charts:
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', chart).groups())
+        for x, y in re.findall(r'cx="(\S+)" cy="(\S+)"', chart):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
+
+
+def report(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and everything printed of `moac report`."""
+    with pytest.raises(SystemExit) as left, redirect_stderr(StringIO()) as told:
+        main(["report", *map(str, arguments)])
+    return int(left.value.code or 0), told.getvalue()
+
+
+def test_the_command_writes_the_page_beside_the_package(tiny_package, found, tmp_path):
+    results, out = tmp_path / "results.json", tmp_path / "page.html"
+    results.write_text(json.dumps(evaluation_of(found)))
+    before = (tiny_package.package / REPORT).read_bytes()
+    assert report(tiny_package.package, "--eval", results, "-o", out) == (0, "")
+    assert out.read_text(encoding="utf-8") == render_report(found, evaluation_of(found))
+    assert (tiny_package.package / REPORT).read_bytes() == before
+    assert report(tiny_package.package, "-o", out) == (0, "")
+    assert out.read_bytes() == before
+
+
+def test_the_command_refuses_to_write_into_the_package(tiny_package):
+    code, told = report(tiny_package.package, "-o", tiny_package.package / REPORT)
+    assert code == 2
+    assert "is inside the package" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["package"].update(fingerprint="0"), "an evaluation of another package"),
+        (
+            lambda e: e["density"]["moac"].update({"256": 0.123}),
+            "an evaluation of another package",
+        ),
+        (lambda e: e.pop("density"), "is not what `moac eval PACKAGE --json` prints"),
+        (lambda e: e["results"].pop(), "is not what `moac eval PACKAGE --json` prints"),
+        (
+            lambda e: e["results"][0].update(ci95=7),
+            "is not what `moac eval PACKAGE --json` prints",
+        ),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_is_told(tiny_package, found, tmp_path, change, message):
+    evaluation, results = evaluation_of(found), tmp_path / "results.json"
+    change(evaluation)
+    results.write_text(json.dumps(evaluation))
+    code, told = report(tiny_package.package, "--eval", results, "-o", tmp_path / "page.html")
+    assert code == 2
+    assert message in told
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_results_that_are_not_there_are_told(tiny_package, tmp_path):
+    missing = tmp_path / "missing.json"
+    code, told = report(tiny_package.package, "--eval", missing, "-o", tmp_path / "page.html")
+    assert (code, told) == (
+        2,
+        f"error: {missing} cannot be read (No such file or directory); name a results file\n",
+    )
+
+
+def test_a_record_without_how_it_was_predicted_shows_no_prediction(found):
+    changed = copy.deepcopy(found)
+    changed["planning"].pop("prediction")
+    assert "Predicted against measured" not in render_report(changed)

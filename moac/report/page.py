@@ -20,9 +20,13 @@ def write_report(folder: Path, found: Mapping[str, Any]) -> None:
     (folder / REPORT).write_text(render_report(found), encoding="utf-8", errors="replace")
 
 
-def render_report(found: Mapping[str, Any]) -> str:
-    """One HTML page without scripts that loads nothing; it names no path of the host."""
-    return _environment().get_template(_TEMPLATE).render(story=Story.of(found))
+def render_report(found: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> str:
+    """One HTML page without scripts that loads nothing; it names no path of the host.
+
+    `evaluation`: what `moac eval --json` printed of the same package, as `read_evaluation` gives
+    it; the page then shows quality by length and depth.
+    """
+    return _environment().get_template(_TEMPLATE).render(story=Story.of(found, evaluation))
 
 
 def _environment() -> Environment:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from moac.inspection import chosen_plan
 from moac.report import charts
 from moac.report.heat_map import heat_map
+from moac.report.quality import Quality
 from moac_runtime.plan import Plan
 
 MEAN = "mean"
@@ -95,16 +96,18 @@ class Story:
     found: Mapping[str, Any]
     held: tuple[tuple[int, float], ...]
     losses: Losses | None
+    quality: Quality | None = None
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Story:
-        """Read what the page needs out of `found`."""
+    def of(cls, found: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> Story:
+        """Read what the page needs out of `found`, and of an `evaluation` (`moac eval --json`)."""
         plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
         record = found["planning"]
         chosen = chosen_plan(record)
         lengths = _curve_lengths(found["lengths"], plan.block)
         held = tuple((n, plan.density(n)) for n in lengths)
-        return cls(found, held, Losses.of(record, chosen))
+        quality = None if evaluation is None else Quality.of(evaluation)
+        return cls(found, held, Losses.of(record, chosen), quality)
 
     @property
     def name(self) -> str:
@@ -178,9 +181,13 @@ class Story:
 
     @property
     def predicted(self) -> dict[str, Any] | None:
-        """The predicted loss of the package's plan; None where the record holds none."""
-        found: dict[str, Any] | None = self.found["planning"].get("predicted_loss")
-        return found
+        """The predicted loss of the package's plan, None where there is no record of how.
+
+        The first packages held a sum of influences under that name.
+        """
+        record = self.found["planning"]
+        found: dict[str, Any] | None = record.get("predicted_loss")
+        return found if "prediction" in record else None
 
     def prediction_chart(self) -> Markup | None:
         """Predicted against measured loss; None where one of them is not known."""
