@@ -15,7 +15,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,8 @@ from moac.planning import (
     candidate_rules,
     pareto_front,
 )
+from moac.planning.objectives import WEIGHTS
+from moac.planning.problem import Floats
 from moac_runtime.span import Rule
 
 SINK, BLOCK, MIN_SPAN = 64, 64, 128
@@ -85,9 +87,9 @@ def instance(shape: Shape, *, seed: int) -> Problem:
 
 def _objective(
     length: int,
-    size: np.ndarray,
-    decay: np.ndarray,
-    spread: np.ndarray,
+    size: Floats,
+    decay: Floats,
+    spread: Floats,
     *,
     rng: np.random.Generator,
 ) -> Objective:
@@ -122,11 +124,11 @@ def measured(path: Path, *, by_domain: bool, rules_per_layer: int | None = None)
 
     `path`: an .npz of loss tables `[layers, kv_heads, spans]` named `domain@length`, each in units
     of what the uniform plan of the same budget loses. One objective for each, or for each length.
+    That of SmolLM2-135M-Instruct was taken from a compile's work folder on 2026-11-22.
     """
     tables = {name: table.astype(np.float64) for name, table in np.load(path).items()}
     lengths = sorted({int(name.split("@")[1]) for name in tables})
-    by_length = {n: [t for name, t in tables.items() if name.endswith(f"@{n}")] for n in lengths}
-    objectives = [Objective(str(n), n, np.mean(found, axis=0)) for n, found in by_length.items()]
+    objectives = [_over_domains(tables, length) for length in lengths]
     if by_domain:
         objectives = [Objective(name, int(name.split("@")[1]), t) for name, t in tables.items()]
     layers, kv_heads, _ = objectives[0].table.shape
@@ -141,6 +143,14 @@ def measured(path: Path, *, by_domain: bool, rules_per_layer: int | None = None)
         budget=0.5,
         rules_per_layer=rules_per_layer,
     )
+
+
+def _over_domains(tables: Mapping[str, Floats], length: int) -> Objective:
+    """The mean over domains by their weights, as `length_objectives` takes it."""
+    domains = [name.split("@")[0] for name in tables if name.endswith(f"@{length}")]
+    found = [tables[f"{domain}@{length}"] for domain in domains]
+    weights = [WEIGHTS.get(domain, 1.0) for domain in domains]
+    return Objective(str(length), length, np.average(found, axis=0, weights=weights))
 
 
 @dataclass(frozen=True, slots=True)
