@@ -102,9 +102,7 @@ def loss_chart(
             drawing.text("warm", x, middle + 21, more, anchor="middle")
         x, more = place(chosen), wording.change(chosen[domain] - dense[domain])
         drawing.dot("chosen", x, middle, radius=6, title=f"chosen plan, {domain}: {more}")
-        # Beside the line of the dense model, never across it.
-        beside = max(x, across(0) + 28) if x >= across(0) else x
-        drawing.text("accent", beside, middle - 11, more, anchor="middle")
+        drawing.text("accent", x, middle - 11, more, anchor="middle")
     return drawing.markup()
 
 
