@@ -227,13 +227,13 @@ def inspect_command(package: Path, as_json: bool) -> None:
 )
 @click.option(
     "-o",
-    "--out",
+    "--output",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
     help="the page to write, outside of PACKAGE",
 )
-def report_command(package: Path, results: Path | None, out: Path) -> None:
+def report_command(package: Path, results: Path | None, output: Path) -> None:
     """Write PACKAGE's report anew as one HTML page, with what an evaluation found.
 
     The page inside PACKAGE stays as it is: its hash stands in the manifest.
@@ -241,18 +241,21 @@ def report_command(package: Path, results: Path | None, out: Path) -> None:
     from moac.inspection import inspect_package
     from moac.report import read_evaluation, render_report
 
-    if out.resolve().is_relative_to(package.resolve()):
+    if output.resolve().is_relative_to(package.resolve()):
         raise UsageError(
-            f"{out} is inside the package {package}, whose files are hashed; give -o a path "
+            f"{output} is inside the package {package}, whose files are hashed; give -o a path "
             "outside of it"
         )
     found = inspect_package(package)
     evaluation = None if results is None else read_evaluation(results, found)
+    page = render_report(found, evaluation)
     try:
-        out.write_text(render_report(found, evaluation), encoding="utf-8", errors="replace")
+        output.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UsageError(f"{out} cannot be written ({error.strerror}); give -o another") from None
-    click.echo(f"{out}")
+        raise UsageError(
+            f"{output} cannot be written ({error.strerror}); give -o a path that can"
+        ) from None
+    click.echo(str(output))
 
 
 @cli.command("diff")
