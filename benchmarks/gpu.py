@@ -21,14 +21,16 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-_RESULTS = Path(__file__).parent / "results"
-_SECTIONS = ("layers", "families", "sanitizer", "decode", "prefill", "steps")
+_ROOT = Path(__file__).resolve().parents[1]
+_SECTIONS = ("layers", "families", "decode", "prefill", "steps", "sanitizer")
+_LEAST_LEFT = 30  # seconds that the sanitizer needs at least
 _TINY = {
     "model_type": "llama",
     "rms_norm_eps": 1e-5,
@@ -51,14 +53,11 @@ def main() -> int:
     if options.interpret:
         # before anything imports Triton
         os.environ["TRITON_INTERPRET"] = "1"
-    started = time.monotonic()
+    # a checkout runs as it is
+    sys.path[:0] = [str(_ROOT / part) for part in ("runtime", "kernels", "")]
     result = _run(options)
-    result["seconds"] = round(time.monotonic() - started, 1)
-    out = options.out or _RESULTS / f"{_slug(result['device'])}-{result['date'][:10]}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(_table(result))
-    print(f"{result['seconds']} s; {out}", file=sys.stderr)
+    print(f"{result['seconds']} s; {_place(options, result)}", file=sys.stderr)
     return int(any(row.get("failed") for row in result["rows"]))
 
 
@@ -98,26 +97,39 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     setting = (rehearsal if options.interpret else on_gpu)(device, options.seconds)
     if options.interpret:
         SHAPES["tiny"] = _TINY
-    bandwidth = read_bandwidth_gbs(options.device, buffer_bytes=setting.buffer_bytes)
+    started, info = time.monotonic(), machine(options.device)
     rows: list[dict[str, Any]] = []
-    with TemporaryDirectory() as folder, torch.inference_mode():
+    with TemporaryDirectory() as folder:
         workshop = Workshop(setting, Path(folder))
+        bandwidth = read_bandwidth_gbs(options.device, buffer_bytes=setting.buffer_bytes)
+        result = {
+            "device": "interpreter" if options.interpret else info["gpu"],
+            "machine": info,
+            "versions": versions(),
+            "forms": workshop.forms(),
+            "command": sys.argv,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "copy_bandwidth_gbs": bandwidth,
+            "rows": rows,
+        }
         for row in _rows(options, setting, workshop, bandwidth):
             rows.append(row)
             print(_line(row), file=sys.stderr, flush=True)
-        forms = workshop.forms()
-    info = machine(options.device)
-    return {
-        "device": "interpreter" if options.interpret else info["gpu"],
-        "machine": info,
-        "versions": versions(),
-        "forms": forms,
-        "command": sys.argv,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "copy_bandwidth_gbs": bandwidth,
-        "rows": rows,
-        "targets": verdicts(rows),
-    }
+            result["seconds"] = round(time.monotonic() - started, 1)
+            result["targets"] = verdicts(rows)
+            _write(options, result)  # after each row: whatever ends the run leaves the others
+    return result
+
+
+def _place(options: argparse.Namespace, result: dict[str, Any]) -> Path:
+    name = f"{_slug(result['device'])}-{result['date'][:10]}.json"
+    return options.out or _ROOT / "benchmarks" / "results" / name
+
+
+def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    place = _place(options, result)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _rows(
@@ -134,42 +146,54 @@ def _rows(
         setting = replace(setting, cases=options.cases)
     shapes = []
     if "layers" in options.only:
-        shapes += correctness.case_shapes(setting)
+        workshop.build(correctness.case_shapes(setting), names=correctness.LAYER_KERNELS)
     if "families" in options.only:
         specs = correctness.family_specs(setting).values()
         shapes += [require_kernels(spec, None, "float32") for spec in specs]
     names = {"decode": setting.attention, "prefill": setting.prefill, "steps": setting.steps}
-    for section in names.keys() & set(options.only):
+    for section in sorted(names.keys() & set(options.only)):
         shapes += [attention.shape_of(setting, name) for name, *_ in names[section]]
     workshop.build(shapes)
     sections = {
         "layers": lambda: correctness.random_layers(setting, workshop),
         "families": lambda: correctness.families(setting, workshop),
-        "sanitizer": lambda: _sanitizer(options),
+        "sanitizer": lambda: _sanitizer(options, setting.left()),
         "decode": lambda: attention.decode_rows(setting, workshop, bandwidth),
         "prefill": lambda: attention.prefill_rows(setting, workshop),
         "steps": lambda: steps.step_rows(setting, workshop, bandwidth, options.without),
     }
     for section in options.only:
-        for row in sections[section]():
-            yield {"section": section, **row}
+        try:
+            for row in sections[section]():
+                yield {"section": section, **row}
+        except Exception as error:  # the other sections still tell something
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {error}"
+            yield {"section": section, "what": section, "failed": 1, "said": said}
 
 
-def _sanitizer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The smallest layers once more under the tool that watches every access to memory."""
+def _sanitizer(options: argparse.Namespace, left: float) -> Iterator[dict[str, Any]]:
+    """The smallest layer once more under the tool that watches every access to memory."""
     tool = shutil.which(options.sanitizer)
-    if tool is None:
-        yield {"what": "compute-sanitizer", "left_out": f"there is no {options.sanitizer}"}
+    if tool is None or left < _LEAST_LEFT:
+        why = "no time was left" if tool else f"there is no {options.sanitizer}"
+        yield {"what": "compute-sanitizer", "left_out": why}
         return
     with TemporaryDirectory() as folder:
         again = [sys.executable, __file__, "--device", options.device, "--only", "layers"]
         again += ["--cases", "1", "--out", str(Path(folder) / "result.json")]
-        done = subprocess.run(
-            [tool, "--error-exitcode", "9", *again, *["--interpret"][: options.interpret]],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        again += ["--interpret"] if options.interpret else []
+        try:
+            done = subprocess.run(
+                [tool, "--error-exitcode", "9", *again],
+                capture_output=True,
+                text=True,
+                timeout=left,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            yield {"what": "compute-sanitizer", "left_out": "it took more time than was left"}
+            return
     last = (done.stdout + done.stderr).strip().splitlines()[-1:]
     yield {"what": "compute-sanitizer", "failed": int(done.returncode != 0), "said": last}
 

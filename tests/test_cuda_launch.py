@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,6 +109,7 @@ class Driver:
         self.refuse = refuse
         self.loaded: list[bytes] = []
         self.attributes: list[tuple[Any, ...]] = []
+        self.occupancy: tuple[Any, ...] = ()
         self.launches: list[tuple[Any, ...]] = []
         self.parameters: list[list[int]] = []
 
@@ -126,7 +129,7 @@ class Driver:
         return (self._status("attribute"),)
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, *asked: Any) -> tuple[int, int]:
-        assert asked == (b"decode_entry", 128, 98304)
+        self.occupancy = asked
         return 0, 2
 
     def cuLaunchKernel(self, *asked: Any) -> tuple[int]:
@@ -154,6 +157,7 @@ def test_a_launch_is_what_the_metadata_says() -> None:
     driver = Driver()
     kernels = opened(driver)
     assert kernels.origin == "cubin sm_90"
+    assert driver.occupancy == (b"decode_entry", 128, 98304)
     assert kernels.programs == 264
     assert kernels.constant("decode", "BLOCK_N") == 64
     assert driver.loaded == [b"kernels/sm_90/decode.cubin"]
@@ -218,6 +222,60 @@ def test_bindings_have_what_is_asked_of_them() -> None:
         assert hasattr(kinds, name)
 
 
+THROUGH_THE_BINDINGS = """
+import torch
+from cuda.bindings import driver
+from moac_runtime.cuda.launch import DriverKernels
+from moac_runtime.cuda.opening import driver_version
+from test_cuda_launch import BINARIES, choose
+
+choice = choose(BINARIES, capability=(9, 0), driver=driver_version(driver), triton=False)
+kernels = DriverKernels(
+    choice, lambda name: name.encode(), driver=driver, stream=lambda: 0x77, processors=132
+)
+tensors = [torch.zeros(8), torch.zeros(3, 4, dtype=torch.int32), torch.zeros(2, 2)]
+kernels.launch("decode", (5, 2), *tensors)
+print(kernels.programs, *(tensor.data_ptr() for tensor in tensors))
+"""
+
+
+def test_what_the_real_bindings_hand_to_the_driver(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or sys.platform != "linux" or torch.cuda.is_available():
+        pytest.skip("needs a C compiler, Linux, and no driver of its own")
+    source, log = Path(__file__).with_name("fake_cuda.c"), tmp_path / "log"
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", THROUGH_THE_BINDINGS],
+        env={
+            **os.environ,
+            "LD_LIBRARY_PATH": str(tmp_path),
+            "FAKE_CUDA_LOG": str(log),
+            "FAKE_CUDA_PARAMETERS": "5",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    programs, *pointers = done.stdout.split()
+    assert programs == str(3 * 132)
+    # the driver's own numbers: 8 is the dynamic shared memory, 9 the carve-out
+    assert log.read_text().splitlines() == [
+        "load kernels/sm_90/decode.cubin",
+        "function 0x100 decode_entry",
+        "attribute 0x200 8 98304",
+        "attribute 0x200 9 100",
+        "occupancy 0x200 128 98304",
+        "launch 0x200 grid 5 2 1 block 128 1 1 shared 98304 stream 0x77 extra 0 "
+        f"{' '.join(pointers)} 0 0",
+    ]
+
+
 def test_no_gpu_is_one_sentence() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -259,7 +317,7 @@ def test_memory_is_told_before_it_is_taken() -> None:
     with pytest.raises(MoacError) as raised:
         check_fit(demand, batch=15, capacity=16384, free=free)
     assert str(raised.value) == (
-        "a batch of 15 rows of 16384 tokens needs 30.1 GiB, 24.0 free: batch 11 fits; "
+        "a batch of 15 rows of 16384 tokens needs 30.2 GiB, 24.0 free: batch 11 fits; "
         "give --max-batch 11"
     )
     assert demand.bytes(11) <= free < demand.bytes(12)

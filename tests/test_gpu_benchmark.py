@@ -77,6 +77,9 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, tuple[float | None, bool | N
 
 def test_nothing_measured_is_nothing_held() -> None:
     assert set(judged([{"what": "x", "left_out": "no time"}]).values()) == {(None, None)}
+    # nor by half of a pair: the targets are judged after each row
+    spans = judged([attention("spans", 0.9, 100.0)])
+    assert spans["decode of differing spans, time of a uniform window's"] == (None, None)
 
 
 def test_targets_are_judged_by_their_worst_case() -> None:

@@ -11,14 +11,18 @@ import torch
 
 _TRIALS = 5
 
+OURS = ("moac", "dense", "uniform")
+QUICK = (*OURS, "hf")
+SYSTEMS = (*QUICK, "hf-static", "hf-uniform")  # the last two compile for a minute each
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """`interpret`: kernels run in Triton's interpreter, on CPU tensors.
 
     `cases`: of random correctness. `hidden`, `layers`: of the small models. `attention`: shape,
-    batch and tokens of each decode call. `prefill`: shape and tokens. `steps`: shape and context,
-    each for every system, `tokens` steps of decode. `most_rows`: of a batch.
+    batch and tokens of each decode call. `prefill`: shape and tokens. `steps`: shape, context and
+    systems, each for `tokens` steps of decode. `most_rows`: of a batch.
     """
 
     device: torch.device
@@ -29,7 +33,7 @@ class Setting:
     layers: int
     attention: tuple[tuple[str, int, int], ...]
     prefill: tuple[tuple[str, int], ...]
-    steps: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, int, tuple[str, ...]], ...]
     tokens: int
     most_rows: int
     buffer_bytes: int
@@ -57,10 +61,10 @@ def on_gpu(device: torch.device, seconds: float) -> Setting:
         ),
         prefill=(("llama3-8b", 4096), ("llama3-8b", 16384), ("llama3-8b", 32768)),
         steps=(
-            ("vicuna-7b", 4096),
-            ("vicuna-7b", 8192),
-            ("vicuna-7b", 16384),
-            ("llama3-8b", 16384),
+            ("vicuna-7b", 16384, SYSTEMS),
+            ("vicuna-7b", 4096, SYSTEMS),
+            ("vicuna-7b", 8192, QUICK),
+            ("llama3-8b", 16384, QUICK),
         ),
         tokens=64,
         most_rows=64,
@@ -79,7 +83,7 @@ def rehearsal(device: torch.device, seconds: float) -> Setting:
         layers=1,
         attention=(("tiny", 1, 160), ("tiny", 2, 96)),
         prefill=(("tiny", 96),),
-        steps=(("tiny", 40),),
+        steps=(("tiny", 40, SYSTEMS),),
         tokens=2,
         most_rows=2,
         buffer_bytes=1 << 22,

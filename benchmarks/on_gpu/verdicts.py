@@ -76,7 +76,9 @@ def _pairs(target: str, wanted: float, rows: Sequence[Row]) -> Row:
     """The worst ratio of a call of differing spans to the uniform one beside it."""
     times = {(r["shape"], r["batch"], r["tokens"], r["kind"]): r["us"] for r in rows if "us" in r}
     ratios = [
-        us / times[(*key, "uniform")] for (*key, kind), us in times.items() if kind == "spans"
+        us / times[(*key, "uniform")]
+        for (*key, kind), us in times.items()
+        if kind == "spans" and (*key, "uniform") in times
     ]
     found = max(ratios, default=None)
     return _verdict(target, f"<= {wanted}", found, None if found is None else found <= wanted)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ class Workshop:
         self._loaded: dict[tuple[KernelShape, Form], Kernels] = {}
         self.architecture = None if setting.interpret else _architecture(setting.device)
 
-    def build(self, shapes: Iterable[KernelShape]) -> None:
-        """Build what is not built yet, all at once."""
+    def build(self, shapes: Iterable[KernelShape], *, names: Sequence[str] = ()) -> None:
+        """Build what is not built yet, all at once. `names`: of the kernels, all where empty."""
         new = [shape for shape in dict.fromkeys(shapes) if shape not in self._folders]
         for shape in new:
             self._folders[shape] = self._root / f"shape{len(self._folders)}"
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._build, new))
+            list(pool.map(partial(self._build, names), new))
 
     def forms(self) -> list[Form]:
         """What can be launched here, best first."""
@@ -60,13 +61,13 @@ class Workshop:
         self.build([shape])
         return load_source(self._folders[shape] / "kernels" / "tables.py")
 
-    def _build(self, shape: KernelShape) -> None:
+    def _build(self, names: Sequence[str], shape: KernelShape) -> None:
         folder = self._folders[shape] / "kernels"
         if self._setting.interpret:
             write_uncompiled(folder, shape, block=_BLOCK)
         else:
             own = [self.architecture] if self.architecture in SHARED_LIMITS else []
-            build_kernels(folder, shape, own)
+            build_kernels(folder, shape, own, names=names)
 
     def _load(self, shape: KernelShape, form: Form) -> Kernels:
         root = self._folders[shape]

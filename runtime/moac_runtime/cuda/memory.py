@@ -15,6 +15,7 @@ LEAST_CHUNK = 256
 
 _GIB = 2**30
 _SPARE = 64 * 2**20  # the products' workspace, the recorded step, tables
+_ROUNDED = 2 * 2**20  # bytes that torch rounds a large allocation up to
 _LOGITS = 4  # copies of a row's float32 logits that live at once, the choice of a token included
 
 
@@ -27,7 +28,7 @@ class Demand:
 
     row: int
     token: int
-    fixed: int = _SPARE
+    fixed: int
 
     def bytes(self, batch: int) -> int:
         """Of so many rows with the smallest steps of prefill."""
@@ -46,13 +47,16 @@ class Demand:
 def session_demand(spec: ModelSpec, plan: Plan, capacity: int, *, itemsize: int) -> Demand:
     """What rows of `capacity` tokens take under `plan`."""
     kv = plan.held_tokens(capacity) * spec.kv_token_bytes(itemsize)
-    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    attention = width + spec.num_heads * spec.head_dim
-    widest = max(attention, 3 * spec.intermediate_size)  # gate, up and their product
+    attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # and its output
+    feed_forward = 3 * spec.intermediate_size  # gate, up and their product
     # residual, normalised, and what is added to them
-    token = (3 * spec.hidden_size + widest) * itemsize + 8 * spec.head_dim
+    numbers = 3 * spec.hidden_size + attention + feed_forward
     partial = spec.num_heads * (spec.head_dim + 1) * 4
-    return Demand(row=kv + partial + _LOGITS * 4 * spec.vocab_size, token=token)
+    return Demand(
+        row=kv + partial + _LOGITS * 4 * spec.vocab_size,
+        token=numbers * itemsize + 8 * spec.head_dim,
+        fixed=_SPARE + 2 * spec.num_layers * _ROUNDED,
+    )
 
 
 def check_fit(demand: Demand, *, batch: int, capacity: int, free: int) -> None:

@@ -86,8 +86,9 @@ def current_device() -> torch.device:
     """The CUDA device in use. Raises MoacError where torch can use none."""
     if not torch.cuda.is_available():
         raise MoacError(_NO_GPU)
-    torch.cuda.init()
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(1, device=device)  # makes its context the current one, which the driver asks for
+    return device
 
 
 def open_kernels(root: Path, binaries: Binaries, device: torch.device) -> Kernels:

@@ -52,10 +52,8 @@ class CudaSession:
     ) -> None:
         check_sizes(batch=batch, capacity=capacity, chunk=1 if chunk is None else chunk)
         self._decoder, self._plan, self._head_order = decoder, plan, head_order
-        demand = session_demand(decoder.spec, plan, capacity, itemsize=decoder.dtype.itemsize)
-        free = free_bytes(decoder.device)
-        check_fit(demand, batch=batch, capacity=capacity, free=free)
-        self._chunk = chunk or demand.chunk(batch, free)
+        self._asked_chunk = chunk
+        self._chunk = self._fitting_chunk(batch, capacity, free_bytes(decoder.device))
         self._capacity = capacity
         self._lengths = [0] * batch
         self._rows = list(range(batch))  # of the caches, for each row of the batch
@@ -154,11 +152,9 @@ class CudaSession:
         larger, and MoacError where the device's memory does not suffice.
         """
         check_growth(self._capacity, capacity)
-        spec, itemsize = self._decoder.spec, self._decoder.dtype.itemsize
-        demand = session_demand(spec, self._plan, capacity, itemsize=itemsize)
         self._steps, self._step = {}, None
         free = free_bytes(self._decoder.device) + self._layers.bytes  # layer by layer
-        check_fit(demand, batch=self.batch, capacity=capacity, free=free)
+        self._chunk = self._fitting_chunk(self.batch, capacity, free)
         self._capacity = capacity
         self._frequencies = self._resolved_frequencies()
         self._replace(
@@ -206,6 +202,13 @@ class CudaSession:
                 cuts[row] = slice(first, first + count)
                 left -= count
         return cuts
+
+    def _fitting_chunk(self, batch: int, capacity: int, free: int) -> int:
+        """Tokens of a prefill step. Raises MoacError where the session does not fit in `free`."""
+        spec, itemsize = self._decoder.spec, self._decoder.dtype.itemsize
+        demand = session_demand(spec, self._plan, capacity, itemsize=itemsize)
+        check_fit(demand, batch=batch, capacity=capacity, free=free)
+        return self._asked_chunk or demand.chunk(batch, free)
 
     def _resolved_frequencies(self) -> Tensor:
         spec = self._decoder.spec
