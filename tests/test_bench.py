@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_kernels import needs_compiler
 from tiny import Compiled, moac_command
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,11 +18,12 @@ from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
 from moac.bench.machine import peak_bytes, read_bandwidth_gbs
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import SYSTEMS, BenchRequest
-from moac.bench.runner import choose_systems, percentile, run_bench
+from moac.bench.runner import choose_systems, percentile, run_bench, with_backend
 from moac.bench.shapes import SHAPES, shape_spec
 from moac.bench.system import Subject, open_system
 from moac.bench.worker import Load, Running, Worker
 from moac_runtime.artifact import open_artifact
+from moac_runtime.cpu.library import runnable_sets
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.plan import Plan
 from moac_runtime.span import HeadSpan, visible
@@ -137,6 +139,27 @@ def test_our_row_and_transformers_choose_the_same_tokens(tiny_package: Compiled)
         running.decode(4)
         chosen.append(system._next.flatten().tolist())  # type: ignore[attr-defined]
     assert chosen[0] == chosen[1]
+
+
+@needs_compiler
+def test_a_shape_runs_on_native_kernels(tiny_shape: ModelSpec, tiny_package: Compiled) -> None:
+    if not runnable_sets(["cpu"]):
+        pytest.skip("this processor has none of the instruction sets")
+    plan = random_plan(tiny_shape, density=0.5, capacity=CAPACITY, seed=0)
+    subject = subject_of(tiny_package, spec=tiny_shape, plan=plan, package=None, source=None)
+    subject = replace(subject, shape="tiny", backend="cpu", dtype="bfloat16")
+    load = Load(batch=2, context=CONTEXT, capacity=CAPACITY, seed=0)
+    running = Running(open_system("moac", subject), subject, load)
+    assert running.prefill() > 0
+    assert len(running.decode(TOKENS)) == TOKENS
+    held = plan.held_tokens(CAPACITY) * tiny_shape.kv_token_bytes(2)
+    assert running.usage().kv_bytes == 2 * held
+
+
+def test_our_best_backend_is_measured_unless_asked(tiny_package: Compiled) -> None:
+    request = BenchRequest(package=tiny_package.package)
+    assert with_backend(request).backend == "torch"
+    assert with_backend(replace(request, backend="onnx")).backend == "onnx"
 
 
 def test_flex_masks_are_the_plans() -> None:
@@ -259,6 +282,7 @@ def test_what_cannot_run_is_refused_by_name(
     assert "--source" in (availability.obstacle("hf", found["hf"]) or "")
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
     assert "nowhere.gguf" in (availability.obstacle("llamacpp", found["llamacpp"]) or "")
+    assert "--target onnx" in (availability.obstacle("onnx", found["hf"]) or "")
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     refused = availability.obstacle("llamacpp", found["llamacpp"])
     assert refused == "it needs llama-cpp-python; run: pip install llama-cpp-python"
@@ -287,6 +311,11 @@ def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:
         (["--shape", "vicuna-7b", "--source", "x"], "leave out --source"),
         (["--shape", "vicuna-7b", "--backend", "onnx"], "leave out --backend"),
         (["--shape", "vicuna-7b", "--backend", "cuda"], "give --device cuda as well"),
+        (
+            ["--shape", "vicuna-7b", "--backend", "cpu", "--dtype", "float16"],
+            "bfloat16 or float32",
+        ),
+        (["PACKAGE", "--backend", "cpu", "--device", "cuda"], "runs on the CPU"),
         (["PACKAGE", "--against", "vllm"], "there is no system 'vllm'"),
         (["PACKAGE", "--batch", "1,0"], "--batch must be 1 or more, got 0"),
         (["PACKAGE", "--batch", "one"], "'one' is not a list of numbers"),

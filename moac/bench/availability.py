@@ -8,6 +8,9 @@ from importlib.util import find_spec
 import torch
 
 from moac.bench.request import SYSTEMS, BenchRequest
+from moac_kernels.cpu_build import build_obstacle
+from moac_runtime.artifact import open_artifact
+from moac_runtime.cpu.library import runnable_sets
 from moac_runtime.errors import MoacError
 
 _OURS = ("moac", "dense", "uniform")
@@ -35,6 +38,8 @@ def obstacle(name: str, request: BenchRequest) -> str | None:
         return None
     if name == "llamacpp":
         return _llamacpp_obstacle(request)
+    if name == "onnx":
+        return _onnx_obstacle(request)
     if find_spec("transformers") is None:
         return "it needs transformers; run: pip install 'moac[compile]'"
     if request.source is None and request.shape is None:
@@ -45,8 +50,17 @@ def obstacle(name: str, request: BenchRequest) -> str | None:
 def _check_device(request: BenchRequest) -> None:
     if request.device == "cuda" and not torch.cuda.is_available():
         raise MoacError("there is no GPU that torch can use here; leave out --device cuda")
-    if request.device == "cuda" and request.backend == "onnx":
-        raise MoacError("the onnx backend runs on the CPU; leave out --device cuda")
+    if request.shape is not None and request.backend == "cpu":
+        _check_cpu_build()
+
+
+def _check_cpu_build() -> None:
+    """A shape's CPU kernels are built on the spot."""
+    reason = build_obstacle()
+    if reason is None and not runnable_sets(["cpu"]):
+        reason = "this processor has none of the instruction sets that CPU kernels are built for"
+    if reason is not None:
+        raise MoacError(f"{reason}; leave out --backend cpu")
 
 
 def _llamacpp_obstacle(request: BenchRequest) -> str | None:
@@ -58,6 +72,18 @@ def _llamacpp_obstacle(request: BenchRequest) -> str | None:
         return "it needs the same model as a GGUF; give one with --gguf FILE"
     if not request.gguf.is_file():
         return f"there is no file {request.gguf}; give the model as a GGUF with --gguf FILE"
+    return None
+
+
+def _onnx_obstacle(request: BenchRequest) -> str | None:
+    if request.device != "cpu":
+        return "it runs on the CPU; leave out --device"
+    if find_spec("onnxruntime") is None:
+        return "it needs onnxruntime; run: pip install 'moac[onnx]'"
+    if request.package is None:
+        return "a shape has no ONNX graph; give a package"
+    if "onnx" not in open_artifact(request.package, check="sizes").targets:
+        return "the package has no ONNX graph; compile it with --target onnx"
     return None
 
 

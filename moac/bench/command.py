@@ -36,7 +36,7 @@ def _names(
     "--against",
     callback=_names,
     metavar="NAME,...",
-    help="hf, hf-static, dense, uniform, flex, llamacpp  [all that can run here]",
+    help="hf, hf-static, dense, uniform, flex, llamacpp, onnx  [all that can run here]",
 )
 @click.option(
     "--batch",
@@ -71,10 +71,8 @@ def _names(
 )
 @click.option(
     "--backend",
-    default="torch",
-    show_default=True,
     metavar="NAME",
-    help="of our runtime: torch, onnx, cuda",
+    help="of our runtime: cpu, torch, onnx, cuda  [the best of the package here, torch]",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda")
 @click.option(

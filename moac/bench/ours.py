@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +14,12 @@ from torch import Tensor
 from moac.bench.floor import weight_bytes_read
 from moac.bench.system import Subject
 from moac.packaging.fuse import head_order
+from moac_kernels.cpu_build import build_cpu
 from moac_runtime.artifact import open_artifact
+from moac_runtime.cpu.engine import CpuEngine
+from moac_runtime.cpu.library import open_library, runnable_sets
+from moac_runtime.cpu.opening import open_cpu
+from moac_runtime.cpu.session import CpuSession
 from moac_runtime.decoder import Decoder
 from moac_runtime.generation import DTYPE_BYTES, OpenSession
 from moac_runtime.session import Session
@@ -79,6 +86,39 @@ def _torch(subject: Subject) -> tuple[str, Opener]:
     return subject.dtype, open_session
 
 
+def _cpu(subject: Subject) -> tuple[str, Opener]:
+    if subject.package is None:
+        engine, order = _shape_engine(subject), head_order(subject.plan)
+    else:
+        artifact = open_artifact(subject.package, check="sizes")
+        model = open_cpu(artifact, dtype=subject.dtype, threads=subject.threads)
+        engine, order = model.engine, artifact.head_order
+
+    def open_session(batch: int, capacity: int) -> OpenSession:
+        return CpuSession(engine, subject.plan, order, batch=batch, capacity=capacity)
+
+    return subject.dtype, open_session
+
+
+def _shape_engine(subject: Subject) -> CpuEngine:
+    """Random weights under the best kernels for this processor, built for the occasion."""
+    best = runnable_sets(["cpu"])[0]
+    with TemporaryDirectory() as folder:
+        build_cpu(Path(folder), [best])
+        library = open_library(Path(folder, f"{best}.so"))
+    dtype: torch.dtype = getattr(torch, subject.dtype)
+    weights = random_weights(subject.spec, dtype=dtype, device="cpu", seed=subject.seed)
+    addresses = {name: weight.data_ptr() for name, weight in weights.items()}
+    return CpuEngine(
+        library,
+        subject.spec,
+        addresses,
+        dtype=subject.dtype,
+        threads=subject.threads,
+        memory=weights,
+    )
+
+
 def _cuda(subject: Subject) -> tuple[str, Opener]:
     from moac.bench.cuda import open_subject
 
@@ -119,6 +159,7 @@ def _onnx(subject: Subject) -> tuple[str, Opener]:
 
 
 _BACKENDS: dict[str, Callable[[Subject], tuple[str, Opener]]] = {
+    "cpu": _cpu,
     "cuda": _cuda,
     "onnx": _onnx,
     "torch": _torch,

@@ -10,7 +10,7 @@ from moac_runtime.plan import Plan, dense_plan
 from moac_runtime.span import Rule, span_tokens
 from moac_runtime.spec import ModelSpec
 
-_SPARSE = ("moac", "flex")
+_SPARSE = ("moac", "flex", "onnx")
 _SINK, _BLOCK, _MIN_SPAN = 64, 64, 128
 _RULES_PER_LAYER = 2  # MoA, arXiv 2406.14909, section 4: at most two distinct rules in a layer
 _HALVINGS = 40

@@ -9,8 +9,8 @@ from pathlib import Path
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import DTYPE_BYTES
 
-SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "flex", "llamacpp")
-BACKENDS = ("cuda", "torch", "onnx")
+SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "flex", "llamacpp", "onnx")
+BACKENDS = ("cpu", "cuda", "torch", "onnx")
 DEVICES = ("cpu", "cuda")
 
 
@@ -22,7 +22,8 @@ class BenchRequest:
     plan of `density`. `source`: the package's checkpoint, which hf, hf-static and flex run.
     `against`: systems beside `moac`, None for all that can run here. `context`: tokens prefilled;
     a session's capacity is context + tokens. `repeats`: whole measurements, each with its own
-    prefill. `dtype`: None is the package's, bfloat16 for a shape. `threads`: None is torch's own
+    prefill. `dtype`: None is the package's, bfloat16 for a shape. `backend`: of our own rows, None
+    is the best of the package here, torch for a shape. `threads`: None is each system's own
     choice. `sequential`: one system at a time, where all at once do not fit in memory.
 
     Raises UsageError where a value or a combination cannot be.
@@ -37,7 +38,7 @@ class BenchRequest:
     tokens: int = 32
     repeats: int = 1
     dtype: str | None = None
-    backend: str = "torch"
+    backend: str | None = None
     device: str = "cpu"
     density: float = 0.5
     seed: int = 0
@@ -53,10 +54,16 @@ class BenchRequest:
         if self.shape is not None and self.backend == "onnx":
             raise UsageError("--shape has no ONNX graph; leave out --backend onnx")
         _check_choices("system", self.against or (), SYSTEMS)
-        _check_choices("backend", (self.backend,), BACKENDS)
+        _check_choices("backend", (self.backend,) if self.backend else (), BACKENDS)
         _check_choices("device", (self.device,), DEVICES)
         if self.backend == "cuda" and self.device != "cuda":
             raise UsageError("the backend cuda runs on a GPU; give --device cuda as well")
+        if self.backend in ("cpu", "onnx") and self.device != "cpu":
+            raise UsageError(f"the backend {self.backend} runs on the CPU; leave out --device")
+        if self.backend == "cpu" and self.dtype == "float16":
+            raise UsageError(
+                "the backend cpu computes in bfloat16 or float32; give one as --dtype"
+            )
         _check_choices("dtype", (self.dtype,) if self.dtype else (), DTYPE_BYTES)
         for name, values in (("--batch", self.batches), ("--context", self.contexts)):
             _check_positive(name, values)

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import product
 from typing import Any
@@ -29,6 +29,7 @@ from moac.bench.worker import Load, Usage, Worker
 from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.generation import choose_backend
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
@@ -105,6 +106,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
     Raises UsageError for a request that the model cannot serve and MoacError for a system that
     cannot run here, both before anything is timed, and MoacError where a system fails.
     """
+    request = with_backend(request)
     model = _open_model(request)
     systems = choose_systems(request)
     click.echo(f"systems: {', '.join(systems)}", err=True)
@@ -117,6 +119,17 @@ def run_bench(request: BenchRequest) -> BenchResult:
         rows.extend(_measure(request, model, systems, batch, context, bandwidth))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return BenchResult(machine(request.device), bandwidth, tuple(rows), date)
+
+
+def with_backend(request: BenchRequest) -> BenchRequest:
+    """The request with its backend settled: by default the one `moac run` would take here."""
+    if request.backend is not None:
+        return request
+    if request.package is None or request.device == "cuda":
+        return replace(request, backend="torch")
+    targets = open_artifact(request.package, check="sizes").targets
+    on_cpu = [target for target in targets if target.partition(":")[0] != "cuda"]
+    return replace(request, backend=choose_backend(None, on_cpu, dtype=request.dtype))
 
 
 def choose_systems(request: BenchRequest) -> tuple[str, ...]:
@@ -217,7 +230,7 @@ def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
         plan=plan,
         dtype=model.dtype,
         device=request.device,
-        backend=request.backend,
+        backend=request.backend or "torch",
         package=request.package,
         source=request.source,
         shape=request.shape,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +62,10 @@ def open_system(name: str, subject: Subject) -> System:
         from moac.bench.ours import OurSystem
 
         return OurSystem(subject)
+    if name == "onnx":
+        from moac.bench.ours import OurSystem
+
+        return OurSystem(replace(subject, backend="onnx"))
     if name == "llamacpp":
         from moac.bench.llamacpp import LlamaCpp
 
