@@ -123,8 +123,6 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         dtype=options.dtype,
         threads=options.threads,
     )
-    if model.note is not None:
-        print(f"note: {model.note}", file=sys.stderr)
     asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
     if options.json or len(prompts) > 1:
         results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
@@ -132,6 +130,8 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
     else:
         results = [_print_stream(model, prompts[0], asked, sampling)]
     _print_stats(model, results[0].stats)
+    if model.note is not None:
+        print(f"note: {model.note}", file=sys.stderr)
     return _INTERRUPTED if any(r.finish_reason == "interrupted" for r in results) else 0
 
 
