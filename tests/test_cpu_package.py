@@ -1,0 +1,210 @@
+"""The cpu target of a compile: kernels in the package, chosen by the host, and told of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cpu_kernels import needs_compiler
+from tiny import Compiled, moac_command, options, request
+
+from moac import compile_model
+from moac.inspection import inspect_package
+from moac.packaging import cpu_kernels
+from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu
+from moac.verify import verify
+from moac_kernels import cpu_build
+from moac_kernels.cpu_build import build_cpu
+from moac_runtime.artifact import open_artifact
+from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features, runnable_sets
+from moac_runtime.cpu.opening import host_obstacle, open_cpu
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.generation import choose_backend, load
+
+RUNS = bool(runnable_sets(["cpu"]))
+needs_avx2 = pytest.mark.skipif(not RUNS, reason="this processor has none of the instruction sets")
+HERE, BARE = INSTRUCTION_SETS["avx2"], frozenset(("sse2",))
+
+
+@pytest.fixture(scope="module")
+def package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cpu") / "out"
+    asked = request(targets=("torch", "cpu:avx2"))
+    compile_model(tiny_package.checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
+    return out
+
+
+@needs_compiler
+def test_the_package_lists_its_kernels(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspect_package(package)
+    assert found["targets"] == ["torch", "cpu:avx2"]
+    assert [built["instruction_set"] for built in found["cpu_kernels"]] == ["avx2"]
+    assert found["kernels"] == []
+    files = open_artifact(package).files
+    assert {name for name in files if name.startswith("kernels/")} == {
+        "kernels/cpu/avx2.so",
+        "kernels/cpu/avx2.json",
+    }
+    assert moac_command("inspect", package) == 0
+    assert "cpu       " in capsys.readouterr().out
+
+
+@needs_compiler
+@needs_avx2
+def test_they_are_verified_and_answer_as_torch_does(package: Path) -> None:
+    names = [check.name for check in verify(package) if check.ok]
+    assert any("cpu avx2 float32" in name for name in names)
+    native, portable = load(package), load(package, backend="torch")
+    assert (native.backend, native.kernels, native.note) == ("cpu", "avx2", None)
+    assert (portable.backend, portable.kernels, portable.note) == ("torch", None, None)
+    prompts = ["The pass key is", "Remember"]
+    answers = [
+        [answer.token_ids for answer in model.generate(prompts, raw=True, max_tokens=12)]
+        for model in (native, portable)
+    ]
+    assert answers[0] == answers[1]
+    assert load(package, dtype="bfloat16", threads=2).dtype == "bfloat16"
+
+
+@needs_compiler
+@needs_avx2
+def test_running_them_needs_no_torch(package: Path, tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys; sys.modules['torch'] = None\n"
+        "sys.argv = ['out', '--prompt', 'hi', '--max-tokens', '3', '--json']\n"
+        f"runpy.run_path({str(package)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["backend"], document["kernels"]) == ("cpu", "avx2")
+
+
+@needs_compiler
+@needs_avx2
+def test_altered_kernels_are_never_loaded(package: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    path = copy / "kernels/cpu/avx2.so"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(MoacError, match=r"kernels/cpu/avx2\.so was altered"):
+        load(copy)
+
+
+@needs_compiler
+def test_the_same_sources_give_the_same_bytes(package: Path, tmp_path: Path) -> None:
+    build_cpu(tmp_path / "elsewhere", ["avx2"])
+    for suffix in ("so", "json"):
+        again = (tmp_path / "elsewhere" / f"avx2.{suffix}").read_bytes()
+        assert again == (package / f"kernels/cpu/avx2.{suffix}").read_bytes()
+
+
+@needs_compiler
+def test_libraries_ask_for_the_c_library_alone(package: Path) -> None:
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("there is no readelf here")
+    told = subprocess.run(
+        [readelf, "-d", package / "kernels/cpu/avx2.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in told.splitlines() if "NEEDED" in line}
+    assert needed <= {"libc.so.6", "libm.so.6"}
+
+
+def test_the_host_chooses() -> None:
+    every = frozenset().union(*INSTRUCTION_SETS.values())
+    targets = ["torch", "cpu:avx2", "cpu:avx512bf16"]
+    assert runnable_sets(targets, every) == ["avx512bf16", "avx2"]
+    assert runnable_sets(targets, HERE) == ["avx2"]
+    assert runnable_sets(["torch", "cpu:avx512bf16"], HERE) == []
+    assert runnable_sets(["cpu"], every) == list(INSTRUCTION_SETS)
+    assert cpu_sets(["cpu"]) == list(INSTRUCTION_SETS)
+    assert cpu_sets(["torch", "cpu:avx2"]) == ["avx2"]
+
+
+def test_what_cannot_run_says_why() -> None:
+    assert host_obstacle(["torch", "cpu:avx2"], None, features=HERE) is None
+    none = str(host_obstacle(["torch"], None))
+    assert "no native CPU kernels; compile it with --target torch,cpu" in none
+    bare = str(host_obstacle(["cpu:avx2"], None, features=BARE))
+    assert "built for cpu:avx2, and this processor has none of these" in bare
+    assert "bfloat16 and float32" in str(host_obstacle(["cpu:avx2"], "float16", features=HERE))
+
+
+def test_backends_where_the_processor_is_bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: BARE)
+    assert choose_backend(None, ["torch", "cpu:avx2"]) == "torch"
+    with pytest.raises(MoacError, match="this processor has none of these"):
+        choose_backend("cpu", ["torch", "cpu:avx2"])
+    with pytest.raises(
+        MoacError, match="backend cpu cannot run here: the package is built for"
+    ):
+        choose_backend("cpu", ["torch"])
+    monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: HERE)
+    assert choose_backend(None, ["torch", "cpu:avx2"]) == "cpu"
+    assert choose_backend("torch", ["torch", "cpu:avx2"]) == "torch"
+    assert choose_backend(None, ["torch", "cpu:avx2"], dtype="float16") == "torch"
+
+
+def test_a_package_without_kernels_says_so(
+    tiny_package: Compiled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ("run", tiny_package.package, "--prompt", "hi", "--max-tokens", "2")
+    assert moac_command(*prompt, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "note: running on torch's own operators: the package has no native" in err
+    assert json.loads(out)["note"].startswith("running on torch's own operators")
+    assert moac_command(*prompt, "--backend", "torch") == 0
+    assert "note:" not in capsys.readouterr().err
+    artifact = open_artifact(tiny_package.package)
+    with pytest.raises(MoacError, match="no native CPU kernels"):
+        open_cpu(artifact)
+
+
+def test_no_compiler_is_one_sentence(
+    tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    spec = open_artifact(tiny_package.package).spec
+    with pytest.raises(UsageError, match=r"there is none here: install g\+\+; leave cpu out"):
+        require_cpu(spec, "float32", ["torch", "cpu"])
+    asked = ("compile", tiny_package.checkpoint, *options(), "--target", "cpu")
+    assert moac_command(*asked, "-o", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert default_targets(spec, "float32") == ("torch",)
+    assert "note: the package gets no native CPU kernels" in capsys.readouterr().err
+
+
+def test_defaults_build_what_serves_the_model(
+    tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "build_obstacle", lambda: None)
+    spec = open_artifact(tiny_package.package).spec
+    assert default_targets(spec, "bfloat16") == ("torch", "cpu")
+    assert default_targets(spec, "float16") == ("torch",)
+    with pytest.raises(UsageError, match="not in float16; leave cpu out of --target"):
+        require_cpu(spec, "float16", ["cpu"])
+
+
+def test_the_two_lists_of_instruction_sets_agree() -> None:
+    assert list(cpu_build.INSTRUCTION_SETS) == list(INSTRUCTION_SETS)
+    for name, flags in cpu_build.INSTRUCTION_SETS.items():
+        asked = {flag.removeprefix("-m").replace("bf16", "_bf16") for flag in flags}
+        assert asked == {need for need in INSTRUCTION_SETS[name]}
+
+
+def test_features_are_read_where_there_are_any() -> None:
+    assert isinstance(host_features(), frozenset)
