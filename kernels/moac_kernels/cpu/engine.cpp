@@ -15,6 +15,8 @@ static void *allocate(int64_t bytes) {
 }
 
 constexpr int64_t MOST_HEAD_DIM = 256;
+constexpr int64_t LAYER_PHASES = 8;
+constexpr int64_t BLOCK_ROWS = 16;  // tokens of a task that takes them one by one, where many
 
 static inline float power2(float x) {
   float all[W];
@@ -41,19 +43,21 @@ template <class T> struct Engine {
   typedef operand<T> A;
   Team team;
   Model model;
-  const Step *step = nullptr;
-  bool closing = false;
+  Step step;
   int64_t most_tokens = 0, most_items = 0, pairs = 0, group, width, queries;
   float *x, *qkv, *cosines, *sines, *partial, *peak, *sum;
   A *normed, *q, *attended, *inner;
   T *k, *v;
-  int64_t *position, *segment, *done;
+  int64_t *position, *segment, *done, *piece;
   Desk<A> *desks;
   void *memory[16];
   int num_memory = 0;
 
   Engine(const Model &m, int64_t threads) : model(m) {
     team.threads = (int)threads;
+    team.num_phases = 1 + LAYER_PHASES * m.num_layers + 2;
+    team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
+    piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
     group = m.heads / m.kv_heads;
     queries = m.heads * m.head_dim;
     width = (m.heads + 2 * m.kv_heads) * m.head_dim;
@@ -63,7 +67,11 @@ template <class T> struct Engine {
   ~Engine() {
     release();
     free(desks);
+    free(piece);
+    free(team.phases);
   }
+
+  bool whole() const { return team.phases && piece && desks; }
 
   template <class P> bool take(P *&at, int64_t count) {
     at = (P *)(memory[num_memory++] = allocate(count * sizeof(P)));
@@ -126,12 +134,28 @@ template <class T> struct Engine {
     else many(a, m, depth, w, columns, c, TILE_COLUMNS, desk.tile.pack);
   }
 
-  // out(row, first column, columns, sums) for every block of columns of a . weights.
+  // Columns of a product that make one task: some tasks for every thread, and not too many.
+  int64_t task_columns(int64_t columns) const {
+    const int64_t tiles = columns / (TILE_COLUMNS * 16 * team.threads);
+    return TILE_COLUMNS * larger(1, smaller(8, tiles));
+  }
+
+  int64_t linear_tasks(int64_t columns) const {
+    return (columns + task_columns(columns) - 1) / task_columns(columns);
+  }
+
+  // part(first column, columns) for each block of the columns that a task stands for.
+  template <class Part> void blocks(int64_t task, int64_t columns, Part part) const {
+    const int64_t size = task_columns(columns), stop = smaller(columns, (task + 1) * size);
+    for (int64_t n = task * size; n < stop; n += TILE_COLUMNS)
+      part(n, smaller(TILE_COLUMNS, stop - n));
+  }
+
+  // out(row, first column, columns, sums) for the columns of a . weights of one task.
   template <class Out>
-  void linear(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
-              const void *bias, int64_t columns, Out out) {
-    for (int64_t task; (task = team.claim()) * TILE_COLUMNS < columns;) {
-      const int64_t first = task * TILE_COLUMNS, count = smaller(TILE_COLUMNS, columns - first);
+  void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
+              const void *weights, const void *bias, int64_t columns, Out out) {
+    blocks(task, columns, [&](int64_t first, int64_t count) {
       product(desk, a, m, depth, weights, first, count, desk.columns);
       for (int64_t r = 0; r < m; r++) {
         float *c = desk.columns + r * TILE_COLUMNS;
@@ -139,26 +163,25 @@ template <class T> struct Engine {
           for (int64_t j = 0; j < count; j++) c[j] += widen(((const T *)bias)[first + j]);
         out(r, first, count, c);
       }
-    }
-    team.barrier();
-  }
-
-  void add_linear(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
-                  const void *bias) {
-    const int64_t hidden = model.hidden;
-    linear(desk, a, m, depth, weights, bias, hidden, [&](int64_t r, int64_t n, int64_t count, const float *c) {
-      float *to = x + r * hidden + n;
-      for (int64_t j = 0; j < count; j++) to[j] += c[j];
     });
   }
 
-  void gate_up(Desk<A> &desk, const Layer &layer, int64_t m) {
-    const int64_t n = model.inner;
-    for (int64_t task; (task = team.claim()) * TILE_COLUMNS < n;) {
-      const int64_t first = task * TILE_COLUMNS, count = smaller(TILE_COLUMNS, n - first);
+  void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, const void *weights,
+                  const void *bias) {
+    const int64_t hidden = model.hidden;
+    linear(desk, task, a, step.num_tokens, depth, weights, bias, hidden,
+           [&](int64_t r, int64_t n, int64_t count, const float *c) {
+             float *to = x + r * hidden + n;
+             for (int64_t j = 0; j < count; j++) to[j] += c[j];
+           });
+  }
+
+  void gate_up(Desk<A> &desk, int64_t task, const Layer &layer) {
+    const int64_t n = model.inner, m = step.num_tokens;
+    const T *bias = (const T *)layer.gate_up_bias;
+    blocks(task, n, [&](int64_t first, int64_t count) {
       product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
       product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
-      const T *bias = (const T *)layer.gate_up_bias;
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
@@ -167,8 +190,7 @@ template <class T> struct Engine {
         }
         activate(gate, up, count, inner + r * n + first);
       }
-    }
-    team.barrier();
+    });
   }
 
   void activate(float *gate, const float *up, int64_t count, A *to) {
@@ -192,25 +214,31 @@ template <class T> struct Engine {
       vstore(to + i, vmul(vmul(vload(from + i), scale), vload((const T *)weight + i)));
   }
 
-  void norm(const void *weight) {
-    const int64_t n = model.hidden;
-    for (int64_t m; (m = team.claim()) < step->num_tokens;)
-      normalise(x + m * n, n, weight, normed + m * n);
-    team.barrier();
+  int64_t row_tasks(int64_t rows) const {
+    return rows <= FEW_ROWS ? rows : (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   }
 
-  void embed() {
+  // part(row) for each row that a task stands for.
+  template <class Part> void each_row(int64_t task, int64_t rows, Part part) const {
+    const int64_t size = rows <= FEW_ROWS ? 1 : BLOCK_ROWS;
+    for (int64_t m = task * size; m < smaller(rows, (task + 1) * size); m++) part(m);
+  }
+
+  void norm(int64_t task, const void *weight) {
+    const int64_t n = model.hidden;
+    each_row(task, step.num_tokens,
+             [&](int64_t m) { normalise(x + m * n, n, weight, normed + m * n); });
+  }
+
+  void embed(int64_t m) {
     const int64_t n = model.hidden, half = model.head_dim / 2;
-    for (int64_t m; (m = team.claim()) < step->num_tokens;) {
-      const T *from = (const T *)model.embed + step->tokens[m] * n;
-      for (int64_t i = 0; i < n; i += W) vstore(x + m * n + i, vload(from + i));
-      for (int64_t i = 0; i < half; i++) {
-        const double angle = (float)position[m] * step->frequencies[i];
-        cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
-        sines[m * half + i] = (float)sin(angle) * (float)model.rope_scaling;
-      }
+    const T *from = (const T *)model.embed + step.tokens[m] * n;
+    for (int64_t i = 0; i < n; i += W) vstore(x + m * n + i, vload(from + i));
+    for (int64_t i = 0; i < half; i++) {
+      const double angle = (float)position[m] * step.frequencies[i];
+      cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
+      sines[m * half + i] = (float)sin(angle) * (float)model.rope_scaling;
     }
-    team.barrier();
   }
 
   // A head's row [D], normed where the model does, rotated, scaled.
@@ -245,32 +273,30 @@ template <class T> struct Engine {
   }
 
   const Cache &cache_of(int64_t layer, int64_t head) const {
-    const Cache *cache = step->caches + step->first_cache[layer];
+    const Cache *cache = step.caches + step.first_cache[layer];
     while (head >= cache->first + cache->heads) cache++;
     return *cache;
   }
 
-  // Queries, keys and values of every token; a row's single token goes straight into its cache.
-  void prepare(int64_t index, const Layer &layer) {
+  // Queries, key and value of one token and KV head; a row's single token goes straight into its
+  // cache.
+  void project(int64_t index, const Layer &layer, int64_t m, int64_t head) {
     const int64_t d = model.head_dim, kv = model.kv_heads;
     const float scale = 1.44269504f / sqrtf((float)d);  // softmax in powers of two
-    for (int64_t task; (task = team.claim()) < step->num_tokens * kv;) {
-      const int64_t m = task / kv, head = task % kv;
-      const float *from = qkv + m * width;
-      for (int64_t g = head * group; g < (head + 1) * group; g++)
-        rotate(from + g * d, layer.q_norm, m, scale, q + m * queries + g * d);
-      T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
-      const Segment &s = step->segments[segment[m]];
-      if (s.count == 1) {
-        const Cache &cache = cache_of(index, head);
-        const int64_t slot = slot_of(cache, s.start - cache.shifts[s.row]);
-        const int64_t at = (s.row * cache.heads + head - cache.first) * cache.size + slot;
-        key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
-      }
-      rotate(from + queries + head * d, layer.k_norm, m, 1, key);
-      for (int64_t i = 0; i < d; i += W) vstore(value + i, vload(from + queries + (kv + head) * d + i));
+    const float *from = qkv + m * width;
+    for (int64_t g = head * group; g < (head + 1) * group; g++)
+      rotate(from + g * d, layer.q_norm, m, scale, q + m * queries + g * d);
+    T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
+    const Segment &s = step.segments[segment[m]];
+    if (s.count == 1) {
+      const Cache &cache = cache_of(index, head);
+      const int64_t slot = slot_of(cache, s.start - cache.shifts[s.row]);
+      const int64_t at = (s.row * cache.heads + head - cache.first) * cache.size + slot;
+      key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
     }
-    team.barrier();
+    rotate(from + queries + head * d, layer.k_norm, m, 1, key);
+    for (int64_t i = 0; i < d; i += W)
+      vstore(value + i, vload(from + queries + (kv + head) * d + i));
   }
 
   // ---- attention ----
@@ -283,43 +309,63 @@ template <class T> struct Engine {
     return runs;
   }
 
-  // Tokens of one item of decode: short enough to balance, long enough to pay.
-  int64_t item_tokens(int64_t layer) const {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < step->num_segments; i++)
-      for (int64_t head = 0; step->segments[i].count == 1 && head < model.kv_heads; head++)
-        sum += decode_runs(layer, step->segments[i], head).tokens();
-    return larger(DECODE_BLOCK, smaller(512, padded(sum / (4 * team.threads), DECODE_BLOCK)));
+  // How many tasks a layer's attention is. One token reads all that its row holds in pieces short
+  // enough to balance and long enough to pay.
+  int64_t attention_tasks(int64_t layer) {
+    int64_t sum = 0, tasks = 0;
+    const int64_t tile = tile_tokens(group);
+    for (int64_t i = 0; i < step.num_segments; i++)
+      for (int64_t head = 0; head < model.kv_heads; head++) {
+        const Segment &s = step.segments[i];
+        if (s.count == 1) sum += decode_runs(layer, s, head).tokens();
+        else tasks += (s.count + tile - 1) / tile;
+      }
+    const int64_t even = padded(sum / (4 * team.threads), DECODE_BLOCK);
+    const int64_t size = piece[layer] = larger(DECODE_BLOCK, smaller(512, even));
+    for (int64_t i = 0; i < step.num_segments; i++)
+      for (int64_t head = 0; step.segments[i].count == 1 && head < model.kv_heads; head++)
+        tasks += (decode_runs(layer, step.segments[i], head).tokens() + size - 1) / size;
+    return tasks;
   }
 
-  void attend(Desk<A> &desk, int64_t layer) {
-    const int64_t size = item_tokens(layer);
-    int64_t task = 0, mine = team.claim(), item = 0, first_token = 0;
-    for (int64_t i = 0; i < step->num_segments; i++) {
-      const Segment &s = step->segments[i];
-      const int64_t tile = tile_tokens(group);
-      for (int64_t head = 0; head < model.kv_heads; head++) {
+  void attend(Walk &walk, Desk<A> &desk, int64_t layer) {
+    int64_t mine = walk.claim();
+    if (mine != NONE) attend_from(walk, desk, layer, mine);
+    walk.next();
+  }
+
+  // Tasks are counted off in the order of attention_tasks, from the first claimed one on.
+  void attend_from(Walk &walk, Desk<A> &desk, int64_t layer, int64_t mine) {
+    const int64_t size = piece[layer], tile = tile_tokens(group), kv = model.kv_heads;
+    int64_t task = 0, item = 0, first = 0;
+    auto ours = [&] { return task++ == mine; };
+    auto on = [&] {
+      walk.finish();
+      return mine = walk.claim();
+    };
+    for (int64_t i = 0;; i++) {
+      const Segment &s = step.segments[i];
+      for (int64_t head = 0; head < kv; head++) {
         if (s.count == 1) {
           const Runs<T> runs = decode_runs(layer, s, head);
           const int64_t pieces = (runs.tokens() + size - 1) / size;
           for (int64_t p = 0; p < pieces; p++)
-            if (task++ == mine) {
-              decode_item(runs, i * model.kv_heads + head, first_token, head, item, p, pieces, size);
-              mine = team.claim();
+            if (ours()) {
+              decode_item(runs, i * kv + head, first, head, item, p, pieces, size);
+              if (on() == NONE) return;
             }
           item += pieces;
         } else {
           // the last tiles see most and go first
           for (int64_t t = (s.count - 1) / tile * tile; t >= 0; t -= tile)
-            if (task++ == mine) {
-              prefill_tile(desk, layer, s, first_token, head, t, smaller(tile, s.count - t));
-              mine = team.claim();
+            if (ours()) {
+              prefill_tile(desk, layer, s, first, head, t, smaller(tile, s.count - t));
+              if (on() == NONE) return;
             }
         }
       }
-      first_token += s.count;
+      first += s.count;
     }
-    team.barrier();
   }
 
   Partial partial_of(int64_t item) const {
@@ -390,95 +436,128 @@ template <class T> struct Engine {
   }
 
   // Put what a segment leaves into the caches, once nobody reads them any more.
-  void store(int64_t layer) {
+  void store(int64_t layer, const Segment &s, int64_t head) {
+    if (s.count == 1) return;
     const int64_t d = model.head_dim, kv = model.kv_heads;
-    for (int64_t task; (task = team.claim()) < step->num_segments * kv;) {
-      const Segment &s = step->segments[task / kv];
-      const int64_t head = task % kv;
-      if (s.count == 1) continue;
-      int64_t first = 0;
-      for (const Segment *before = step->segments; before < &s; before++) first += before->count;
-      const Cache &cache = cache_of(layer, head);
-      const int64_t base = (s.row * cache.heads + head - cache.first) * cache.size;
-      const int64_t begin = s.start - cache.shifts[s.row], end = begin + s.count;
-      for (int64_t place = begin; place < end; place++) {
-        if (place >= cache.sink) place = larger(place, end - (cache.size - cache.sink));
-        const int64_t from = ((first + place - begin) * kv + head) * d;
-        const int64_t to = (base + slot_of(cache, place)) * d;
-        memcpy((T *)cache.keys + to, k + from, d * sizeof(T));
-        memcpy((T *)cache.values + to, v + from, d * sizeof(T));
-      }
+    int64_t first = 0;
+    for (const Segment *before = step.segments; before < &s; before++) first += before->count;
+    const Cache &cache = cache_of(layer, head);
+    const int64_t base = (s.row * cache.heads + head - cache.first) * cache.size;
+    const int64_t begin = s.start - cache.shifts[s.row], end = begin + s.count;
+    for (int64_t place = begin; place < end; place++) {
+      if (place >= cache.sink) place = larger(place, end - (cache.size - cache.sink));
+      const int64_t from = ((first + place - begin) * kv + head) * d;
+      const int64_t to = (base + slot_of(cache, place)) * d;
+      memcpy((T *)cache.keys + to, k + from, d * sizeof(T));
+      memcpy((T *)cache.values + to, v + from, d * sizeof(T));
     }
-    team.barrier();
   }
 
   // ---- the step ----
 
-  void run(int64_t index) {
-    Desk<A> &desk = desks[index];
-    const int64_t m = step->num_tokens;
-    embed();
+  int64_t store_tasks() const { return step.num_segments * model.kv_heads; }
+
+  // How many tasks each phase of run() has.
+  void plan() {
+    const int64_t m = step.num_tokens, hidden = model.hidden;
+    int64_t p = 0;
+    team.prepare(p++, row_tasks(m));
     for (int64_t l = 0; l < model.num_layers; l++) {
-      const Layer &layer = model.layers[l];
-      norm(layer.attn_norm);
-      linear(desk, normed, m, model.hidden, layer.qkv, layer.qkv_bias, width,
+      team.prepare(p++, row_tasks(m));
+      team.prepare(p++, linear_tasks(width));
+      team.prepare(p++, row_tasks(m) * model.kv_heads);
+      team.prepare(p++, attention_tasks(l));
+      team.prepare(p++, store_tasks() + linear_tasks(hidden));
+      team.prepare(p++, row_tasks(m));
+      team.prepare(p++, linear_tasks(model.inner));
+      team.prepare(p++, linear_tasks(hidden));
+    }
+    team.prepare(p++, larger(1, step.num_wanted));
+    team.prepare(p++, step.num_wanted ? linear_tasks(model.vocab) : 1);
+  }
+
+  void run(int64_t index, uint64_t number) {
+    Desk<A> &desk = desks[index];
+    Walk walk{team, number};
+    walk.share([&](int64_t task) {
+      each_row(task, step.num_tokens, [&](int64_t m) { embed(m); });
+    });
+    for (int64_t l = 0; l < model.num_layers; l++) run_layer(walk, desk, l);
+    walk.share([&](int64_t i) {
+      if (i < step.num_wanted)
+        normalise(x + step.wanted[i] * model.hidden, model.hidden, model.norm,
+                  normed + i * model.hidden);
+    });
+    walk.share([&](int64_t task) {
+      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr, model.vocab,
+             [&](int64_t r, int64_t first, int64_t count, const float *c) {
+               memcpy(step.logits + step.places[r] * model.vocab + first, c, count * sizeof(float));
+             });
+    });
+  }
+
+  void run_layer(Walk &walk, Desk<A> &desk, int64_t l) {
+    const Layer &layer = model.layers[l];
+    walk.share([&](int64_t task) { norm(task, layer.attn_norm); });
+    walk.share([&](int64_t task) {
+      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
                memcpy(qkv + r * width + n, c, count * sizeof(float));
              });
-      prepare(l, layer);
-      attend(desk, l);
-      if (m > step->num_segments) store(l);
-      add_linear(desk, attended, m, queries, layer.o, layer.o_bias);
-      norm(layer.mlp_norm);
-      gate_up(desk, layer, m);
-      add_linear(desk, inner, m, model.inner, layer.down, layer.down_bias);
-    }
-    head(desk);
+    });
+    walk.share([&](int64_t task) {
+      const int64_t kv = model.kv_heads;
+      each_row(task / kv, step.num_tokens,
+               [&](int64_t m) { project(l, layer, m, task % kv); });
+    });
+    attend(walk, desk, l);
+    walk.share([&](int64_t task) {
+      const int64_t stores = store_tasks(), kv = model.kv_heads;
+      if (task < stores) store(l, step.segments[task / kv], task % kv);
+      else add_linear(desk, task - stores, attended, queries, layer.o, layer.o_bias);
+    });
+    walk.share([&](int64_t task) { norm(task, layer.mlp_norm); });
+    walk.share([&](int64_t task) { gate_up(desk, task, layer); });
+    walk.share([&](int64_t task) {
+      add_linear(desk, task, inner, model.inner, layer.down, layer.down_bias);
+    });
   }
 
-  void head(Desk<A> &desk) {
-    const int64_t n = step->num_wanted, hidden = model.hidden, vocab = model.vocab;
-    for (int64_t i; (i = team.claim()) < n;)
-      normalise(x + step->wanted[i] * hidden, hidden, model.norm, normed + i * hidden);
-    team.barrier();
-    if (n == 0) return;
-    linear(desk, normed, n, hidden, model.head, nullptr, vocab,
-           [&](int64_t r, int64_t first, int64_t count, const float *c) {
-             memcpy(step->logits + step->places[r] * vocab + first, c, count * sizeof(float));
-           });
-  }
-
-  bool take_step(const Step *s) {
+  bool take_step(const Step &asked) {
     int64_t rows = 0, kv_tokens = 0;
-    for (int64_t i = 0; i < s->num_segments; i++) rows = larger(rows, s->segments[i].row + 1);
+    for (int64_t i = 0; i < asked.num_segments; i++)
+      rows = larger(rows, asked.segments[i].row + 1);
     for (int64_t l = 0; l < model.num_layers; l++) {
       int64_t held = 0;
-      for (const Cache *c = s->caches + s->first_cache[l]; c < s->caches + s->first_cache[l + 1]; c++)
+      const Cache *end = asked.caches + asked.first_cache[l + 1];
+      for (const Cache *c = asked.caches + asked.first_cache[l]; c < end; c++)
         held += rows * c->heads * c->size;
       kv_tokens = larger(kv_tokens, held);
     }
-    if (!reserve(s->num_tokens, rows, kv_tokens)) return false;
+    if (!reserve(asked.num_tokens, rows, kv_tokens)) return false;
     int64_t m = 0;
-    for (int64_t i = 0; i < s->num_segments; i++)
-      for (int64_t t = 0; t < s->segments[i].count; t++, m++)
-        segment[m] = i, position[m] = s->segments[i].start + t;
-    step = s;
-    team.barrier();
-    run(0);
+    for (int64_t i = 0; i < asked.num_segments; i++)
+      for (int64_t t = 0; t < asked.segments[i].count; t++, m++)
+        segment[m] = i, position[m] = asked.segments[i].start + t;
+    step = asked;
+    plan();
+    team.begin();
+    run(0, team.step);
     return true;
   }
 
   void serve(int64_t index) {
-    for (;;) {
-      team.barrier(IDLE_SPINS);
-      if (closing) return;
-      run(index);
+    for (uint64_t seen = 0;;) {
+      team.wait(&team.step, seen + 1, IDLE_SPINS);
+      if (__atomic_load_n(&team.closing, __ATOMIC_ACQUIRE)) return;
+      seen = __atomic_load_n(&team.step, __ATOMIC_ACQUIRE);
+      run(index, seen);
     }
   }
 
   void close() {
-    closing = true;
-    team.barrier();
+    __atomic_store_n(&team.closing, true, __ATOMIC_RELEASE);
+    team.begin();  // a step of no tasks
   }
 };
 
@@ -495,7 +574,12 @@ EXPORT int64_t moac_abi() { return MOAC_ABI; }
 
 template <class T> static void *open_engine(const Model *model, int64_t threads) {
   void *memory = aligned_alloc(64, padded(sizeof(Engine<T>), 64));
-  return memory ? new (memory) Engine<T>(*model, threads) : nullptr;
+  if (!memory) return nullptr;
+  Engine<T> *engine = new (memory) Engine<T>(*model, threads);
+  if (engine->whole()) return engine;
+  engine->~Engine();
+  free(memory);
+  return nullptr;
 }
 
 // Null where memory is short.
@@ -514,7 +598,7 @@ EXPORT void moac_serve(Handle *handle, int64_t index) { WITH(handle, serve(index
 
 // 0, or 1 where memory is short; nothing is written to the caches then.
 EXPORT int64_t moac_step(Handle *handle, const Step *step) {
-  return WITH(handle, take_step(step)) ? 0 : 1;
+  return WITH(handle, take_step(*step)) ? 0 : 1;
 }
 
 EXPORT void moac_close(Handle *handle) { WITH(handle, close()); }

@@ -1,5 +1,8 @@
-// Threads that take the same steps: each phase's tasks are claimed one by one, and nobody starts
-// the next phase before all have ended this one. The threads themselves come from Python.
+// Threads that share a step's tasks. A step is a row of phases, each a number of tasks; a phase
+// begins when every task of the one before it has ended. Nobody waits for a thread, only for
+// tasks: one that the system put aside while it had none costs nothing, and finds out later what
+// went on without it. So what belongs to a step is read with a task in hand, and never without.
+// The threads themselves come from Python.
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -7,42 +10,95 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-constexpr int STEP_SPINS = 4000;     // tens of microseconds: a phase is shorter
-constexpr int IDLE_SPINS = 20000;    // between steps Python chooses a token
+constexpr int PHASE_SPINS = 2000;   // tens of microseconds: most phases are shorter
+constexpr int IDLE_SPINS = 20000;   // between steps Python chooses a token
+constexpr int64_t NONE = -1;
+
+// `open`: the step's number in the high half, tasks not yet claimed in the low half.
+struct alignas(64) Phase {
+  uint64_t open;
+  int64_t total, done;
+};
 
 struct Team {
   int threads;
-  alignas(64) int32_t arrived = 0;
-  alignas(64) int32_t generation = 0;
+  int64_t num_phases;
+  Phase *phases;
+  bool closing = false;
+  alignas(64) uint64_t step = 0;   // the newest
+  alignas(64) uint64_t clock = 0;  // phases ended: those of step n are n * num_phases and on
+  alignas(64) int32_t bell = 0;
   alignas(64) int32_t sleepers = 0;
-  alignas(64) int64_t next = 0;
 
-  // The next task of the phase; tasks are numbered from 0.
-  int64_t claim() {
-    return threads == 1 ? next++ : __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+  // Make ready phase p of the next step; nobody works meanwhile.
+  void prepare(int64_t p, int64_t tasks) {
+    phases[p].total = tasks;
+    phases[p].done = 0;
+    __atomic_store_n(&phases[p].open, (step + 1) << 32 | (uint64_t)tasks, __ATOMIC_RELEASE);
   }
 
-  void barrier(int spins = STEP_SPINS) {
-    if (threads == 1) {
-      next = 0;
-      return;
-    }
-    int32_t now = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-      arrived = 0;
-      next = 0;
-      __atomic_store_n(&generation, now + 1, __ATOMIC_SEQ_CST);
-      if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST))
-        syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-      return;
-    }
+  void begin() {
+    __atomic_store_n(&clock, (step + 1) * num_phases, __ATOMIC_RELEASE);
+    __atomic_store_n(&step, step + 1, __ATOMIC_SEQ_CST);
+    ring();
+  }
+
+  void ring() {
+    __atomic_add_fetch(&bell, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST))
+      syscall(SYS_futex, &bell, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  }
+
+  // Until `word` is at least `value`.
+  void wait(const uint64_t *word, uint64_t value, int spins) {
     for (int i = 0; i < spins; i++) {
-      if (__atomic_load_n(&generation, __ATOMIC_ACQUIRE) != now) return;
+      if (__atomic_load_n(word, __ATOMIC_ACQUIRE) >= value) return;
       _mm_pause();
     }
-    __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&generation, __ATOMIC_SEQ_CST) == now)
-      syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
-    __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+      const int32_t heard = __atomic_load_n(&bell, __ATOMIC_SEQ_CST);
+      __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(word, __ATOMIC_SEQ_CST) < value)
+        syscall(SYS_futex, &bell, FUTEX_WAIT_PRIVATE, heard, nullptr, nullptr, 0);
+      __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(word, __ATOMIC_ACQUIRE) >= value) return;
+    }
+  }
+};
+
+// One thread on its way through the phases of one step.
+struct Walk {
+  Team &team;
+  const uint64_t step;
+  int64_t phase = 0;
+
+  // A task of the phase, NONE where all are claimed or the step is over.
+  int64_t claim() {
+    Phase &at = team.phases[phase];
+    uint64_t open = __atomic_load_n(&at.open, __ATOMIC_ACQUIRE);
+    while (open >> 32 == (step & 0xffffffff) && (uint32_t)open)
+      if (__atomic_compare_exchange_n(&at.open, &open, open - 1, true, __ATOMIC_ACQ_REL,
+                                      __ATOMIC_ACQUIRE))
+        return at.total - (int64_t)(uint32_t)open;
+    return NONE;
+  }
+
+  // The task claimed last has ended.
+  void finish() {
+    Phase &at = team.phases[phase];
+    if (__atomic_add_fetch(&at.done, 1, __ATOMIC_ACQ_REL) < at.total) return;
+    __atomic_store_n(&team.clock, step * team.num_phases + phase + 1, __ATOMIC_SEQ_CST);
+    team.ring();
+  }
+
+  void next() {
+    phase++;
+    team.wait(&team.clock, step * team.num_phases + phase, PHASE_SPINS);
+  }
+
+  // do_task(task) for the tasks of the phase that this thread gets, then on to the next phase.
+  template <class Task> void share(Task do_task) {
+    for (int64_t task; (task = claim()) != NONE; finish()) do_task(task);
+    next();
   }
 };
