@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moac.compiler import CompileResult, compile_model
+    from moac.planner import PlanResult, plan_model
     from moac.request import CompileRequest
 
-__all__ = ["CompileRequest", "CompileResult", "compile_model"]
+__all__ = ["CompileRequest", "CompileResult", "PlanResult", "compile_model", "plan_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from moac import compiler
 
         return getattr(compiler, name)
+    if name in ("plan_model", "PlanResult"):
+        from moac import planner
+
+        return getattr(planner, name)
     if name == "CompileRequest":
         from moac.request import CompileRequest
 

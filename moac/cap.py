@@ -51,9 +51,7 @@ class KvCap:
             max_bytes=request.max_kv_bytes,
             batch=request.batch or 1,
             length=length,
-            token_bytes=checkpoint.spec.kv_token_bytes(
-                DTYPE_BYTES[request.dtype or checkpoint.dtype]
-            ),
+            token_bytes=kv_token(checkpoint, request),
         )
 
     def budget(self, layout: Layout, lengths: Sequence[int]) -> float:
@@ -98,6 +96,11 @@ class KvCap:
         count = tokens * self.batch * self.token_bytes
         many = "sequence" if self.batch == 1 else "sequences"
         return f"{told_bytes(count)} for {self.batch} {many} of {self.length} tokens"
+
+
+def kv_token(checkpoint: Checkpoint, request: CompileRequest) -> int:
+    """Bytes of one token in one KV head, in the package's dtype."""
+    return checkpoint.spec.kv_token_bytes(DTYPE_BYTES[request.dtype or checkpoint.dtype])
 
 
 def told_bytes(count: int) -> str:

@@ -15,9 +15,7 @@ from moac.options import check_one_goal, given, numbers, planning_options, size,
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
 
 if TYPE_CHECKING:
-    from moac.compiler import CompileResult
     from moac.estimate import StageEstimate
-    from moac.planner import PlanResult
 
 _INTERRUPTED = 130
 
@@ -102,7 +100,7 @@ def plan_command(
     from moac.summary import plan_summary
 
     result = plan_model(model, output, request=request, work_dir=work_dir, force=force)
-    click.echo(_told(result) if as_json else plan_summary(result))
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else plan_summary(result))
 
 
 @cli.command("compile")
@@ -179,20 +177,7 @@ def compile_command(
     result = compile_model(
         model, output, request=request, plan=plan, work_dir=work_dir, force=force
     )
-    click.echo(_told(result) if as_json else compile_summary(result))
-
-
-def _told(result: PlanResult | CompileResult) -> str:
-    """What was made, as JSON."""
-    checks = getattr(result, "checks", None)
-    told = {
-        "path": str(result.path),
-        "record": result.record,
-        **({} if checks is None else {"checks": [check.to_json() for check in checks]}),
-        "seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
-    return json.dumps(told, indent=2)
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else compile_summary(result))
 
 
 def _show_estimate(stages: Sequence[StageEstimate], *, as_json: bool) -> None:

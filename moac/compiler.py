@@ -30,7 +30,7 @@ from moac.packaging.writer import (
     write_plan,
     write_weights,
 )
-from moac.plan_file import read_plan_file
+from moac.plan_file import read_plan_file, sealed
 from moac.planner import (
     Clock,
     Planned,
@@ -66,6 +66,16 @@ class CompileResult:
     seconds: float
     peak_memory_bytes: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rules, which stand in the package."""
+        return {
+            "path": str(self.path),
+            "record": self.record,
+            "checks": [check.to_json() for check in self.checks],
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 def compile_model(
     source: str | Path,
@@ -98,6 +108,7 @@ def compile_model(
         planned = find_plan(bench, lengths, clock)
     else:
         planned = taken_plan(bench, file, lengths, clock)
+    planned = replace(planned, record=sealed(planned.plan, planned.record))
     checks = emit(Path(out), bench, planned, clock, force=force)
     return CompileResult(
         path=Path(out),

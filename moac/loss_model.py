@@ -147,9 +147,12 @@ def smallest_within(
     with stage("bisect") as advance:
         point = best_weighted(bench, problem_at(high))
         _check_reachable(model, point, limit, high)
-        steps = max(1, math.ceil(math.log2((high - low) / _DENSITY_STEP)))
+        smallest = best_weighted(bench, problem_at(low))
+        if _keeps(model, smallest, limit):
+            point, high = smallest, low
+        steps = math.ceil(math.log2(max((high - low) / _DENSITY_STEP, 1)))
         for step in range(steps):
-            middle = low if step == 0 else (low + high) / 2
+            middle = (low + high) / 2
             found = best_weighted(bench, problem_at(middle))
             if _keeps(model, found, limit):
                 point, high = found, middle

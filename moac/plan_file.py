@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moac.cap import KvCap, kv_token, told_bytes
 from moac.checkpoint import Checkpoint
-from moac.inspection import planned_lengths
 from moac.lengths import Lengths
+from moac.packaging.rename import move_new
 from moac.planning import Layout
 from moac.request import CompileRequest
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.plan import Plan
 
+_SEAL = "sha256"
 _REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
 
 
@@ -87,14 +88,25 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def rules_digest(plan: Plan) -> str:
-    """SHA-256 of the rules and what they are counted by, whatever the file's layout."""
-    text = json.dumps(plan.to_json(), sort_keys=True, separators=(",", ":"))
+def sealed(plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the digests that tell later what was edited: the rules, or the rest."""
+    return {**record, _SEAL: _seal({**record, **plan.to_json()})}
+
+
+def _seal(data: Mapping[str, Any]) -> dict[str, str]:
+    rest = {name: value for name, value in data.items() if name not in ("rules", _SEAL)}
+    return {"rules": _digest(data["rules"]), "rest": _digest(rest)}
+
+
+def _digest(value: Any) -> str:
+    # Numbers as floats: an editor may well write 1.0 as 1.
+    same = json.loads(json.dumps(value), parse_int=float)
+    text = json.dumps(same, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_plan_file(path: Path, plan: Plan, record: Mapping[str, Any], *, force: bool) -> None:
-    """Write the plan and its record, whole or not at all. Raises UsageError, MoacError."""
+    """Write the plan and its sealed record, whole or not at all. Raises UsageError, MoacError."""
     check_plan_target(path, force=force)
     text = json.dumps({**record, **plan.to_json()}, indent=2, sort_keys=True, allow_nan=False)
     try:
@@ -124,7 +136,7 @@ def _publish(path: Path, data: bytes, *, force: bool) -> None:
         if force:
             staging.replace(path)
         else:
-            os.link(staging, path)  # unlike a rename, fails where the name was taken meanwhile
+            move_new(staging, path.resolve())
     finally:
         staging.unlink(missing_ok=True)
 
@@ -138,15 +150,37 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     refuse_beside_plan(request.planning_changed())
     data, digest = _read(path)
     _check_identity(path, data, checkpoint)
+    edited = _edited(path, data)
     try:
         plan = _checked_plan(data, checkpoint)
-        lengths = planned_lengths(data)
-        _check_record(data, lengths, checkpoint)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
-    made = data["rules_sha256"]
     record = {name: value for name, value in data.items() if name not in plan.to_json()}
-    return PlanFile(path, plan, record, digest, edited=rules_digest(plan) != made)
+    return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
+
+
+def _with_cap(
+    path: Path,
+    record: dict[str, Any],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    request: CompileRequest,
+) -> dict[str, Any]:
+    """The record, its cap on KV bytes counted again: for edited rules and the package's dtype.
+
+    Raises UsageError where the plan passes the cap.
+    """
+    if "kv_cap" not in record:
+        return record
+    made = record["kv_cap"]
+    cap = KvCap(made["max_bytes"], made["batch"], made["length"], kv_token(checkpoint, request))
+    if cap.held_bytes(plan) > cap.max_bytes:
+        raise UsageError(
+            f"{path} was planned for at most {told_bytes(cap.max_bytes)} of KV memory, and "
+            f"{'edited' if cap.token_bytes == made['token_bytes'] else 'in this dtype'} it holds "
+            f"{told_bytes(cap.held_bytes(plan))}; plan anew with `moac plan --max-kv-bytes`"
+        )
+    return {**record, "kv_cap": cap.record(plan)}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -187,6 +221,21 @@ def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint)
         )
 
 
+def _edited(path: Path, data: Mapping[str, Any]) -> bool:
+    """Whether the rules are others than were written; anything else must be as it was."""
+    made = data.get(_SEAL)
+    if not isinstance(made, dict) or "rules" not in data:
+        missing = _SEAL if "rules" in data else "rules"
+        raise ArtifactError(f"{path} holds no usable plan (it has no {missing!r}): {_REMEDY}")
+    found = _seal(data)
+    if found["rest"] != made.get("rest"):
+        raise ArtifactError(
+            f"{path} was changed beside its rules, which alone may be edited: undo that, or write "
+            "the plan again with `moac plan`"
+        )
+    return found["rules"] != made.get("rules")
+
+
 def _checked_plan(data: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
     """Raises KeyError, TypeError, ValueError."""
     spec = checkpoint.spec
@@ -196,15 +245,7 @@ def _checked_plan(data: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
     for layer, row in enumerate(rules):
         for head, rule in enumerate(row):
             _check_rule(rule, f"layer {layer}, KV head {head}", spec.context)
-    for name in ("sink", "block", "min_span"):
-        if type(data[name]) is not int:
-            raise ValueError(f"{name} must be a whole number, got {data[name]!r}")
-    if data["block"] < 1 or data["sink"] % data["block"] or data["min_span"] % data["block"]:
-        raise ValueError("sink and min_span must be multiples of block")
-    plan = Plan.from_json(data)
-    if plan.windows != spec.windows:
-        raise ValueError("windows must be the model's own")
-    return plan
+    return Plan.from_json(data)
 
 
 def _check_rule(rule: Any, where: str, context: int) -> None:
@@ -218,19 +259,6 @@ def _check_rule(rule: Any, where: str, context: int) -> None:
         )
     if type(beta) not in (int, float) or not 0 <= beta <= 1:
         raise ValueError(f"beta of {where} must be a number from 0 to 1, got {beta!r}")
-
-
-def _check_record(data: Mapping[str, Any], lengths: list[int], checkpoint: Checkpoint) -> None:
-    """What every reader of a record relies on. Raises KeyError, TypeError, ValueError."""
-    context = checkpoint.spec.context
-    for length in (*lengths, data["unseen"]):
-        if type(length) is not int or not 1 <= length <= context:
-            raise ValueError(f"a length of {length!r}, expected 1 to {context} tokens")
-    budget = data["budget"]
-    if type(budget) not in (int, float) or not math.isfinite(budget) or not 0 < budget <= 1:
-        raise ValueError(f"a budget of {budget!r}, expected above 0 and at most 1")
-    if not isinstance(data["rules_sha256"], str):
-        raise ValueError("rules_sha256 must be text")
 
 
 def _said(error: Exception) -> str:

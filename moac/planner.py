@@ -19,7 +19,7 @@ from moac.lengths import Lengths, choose_lengths
 from moac.loss_model import learn, smallest_within
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
-from moac.plan_file import PlanFile, check_plan_target, identity, rules_digest, write_plan_file
+from moac.plan_file import PlanFile, check_plan_target, identity, sealed, write_plan_file
 from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
 from moac.planning.problem import check_budget
 from moac.request import CompileRequest
@@ -41,7 +41,7 @@ _OF_THE_SEARCH = ("predicted_loss", "prediction", "solver", "front", "max_loss")
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan and how it was found: what `plan.json` holds.
+    """A plan and how it was found: what `plan.json` holds, not yet sealed.
 
     `file`: name, SHA-256 and whether it was edited, where the plan was taken from a file.
     """
@@ -60,6 +60,15 @@ class PlanResult:
     record: dict[str, Any]
     seconds: float
     peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rules, which stand in the file."""
+        return {
+            "path": str(self.path),
+            "record": self.record,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
 
 
 def plan_model(
@@ -84,7 +93,7 @@ def plan_model(
     with clock("load"):
         bench = open_bench(checkpoint, layout, request, work_dir)
     found = find_plan(bench, lengths, clock)
-    record = {**found.record, **clock.to_json()}
+    record = sealed(found.plan, {**found.record, **clock.to_json()})
     write_plan_file(Path(out), found.plan, record, force=force)
     return PlanResult(
         path=Path(out),
@@ -199,7 +208,6 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     plan = front[best].plan
     record = {
         "model": identity(bench.checkpoint),
-        "rules_sha256": rules_digest(plan),
         "arguments": request.planning(),
         **planning_record(lengths, problem, front, front[best], measured),
         **model.record(front, plan),
@@ -223,7 +231,6 @@ def taken_plan(bench: Bench, file: PlanFile, lengths: Lengths, clock: Clock) -> 
     plan, record = file.plan, {k: v for k, v in file.record.items() if k not in _OF_THE_SEARCH}
     densest = max(plan.density(n) for n in lengths.planned)
     record |= {
-        "rules_sha256": rules_digest(plan),
         "budget": max(record["budget"], densest),
         "chosen": measured[0].name,
         **density_record(plan, lengths.planned),

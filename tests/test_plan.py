@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -182,12 +183,22 @@ def test_a_compile_from_a_plan_skips_the_search(
     assert "emit: done" in err
     for stage in ("calibrate", "profile", "predict", "optimise", "validate"):
         assert f"{stage}:" not in err
-    packaged, made = read(tmp_path / "out" / "plan.json"), read(plan_file)
-    assert packaged == made
+    assert read(tmp_path / "out" / "plan.json") == read(plan_file)
     origin = open_artifact(tmp_path / "out").provenance["plan"]
     digest = hashlib.sha256(plan_file.read_bytes()).hexdigest()
     assert origin == {"file": "plan.json", "sha256": digest, "edited": False}
     assert "budget" not in open_artifact(tmp_path / "out").provenance["arguments"]
+
+
+def test_numbers_written_another_way_are_no_edit(
+    compiling: list[object], plan_file: Path, tmp_path: Path
+) -> None:
+    text = plan_file.read_text()
+    other = re.sub(r" 0\.5(?=[,\n])", " 5e-1", re.sub(r"\b1\.0\b", "1", text))
+    assert other != text
+    plan_file.write_text(other)
+    assert moac_command(*compiling, "--plan", plan_file) == 0
+    assert open_artifact(tmp_path / "out").provenance["plan"]["edited"] is False
 
 
 def test_the_plan_of_a_package_is_a_plan(
@@ -268,9 +279,8 @@ def field(name: str, value: object) -> Callable[[Data], None]:
         (2, another_model, "was made for other files of this shape (sha256 0000000000000000)"),
         (1, no_identity, "does not tell which model it was made for"),
         (1, without("rules"), "it has no 'rules'"),
-        (1, without("rules_sha256"), "it has no 'rules_sha256'"),
-        (1, without("budget"), "it has no 'budget'"),
-        (1, without("lengths"), "it has no 'lengths'"),
+        (1, without("sha256"), "it has no 'sha256'"),
+        (1, field("sha256", "x"), "it has no 'sha256'"),
         (1, rule([64]), "the rule of layer 0, KV head 1 must be [alpha, beta], got [64]"),
         (1, rule([0.5, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
         (1, rule([True, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
@@ -279,14 +289,12 @@ def field(name: str, value: object) -> Callable[[Data], None]:
         (1, rule([0, "all"]), "beta of layer 0, KV head 1 must be a number from 0 to 1"),
         (1, field("rules", [[[0, 1.0]]]), "rules must be 2 layers of 2 KV heads"),
         (1, field("rules", 7), "holds no usable plan"),
-        (1, field("block", 0), "must be multiples of block"),
-        (1, field("sink", 10), "must be multiples of block"),
-        (1, field("min_span", 16), "min_span must exceed sink"),
-        (1, field("min_span", "big"), "min_span must be a whole number"),
-        (1, field("windows", [64, 64]), "windows must be the model's own"),
-        (1, field("budget", 2), "a budget of 2, expected above 0 and at most 1"),
-        (1, field("lengths", [512, 9999]), "a length of 9999, expected 1 to 2048 tokens"),
-        (1, field("unseen", "x"), "a length of 'x'"),
+        (1, field("rules", [7, 7]), "holds no usable plan"),
+        (1, field("budget", 0.4), "was changed beside its rules, which alone may be edited"),
+        (1, field("block", 0), "was changed beside its rules"),
+        (1, field("lengths", []), "was changed beside its rules"),
+        (1, field("kv_cap", 7), "was changed beside its rules"),
+        (1, without("front"), "was changed beside its rules"),
     ],
 )
 def test_plans_that_are_refused(
@@ -388,6 +396,19 @@ def test_a_session_never_allocates_more_than_the_cap(
     assert held == told["held_bytes"] <= most
     budget = load_plan_record(artifact)["budget"]
     assert all(artifact.plan.density(n) <= budget for n in (512, 768, 1536))
+
+
+def test_a_plan_under_a_cap_keeps_it_in_the_package(
+    planning: list[object], compiling: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "made.json"
+    asked = ["--max-kv-bytes", "150KiB", "--length", 768, "--dtype", "bfloat16"]
+    assert moac_command(*planning, *asked) == 0
+    wider = refused(2, capsys, *compiling, "--plan", file, "--dtype", "float32")
+    assert "was planned for at most 150.00 KiB (153600 bytes) of KV memory, and in this" in wider
+    edit(file, lambda data: data.update(rules=[[[0, 1.0]] * 2] * 2))
+    edited = [*compiling, "--plan", file, "--dtype", "bfloat16"]
+    assert "of KV memory, and edited it holds 192.00 KiB" in refused(2, capsys, *edited)
 
 
 def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:

@@ -152,7 +152,7 @@ def prediction_chart(
         across="predicted above dense, nats a token",
         up="measured above dense, nats a token",
     )
-    marks = [mark for mark in _ROUND if mark <= high**2]
+    marks = _apart([mark for mark in _ROUND if mark <= high**2], 0.07 * (high - low))
     frame.rule_up(drawing, [_root(mark) for mark in marks], labels(marks))
     frame.mark_across(drawing, [_root(mark) for mark in marks], labels(marks))
     drawing.line("zero", frame.x(0), frame.y(0), frame.x(high), frame.y(high))
@@ -173,6 +173,15 @@ def prediction_chart(
 def _told(name: str, pair: tuple[float, float]) -> str:
     predicted, measured = map(wording.change, pair)
     return f"{name}: predicted {predicted}, measured {measured}"
+
+
+def _apart(marks: Sequence[float], least: float) -> list[float]:
+    """Those of `marks`, from zero up, whose roots are `least` or more from the last one kept."""
+    kept = [0.0]
+    for mark in marks:
+        if _root(mark) - _root(kept[-1]) >= least:
+            kept.append(mark)
+    return kept
 
 
 def _root(loss: float) -> float:
