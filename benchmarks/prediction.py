@@ -51,13 +51,14 @@ Aggregate = Callable[[Floats], Floats]
 """Samples' influence `[samples, layers, kv_heads, spans]` to costs `[layers, kv_heads, spans]`."""
 
 FORMS: dict[str, Aggregate] = {
+    "root mean square ** 1.5": lambda t: _never_rising(np.square(t).mean(0) ** 0.75),
     "root mean square": lambda t: _never_rising(np.sqrt(np.square(t).mean(0))),
     "mean of |influence|": lambda t: _never_rising(np.abs(t).mean(0)),
     "mean of positive part": lambda t: _never_rising(t.clip(min=0).mean(0)),
     "mean of squares": lambda t: _never_rising(np.square(t).mean(0)),
     "signed mean": lambda t: t.mean(0),
 }
-USED = "root mean square"
+USED = "root mean square ** 1.5"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

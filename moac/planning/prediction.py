@@ -3,10 +3,12 @@
 Influence ranks plans but is in no unit of loss. A curve through a few measured plans turns it
 into one, for each domain by itself:
 
-    increase of loss over dense = scale * score ** power,    score = sum of influence over heads
+    increase of loss over dense = scale * score ** power,
+    score = sum over heads of (root mean square of influence over samples) ** 1.5
 
-A power above 1 because heads' losses add up faster than the first order says. It is fitted to the
-square roots of the losses, on which errors are about alike from the smallest losses to the
+The exponent lies between the first order (1) and the Fisher information (2): it ranks random
+plans better than both, and leaves a power near 1 (benchmarks/prediction.py). The curve is fitted
+to the square roots of the losses, on which errors are about alike from the smallest losses to the
 largest, and the interval is symmetric there: Student's t on the errors that each measured plan
 has under the curve fitted to the others (leave one out).
 """
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from moac.calibration import CalibrationSample
 
 LEVEL = 0.9
-_POWERS = (1.0, 1.25, 1.5, 1.75, 2.0)
+_POWERS = (0.75, 1.0, 1.25, 1.5)
+_EXPONENT = 1.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,14 +43,14 @@ class SpanCosts:
 
     @classmethod
     def of(cls, samples: Sequence[CalibrationSample], tables: Sequence[Tensor]) -> SpanCosts:
-        """The root mean square over samples: signs average out at the dense model."""
+        """Root mean squares over samples, since signs average out at the dense model."""
         found: dict[str, dict[int, list[Tensor]]] = {}
         for sample, table in zip(samples, tables, strict=True):
             found.setdefault(sample.domain, {}).setdefault(sample.length, []).append(table)
         return cls(
             {
                 domain: tuple(
-                    Objective(domain, length, _root_mean_square(group))
+                    Objective(domain, length, _costs(group))
                     for length, group in sorted(by_length.items())
                 )
                 for domain, by_length in found.items()
@@ -138,7 +141,9 @@ def _scaled(power: float, scores: Floats, losses: Floats) -> tuple[float, Curve]
     return float(np.square(y - slope * x).sum()), Curve(slope**2, power)
 
 
-def _root_mean_square(tables: Sequence[Tensor]) -> Floats:
-    typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
+def _costs(tables: Sequence[Tensor]) -> Floats:
+    """What each span adds to the score, `[layers, kv_heads, spans]`; a wider one never more."""
+    typical = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
     widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
-    return widest_first[..., ::-1].copy()
+    costs: Floats = np.power(widest_first[..., ::-1], _EXPONENT)
+    return costs
