@@ -38,7 +38,7 @@ def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] | None = 
     )
 
 
-# at 64 tokens: spans 16, 64; a second layer with 8 (the least), 32
+# at 48 tokens: spans 16, 48; a second layer with 8 (the least), 24
 ONE = plan_of((Rule(0, 0.25), DENSE))
 MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
 
@@ -65,15 +65,15 @@ def by_decode(session: CudaSession, rows: list[list[int]]) -> Tensor:
 
 def family(name: str) -> None:
     """Chunked prefill past the smallest spans, then decode while rings wrap."""
-    plan, tokens = (MIXED if name == "llama" else ONE), text(34)
+    plan, tokens = (MIXED if name == "llama" else ONE), text(25)
     model = tiny_model(name, num_hidden_layers=len(plan.rules))
-    wanted = oracle_logits(model, tokens, plan, 64)
-    session = open_session(model, plan, capacity=64, chunk=19)
-    prefill = session.extend_all([tokens[:29]])[0]
-    decode = by_decode(session, [tokens[29:]])[0]
+    wanted = oracle_logits(model, tokens, plan, 48)
+    session = open_session(model, plan, capacity=48, chunk=17)
+    prefill = session.extend_all([tokens[:21]])[0]
+    decode = by_decode(session, [tokens[21:]])[0]
     close(torch.cat([prefill, decode]), wanted)
-    torch_session = open_torch_session(model, plan, capacity=64)
-    close(prefill, torch_session.extend_all([tokens[:29]])[0])
+    torch_session = open_torch_session(model, plan, capacity=48)
+    close(prefill, torch_session.extend_all([tokens[:21]])[0])
     assert session.kv_bytes() == torch_session.kv_bytes()
 
 
@@ -147,7 +147,7 @@ GROWING: dict[str, tuple[Plan, dict[str, Any]]] = {
 def growing(name: str) -> None:
     plan, options = GROWING[name]
     model = tiny_model(name, num_hidden_layers=1, **options)
-    rows, fed = [text(80, seed=seed) for seed in range(2)], [(40, 50, 53), (17, 21, 24)]
+    rows, fed = [text(80, seed=seed) for seed in range(2)], [(40, 46, 48), (17, 19, 21)]
     session = open_session(model, plan, capacity=40, batch=2, chunk=30)
     session.extend([row[:a] for row, (a, _, _) in zip(rows, fed, strict=True)])
     session.grow(80)
@@ -167,7 +167,7 @@ def test_growth_drops_nothing_else(interpreted: Run, name: str) -> None:
 
 def long_decode() -> None:
     """Past the steps that one work table serves."""
-    model, tokens = tiny_model("llama", num_hidden_layers=1), text(14)
+    model, tokens = tiny_model("llama", num_hidden_layers=1), text(12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_module, "LOOKAHEAD", 3)
         session = open_session(model, ONE, capacity=64)
@@ -207,7 +207,14 @@ def does_not_fit() -> None:
     sentence = "a batch of 1 rows of 1048576 tokens needs .* GiB, 0.1 free: not even one row fits;"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_module, "free_bytes", lambda device: 100 * 2**20)
-        open_session(model, plan, capacity=64, batch=2)
+        session = open_session(model, plan, capacity=64, batch=2)
+        session.keep([0])
+        with pytest.raises(MoacError, match=sentence):
+            session.grow(1 << 20)
+        with pytest.raises(MoacError, match=r"a batch of 40000 rows of 64 tokens needs"):
+            session.keep([0] * 40000)
+        assert session.batch == 1
+        assert session.capacity == 64
         with pytest.raises(MoacError, match=sentence):
             open_session(model, plan, capacity=1 << 20)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,95 @@ def test_runs_on_torch_with_triton_blocked(package: Path, tmp_path: Path) -> Non
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+OPEN_KERNELS = """
+import sys; sys.modules["triton"] = None
+from pathlib import Path
+from test_cuda_launch import Driver
+from moac_runtime.artifact import open_artifact
+from moac_runtime.cuda.binaries import choose, read_binaries
+from moac_runtime.cuda.launch import DriverKernels
+from moac_runtime.cuda.source import load_source
+
+artifact = open_artifact(sys.argv[1])
+for capability in ((9, 0), (8, 0)):
+    choice = choose(
+        read_binaries(artifact), capability=capability, driver=12000, triton=False
+    )
+    driver = Driver()
+    kernels = DriverKernels(
+        choice, lambda name: (artifact.root / name).read_bytes(), driver=driver,
+        stream=lambda: 0, processors=132,
+    )
+    elf = [image.startswith(b"\\x7fELF") for image in driver.loaded]
+    print(kernels.origin, len(elf), all(elf), kernels.constant("prefill", "BLOCK_M"))
+print(load_source(artifact.path("kernels/tables.py")).most_items(2, 4, 8))
+"""
+
+
+def test_kernels_open_with_triton_blocked(package: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_KERNELS, package],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    machine_code, ptx, tables = done.stdout.splitlines()
+    count = len(KERNELS)
+    assert machine_code.startswith(f"cubin sm_90 {count} True ")
+    assert ptx.startswith(f"ptx compute_80 {count} False ")
+    assert tables == "16"
+    files = set(open_artifact(package).files)
+    there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    assert {name for name in there - files if "__pycache__" not in name} == {"moac.json"}
+    assert not list((package / "kernels").rglob("__pycache__"))
+
+
+ANSWER_INTERPRETED = """
+import json, sys
+import torch
+from moac_runtime.cuda import opening
+from moac_runtime.cuda.source import SourceKernels
+from moac_runtime.errors import MoacError
+from moac_runtime.generation import load
+
+torch.set_num_threads(1)
+opening.device_obstacle = lambda targets: None
+opening.current_device = lambda: torch.device("cpu")
+opening.open_kernels = lambda root, binaries, device: SourceKernels(
+    root, binaries["compute_80"], programs=4
+)
+found = {}
+for backend in ("cuda", "torch"):
+    model = load(sys.argv[1], backend=backend)
+    answers = model.generate(["hi", "the key"], max_tokens=3, capacity=64, max_batch=1)
+    found[model.backend] = [answer.token_ids for answer in answers]
+    found[f"{model.backend} kernels"] = model.kernels
+try:
+    load(sys.argv[1], backend="cuda", dtype="bfloat16")
+except MoacError as error:
+    found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_a_package_answers_through_its_kernels_as_through_torch(
+    package: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER_INTERPRETED, package],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+             "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cuda"] == found["torch"]
+    assert all(found["cuda"])
+    assert found["cuda kernels"] == "triton source"
+    assert "the package's kernels compute in float32, not in bfloat16" in found["error"]
 
 
 def test_an_altered_kernel_is_refused(package: Path) -> None:

@@ -564,7 +564,8 @@ def _open_cuda(opening: Opening, dtype: str | None, threads: int | None) -> _Rea
             f"the package's kernels compute in {artifact.dtype}, not in {dtype}; leave out "
             "--dtype, or run with --backend torch"
         )
-    return _Ready(artifact, artifact.dtype, open_cuda(artifact).session)
+    model = open_cuda(artifact)
+    return _Ready(artifact, artifact.dtype, model.session, model.decoder.kernels.origin)
 
 
 def _open_cpu(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:

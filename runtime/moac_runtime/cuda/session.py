@@ -152,9 +152,7 @@ class CudaSession:
         larger, and MoacError where the device's memory does not suffice.
         """
         check_growth(self._capacity, capacity)
-        self._steps, self._step = {}, None
-        free = free_bytes(self._decoder.device) + self._layers.bytes  # layer by layer
-        self._chunk = self._fitting_chunk(self.batch, capacity, free)
+        self._make_room(self.batch, capacity)
         self._capacity = capacity
         self._frequencies = self._resolved_frequencies()
         self._replace(
@@ -170,14 +168,23 @@ class CudaSession:
         """Go on with these rows alone, in this order; a row named twice is copied.
 
         The memory of the others stays allocated, unless rows are copied. Raises UsageError for
-        no rows and for a row that the batch does not have.
+        no rows and for a row that the batch does not have, and MoacError where copies do not fit.
         """
         check_kept(rows, self.batch)
+        copied = len(set(rows)) < len(rows)
+        if copied:
+            self._make_room(len(rows), self._capacity)
         self._rows = [self._rows[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
         self._step = None
-        if len(set(rows)) < len(rows):
+        if copied:
             self._replace(self._layers.changed(lambda layer, cache: cache.selected(self._rows)))
+
+    def _make_room(self, batch: int, capacity: int) -> None:
+        """Free what is made anew, and see that what replaces it, layer by layer, fits."""
+        self._steps, self._step = {}, None
+        free = free_bytes(self._decoder.device) + self._layers.bytes
+        self._chunk = self._fitting_chunk(batch, capacity, free)
 
     def _replace(self, layers: Layers) -> None:
         """Go on with caches that hold the rows of the batch in their order, and nothing else."""
