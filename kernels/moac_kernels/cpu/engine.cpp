@@ -16,6 +16,7 @@ static void *allocate(int64_t bytes) {
 
 constexpr int64_t MOST_HEAD_DIM = 256;
 constexpr int64_t LAYER_PHASES = 8;
+constexpr int64_t MOST_TILES = 64;   // of a task of a product
 constexpr int64_t BLOCK_ROWS = 16;  // tokens of a task that takes them one by one, where many
 
 static inline float power2(float x) {
@@ -39,12 +40,27 @@ template <class A> struct Desk {
   void *memory;
 };
 
+// The columns of a product, cut into tasks: long runs of memory, for each stream begins slowly, and
+// where it can be as many for every thread.
+struct Split {
+  int64_t columns, size = TILE_COLUMNS;
+
+  Split(int64_t n, int64_t threads) : columns(n) {
+    const int64_t tiles = (n + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    for (int64_t t = 2; t <= MOST_TILES && tiles >= 3 * threads * t; t++)
+      if ((tiles + t - 1) / t % threads == 0) size = t * TILE_COLUMNS;
+  }
+
+  int64_t tasks() const { return (columns + size - 1) / size; }
+};
+
 template <class T> struct Engine {
   typedef operand<T> A;
   Team team;
   Model model;
   Step step;
   int64_t most_tokens = 0, most_items = 0, pairs = 0, group, width, queries;
+  Split by_hidden, by_width, by_inner, by_vocab;
   float *x, *qkv, *cosines, *sines, *partial, *peak, *sum;
   A *normed, *q, *attended, *inner;
   T *k, *v;
@@ -53,14 +69,15 @@ template <class T> struct Engine {
   void *memory[16];
   int num_memory = 0;
 
-  Engine(const Model &m, int64_t threads) : model(m) {
+  Engine(const Model &m, int64_t threads)
+      : model(m), width((m.heads + 2 * m.kv_heads) * m.head_dim), by_hidden(m.hidden, threads),
+        by_width(width, threads), by_inner(m.inner, threads), by_vocab(m.vocab, threads) {
     team.threads = (int)threads;
     team.num_phases = 1 + LAYER_PHASES * m.num_layers + 2;
     team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
     piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
     group = m.heads / m.kv_heads;
     queries = m.heads * m.head_dim;
-    width = (m.heads + 2 * m.kv_heads) * m.head_dim;
     desks = (Desk<A> *)calloc(threads, sizeof(Desk<A>));
   }
 
@@ -134,28 +151,18 @@ template <class T> struct Engine {
     else many(a, m, depth, w, columns, c, TILE_COLUMNS, desk.tile.pack);
   }
 
-  // Columns of a product that make one task: some tasks for every thread, and not too many.
-  int64_t task_columns(int64_t columns) const {
-    const int64_t tiles = columns / (TILE_COLUMNS * 16 * team.threads);
-    return TILE_COLUMNS * larger(1, smaller(8, tiles));
-  }
-
-  int64_t linear_tasks(int64_t columns) const {
-    return (columns + task_columns(columns) - 1) / task_columns(columns);
-  }
-
   // part(first column, columns) for each block of the columns that a task stands for.
-  template <class Part> void blocks(int64_t task, int64_t columns, Part part) const {
-    const int64_t size = task_columns(columns), stop = smaller(columns, (task + 1) * size);
-    for (int64_t n = task * size; n < stop; n += TILE_COLUMNS)
+  template <class Part> static void blocks(int64_t task, const Split &split, Part part) {
+    const int64_t stop = smaller(split.columns, (task + 1) * split.size);
+    for (int64_t n = task * split.size; n < stop; n += TILE_COLUMNS)
       part(n, smaller(TILE_COLUMNS, stop - n));
   }
 
   // out(row, first column, columns, sums) for the columns of a . weights of one task.
   template <class Out>
   void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
-              const void *weights, const void *bias, int64_t columns, Out out) {
-    blocks(task, columns, [&](int64_t first, int64_t count) {
+              const void *weights, const void *bias, const Split &split, Out out) {
+    blocks(task, split, [&](int64_t first, int64_t count) {
       product(desk, a, m, depth, weights, first, count, desk.columns);
       for (int64_t r = 0; r < m; r++) {
         float *c = desk.columns + r * TILE_COLUMNS;
@@ -169,7 +176,7 @@ template <class T> struct Engine {
   void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, const void *weights,
                   const void *bias) {
     const int64_t hidden = model.hidden;
-    linear(desk, task, a, step.num_tokens, depth, weights, bias, hidden,
+    linear(desk, task, a, step.num_tokens, depth, weights, bias, by_hidden,
            [&](int64_t r, int64_t n, int64_t count, const float *c) {
              float *to = x + r * hidden + n;
              for (int64_t j = 0; j < count; j++) to[j] += c[j];
@@ -179,7 +186,7 @@ template <class T> struct Engine {
   void gate_up(Desk<A> &desk, int64_t task, const Layer &layer) {
     const int64_t n = model.inner, m = step.num_tokens;
     const T *bias = (const T *)layer.gate_up_bias;
-    blocks(task, n, [&](int64_t first, int64_t count) {
+    blocks(task, by_inner, [&](int64_t first, int64_t count) {
       product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
       product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
       for (int64_t r = 0; r < m; r++) {
@@ -459,21 +466,21 @@ template <class T> struct Engine {
 
   // How many tasks each phase of run() has.
   void plan() {
-    const int64_t m = step.num_tokens, hidden = model.hidden;
+    const int64_t m = step.num_tokens;
     int64_t p = 0;
     team.prepare(p++, row_tasks(m));
     for (int64_t l = 0; l < model.num_layers; l++) {
       team.prepare(p++, row_tasks(m));
-      team.prepare(p++, linear_tasks(width));
+      team.prepare(p++, by_width.tasks());
       team.prepare(p++, row_tasks(m) * model.kv_heads);
       team.prepare(p++, attention_tasks(l));
-      team.prepare(p++, store_tasks() + linear_tasks(hidden));
+      team.prepare(p++, store_tasks() + by_hidden.tasks());
       team.prepare(p++, row_tasks(m));
-      team.prepare(p++, linear_tasks(model.inner));
-      team.prepare(p++, linear_tasks(hidden));
+      team.prepare(p++, by_inner.tasks());
+      team.prepare(p++, by_hidden.tasks());
     }
     team.prepare(p++, larger(1, step.num_wanted));
-    team.prepare(p++, step.num_wanted ? linear_tasks(model.vocab) : 1);
+    team.prepare(p++, step.num_wanted ? by_vocab.tasks() : 1);
   }
 
   void run(int64_t index, uint64_t number) {
@@ -489,7 +496,7 @@ template <class T> struct Engine {
                   normed + i * model.hidden);
     });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr, model.vocab,
+      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr, by_vocab,
              [&](int64_t r, int64_t first, int64_t count, const float *c) {
                memcpy(step.logits + step.places[r] * model.vocab + first, c, count * sizeof(float));
              });
@@ -500,7 +507,7 @@ template <class T> struct Engine {
     const Layer &layer = model.layers[l];
     walk.share([&](int64_t task) { norm(task, layer.attn_norm); });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, width,
+      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
                memcpy(qkv + r * width + n, c, count * sizeof(float));
              });
