@@ -160,6 +160,9 @@ def test_our_best_backend_is_measured_unless_asked(tiny_package: Compiled) -> No
     request = BenchRequest(package=tiny_package.package)
     assert with_backend(request).backend == "torch"
     assert with_backend(replace(request, backend="onnx")).backend == "onnx"
+    assert with_backend(replace(request, device="cuda")).backend == "torch"  # it has no kernels
+    assert with_backend(BenchRequest(shape="vicuna-7b")).backend == "torch"
+    assert with_backend(BenchRequest(shape="vicuna-7b", device="cuda")).backend == "cuda"
 
 
 def test_flex_masks_are_the_plans() -> None:

@@ -72,7 +72,7 @@ def _names(
 @click.option(
     "--backend",
     metavar="NAME",
-    help="of our runtime: cpu, torch, onnx, cuda  [the best of the package here, torch]",
+    help="of our runtime: cpu, torch, onnx, cuda  [the best that package and device have]",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda")
 @click.option(

@@ -125,9 +125,12 @@ def with_backend(request: BenchRequest) -> BenchRequest:
     """The request with its backend settled: by default the one `moac run` would take here."""
     if request.backend is not None:
         return request
-    if request.package is None or request.device == "cuda":
-        return replace(request, backend="torch")
+    if request.package is None:
+        return replace(request, backend="cuda" if request.device == "cuda" else "torch")
     targets = open_artifact(request.package, check="sizes").targets
+    if request.device == "cuda":
+        kernels = any(target.partition(":")[0] == "cuda" for target in targets)
+        return replace(request, backend="cuda" if kernels else "torch")
     on_cpu = [target for target in targets if target.partition(":")[0] != "cuda"]
     return replace(request, backend=choose_backend(None, on_cpu, dtype=request.dtype))
 
