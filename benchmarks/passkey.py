@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,7 +29,9 @@ from moac.inspection import planned_lengths
 from moac.planning import matching_uniform
 from moac.verify import undropping
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.cpu.opening import open_cpu
 from moac_runtime.decoder import Decoder
+from moac_runtime.generation import OpenSession
 from moac_runtime.plan import Plan
 from moac_runtime.session import Session
 from moac_runtime.weights import load_weights
@@ -52,19 +54,29 @@ class Row:
     seconds: float
 
 
+Opener = Callable[[Plan, int, int], OpenSession]
+"""A session under a plan, of so many rows and so many tokens each."""
+
+
+def opener(artifact: Artifact, backend: str) -> Opener:
+    """Sessions of `backend`, "cpu" or "torch"."""
+    if backend == "cpu":
+        model = open_cpu(artifact)
+        return lambda plan, batch, capacity: model.session(batch, capacity, plan=plan)
+    kind: torch.dtype = getattr(torch, artifact.dtype)
+    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+    return lambda plan, batch, capacity: Session(
+        decoder, plan, artifact.head_order, batch=batch, capacity=capacity
+    )
+
+
 def answers(
-    decoder: Decoder,
-    artifact: Artifact,
-    plan: Plan,
-    cases: Sequence[PasskeyCase],
-    length: int,
-    eos: frozenset[int],
+    session: OpenSession, cases: Sequence[PasskeyCase], eos: frozenset[int]
 ) -> list[list[int]]:
-    """Greedy answers to one batch of cases at a session capacity of `length`."""
-    session = Session(decoder, plan, artifact.head_order, batch=len(cases), capacity=length)
+    """Greedy answers to one batch of cases."""
     session.extend([list(case.token_ids[:-_STEPPED]) for case in cases])
     for step in range(-_STEPPED, 0):
-        logits = session.decode(torch.tensor([case.token_ids[step] for case in cases]))
+        logits = session.decode([case.token_ids[step] for case in cases])
     replies: list[list[int]] = [[] for _ in cases]
     going = set(range(len(cases)))
     for _ in range(PASSKEY_ANSWER_TOKENS):
@@ -95,12 +107,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--backend", choices=("cpu", "torch"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     artifact = open_artifact(options.package)
-    kind: torch.dtype = getattr(torch, artifact.dtype)
-    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+    open_session = opener(artifact, options.backend)
     checkpoint = open_checkpoint(options.source)
     tokenizer, eos = checkpoint.load_tokenizer(), frozenset(checkpoint.eos_token_ids)
     planned = planned_lengths(load_plan_record(artifact))
@@ -127,9 +139,8 @@ def main() -> None:
             hits = []
             for first in range(0, len(cases), options.batch):
                 batch = cases[first : first + options.batch]
-                for case, reply in zip(
-                    batch, answers(decoder, artifact, plan, batch, length, eos), strict=True
-                ):
+                replies = answers(open_session(plan, len(batch), length), batch, eos)
+                for case, reply in zip(batch, replies, strict=True):
                     number = re.search(r"\d+", tokenizer.decode(reply))
                     hits.append(number is not None and number[0] == case.answer)
             row = Row(
@@ -152,6 +163,7 @@ def main() -> None:
     if options.json:
         record: dict[str, Any] = {
             "command": f"python benchmarks/passkey.py out/ --cases {options.cases}",
+            "backend": options.backend,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {name: version(name) for name in ("moac", "torch")},

@@ -223,16 +223,6 @@ def test_every_domain_weighs_the_same_however_large_its_loss() -> None:
     assert (objective.table[..., :-1] >= objective.table[..., 1:]).all()
 
 
-def test_retrieval_counts_three_times() -> None:
-    reference = _layout(tiny_model("llama")).uniform(Rule(64, 0.0))
-    domains = ("retrieval", "text")
-    samples = [CalibrationSample(name, 160, (1,), ((0, 1),), (None,)) for name in domains]
-    narrow, wide = torch.zeros(2, 2, 160 // BLOCK + 1), torch.zeros(2, 2, 160 // BLOCK + 1)
-    narrow[0, 0], wide[1, 1] = 1.0, 1.0
-    (objective,) = length_objectives(samples, [narrow, wide], reference)
-    assert objective.table[0, 0, -1] == pytest.approx(3 * objective.table[1, 1, -1])
-
-
 @pytest.mark.parametrize("length", [512, 1024, 2048])
 def test_profiling_stores_tables_not_matrices(length: int) -> None:
     """What outlives a backward pass is O(heads x spans), and no tile passes its fixed size."""

@@ -15,15 +15,11 @@ from moac_runtime.plan import Plan
 if TYPE_CHECKING:
     from moac.calibration import CalibrationSample
 
-WEIGHTS = {"retrieval": 3.0}
-"""A lost fact is a wrong answer, while in running text a plan has room to stay better than uniform
-spans (BENCHMARKS.md, "Weights of the domains"). Every other domain weighs 1."""
-
 
 def length_objectives(
     samples: Sequence[CalibrationSample], tables: Sequence[Tensor], reference: Plan
 ) -> list[Objective]:
-    """One objective per length: the mean over domains of their losses, by their `WEIGHTS`.
+    """One objective per length: the mean over domains of their losses.
 
     Each domain counts in units of what `reference` (a uniform plan at the same budget) loses in
     it, so that none drowns another whatever its scale.
@@ -40,8 +36,7 @@ def _length_objective(
         if sample.length == length:
             domains.setdefault(sample.domain, []).append(table)
     parts = [_in_units_of(reference, length, _typical(found)) for found in domains.values()]
-    weights = [WEIGHTS.get(domain, 1.0) for domain in domains]
-    return Objective(f"{length}", length, np.average(parts, axis=0, weights=weights))
+    return Objective(name=f"{length}", length=length, table=np.mean(parts, axis=0))
 
 
 def _typical(tables: Sequence[Tensor]) -> Floats:
