@@ -147,9 +147,7 @@ def test_backends_where_the_processor_is_bare(monkeypatch: pytest.MonkeyPatch) -
     assert choose_backend(None, ["torch", "cpu:avx2"]) == "torch"
     with pytest.raises(MoacError, match="this processor has none of these"):
         choose_backend("cpu", ["torch", "cpu:avx2"])
-    with pytest.raises(
-        MoacError, match="backend cpu cannot run here: the package is built for"
-    ):
+    with pytest.raises(MoacError, match="backend cpu cannot run here: the package is built for"):
         choose_backend("cpu", ["torch"])
     monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: HERE)
     assert choose_backend(None, ["torch", "cpu:avx2"]) == "cpu"
