@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,16 +25,12 @@ import torch
 
 from moac.calibration.passkey import PASSKEY_ANSWER_TOKENS, PasskeyCase, passkey_case
 from moac.checkpoint import open_checkpoint
+from moac.evaluation.sessions import SESSION_BACKENDS, EvalSession, open_sessions
 from moac.inspection import planned_lengths
 from moac.planning import matching_uniform
 from moac.verify import undropping
-from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
-from moac_runtime.cpu.opening import open_cpu
-from moac_runtime.decoder import Decoder
-from moac_runtime.generation import OpenSession
+from moac_runtime.artifact import load_plan_record, open_artifact
 from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
 
 _STEPPED = 50
 _NEEDLE_TOKENS = 40  # no wording's needle is longer
@@ -54,24 +50,8 @@ class Row:
     seconds: float
 
 
-Opener = Callable[[Plan, int, int], OpenSession]
-"""A session under a plan, of so many rows and so many tokens each."""
-
-
-def opener(artifact: Artifact, backend: str) -> Opener:
-    """Sessions of `backend`, "cpu" or "torch"."""
-    if backend == "cpu":
-        model = open_cpu(artifact)
-        return lambda plan, batch, capacity: model.session(batch, capacity, plan=plan)
-    kind: torch.dtype = getattr(torch, artifact.dtype)
-    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
-    return lambda plan, batch, capacity: Session(
-        decoder, plan, artifact.head_order, batch=batch, capacity=capacity
-    )
-
-
 def answers(
-    session: OpenSession, cases: Sequence[PasskeyCase], eos: frozenset[int]
+    session: EvalSession, cases: Sequence[PasskeyCase], eos: frozenset[int]
 ) -> list[list[int]]:
     """Greedy answers to one batch of cases."""
     session.extend([list(case.token_ids[:-_STEPPED]) for case in cases])
@@ -107,12 +87,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--backend", choices=("cpu", "torch"), default="cpu")
+    parser.add_argument("--backend", choices=SESSION_BACKENDS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     artifact = open_artifact(options.package)
-    open_session = opener(artifact, options.backend)
+    sessions = open_sessions(artifact, options.backend)
     checkpoint = open_checkpoint(options.source)
     tokenizer, eos = checkpoint.load_tokenizer(), frozenset(checkpoint.eos_token_ids)
     planned = planned_lengths(load_plan_record(artifact))
@@ -139,7 +119,7 @@ def main() -> None:
             hits = []
             for first in range(0, len(cases), options.batch):
                 batch = cases[first : first + options.batch]
-                replies = answers(open_session(plan, len(batch), length), batch, eos)
+                replies = answers(sessions.open(plan, len(batch), length), batch, eos)
                 for case, reply in zip(batch, replies, strict=True):
                     number = re.search(r"\d+", tokenizer.decode(reply))
                     hits.append(number is not None and number[0] == case.answer)
@@ -163,7 +143,7 @@ def main() -> None:
     if options.json:
         record: dict[str, Any] = {
             "command": f"python benchmarks/passkey.py out/ --cases {options.cases}",
-            "backend": options.backend,
+            "backend": sessions.backend,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {name: version(name) for name in ("moac", "torch")},

@@ -330,7 +330,7 @@ def verify_command(
     show_default=True,
     callback=words,
     metavar="NAME,...",
-    help="plans to compare with, on the same weights: dense, uniform, layerwise",
+    help="plans to compare with, on the same weights: dense, uniform, layerwise, a plan.json",
 )
 @click.option(
     "--task",
@@ -340,6 +340,11 @@ def verify_command(
 )
 @click.option("--seed", default=0, show_default=True, metavar="N", help="of the cases")
 @click.option("--batch", default=8, show_default=True, metavar="N", help="cases run at once")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="what runs the model: cpu (the package's native kernels) or torch  [cpu where it runs]",
+)
 @click.option("--json", "as_json", is_flag=True, help="the results as JSON")
 def eval_command(package: Path, source: str, as_json: bool, **choices: Any) -> None:
     """Evaluate PACKAGE: retrieval, and plain text's NLL, beside other plans on the same weights.

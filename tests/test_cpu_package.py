@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cpu_kernels import needs_compiler
 from tiny import Compiled, moac_command, options, request
 
 from moac import compile_model
+from moac.evaluation import EvalRequest, evaluate
 from moac.inspection import inspect_package
 from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu
@@ -68,6 +70,33 @@ def test_they_are_verified_and_answer_as_torch_does(package: Path) -> None:
     ]
     assert answers[0] == answers[1]
     assert load(package, dtype="bfloat16", threads=2).dtype == "bfloat16"
+
+
+@needs_compiler
+@needs_avx2
+def test_an_evaluation_runs_on_them(package: Path, tiny_package: Compiled) -> None:
+    asked = EvalRequest(tasks=("passkey", "nll"), lengths=(640,), samples=3)
+    native, portable = (
+        evaluate(package, tiny_package.checkpoint, request=replace(asked, backend=backend))
+        for backend in (None, "torch")
+    )
+    assert native.record["machine"]["runs"] == "the package's CPU kernels (avx2)"
+    assert portable.record["machine"]["runs"] == "torch's own operators"
+    for one, other in zip(native.results, portable.results, strict=True):
+        assert one.value == pytest.approx(other.value, abs=2e-3)
+
+
+def test_an_evaluation_without_them_says_so(
+    tiny_package: Compiled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = EvalRequest(tasks=("nll",), lengths=(512,), samples=1)
+    evaluate(tiny_package.package, tiny_package.checkpoint, request=asked)
+    told = "note: running on torch's own operators: the package has no native CPU kernels"
+    assert told in capsys.readouterr().err
+    with pytest.raises(MoacError, match="has no native CPU kernels"):
+        evaluate(
+            tiny_package.package, tiny_package.checkpoint, request=replace(asked, backend="cpu")
+        )
 
 
 @needs_compiler

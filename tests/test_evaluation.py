@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import library, needs_compiler
 from families import tiny_tokenizer
 from tiny import Compiled, moac_command
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from moac.evaluation.methods import method_plans
 from moac.evaluation.passkey import passkey
 from moac.evaluation.ruler import NIAH, RULER_TASKS, ruler
 from moac.evaluation.runner import Runner
+from moac.evaluation.sessions import Sessions, open_sessions
 from moac.inspection import planned_lengths
 from moac.planning import (
     Layout,
@@ -37,9 +39,11 @@ from moac.planning import (
 )
 from moac.verify import undropping
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.cpu.engine import CpuEngine
+from moac_runtime.cpu.opening import CpuModel
+from moac_runtime.cpu.weights import map_weights
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
-from moac_runtime.session import Session
 from moac_runtime.span import Rule
 
 Capture = pytest.CaptureFixture[str]
@@ -57,9 +61,31 @@ def artifact(tiny_package: Compiled) -> Artifact:
     return open_artifact(tiny_package.package)
 
 
+@pytest.fixture(
+    scope="module", params=[pytest.param("cpu", marks=needs_compiler), pytest.param("torch")]
+)
+def sessions(request: pytest.FixtureRequest, artifact: Artifact) -> Sessions:
+    return open_sessions(artifact) if request.param == "torch" else native_sessions(artifact)
+
+
+def native_sessions(artifact: Artifact) -> Sessions:
+    """What a package with kernels opens; the tiny one was compiled without them, for speed."""
+    weights = map_weights(artifact, library("avx2"), artifact.dtype)
+    engine = CpuEngine(
+        library("avx2"),
+        artifact.spec,
+        weights.addresses,
+        dtype=artifact.dtype,
+        threads=1,
+        memory=weights.memory,
+    )
+    model = CpuModel(artifact, engine, "avx2")
+    return Sessions("cpu", "avx2", lambda plan, *sizes: model.session(*sizes, plan=plan))
+
+
 @pytest.fixture(scope="module")
-def runner(artifact: Artifact) -> Runner:
-    return Runner(artifact)
+def runner(sessions: Sessions) -> Runner:
+    return Runner(sessions)
 
 
 # ---- cases
@@ -131,25 +157,25 @@ def test_scores() -> None:
 # ---- reading
 
 
-def greedy_alone(artifact: Artifact, runner: Runner, plan: Plan, case: Case) -> list[int]:
+def greedy_alone(sessions: Sessions, plan: Plan, case: Case) -> list[int]:
     """The greedy answer of one row, read at once."""
-    session = Session(runner._decoder, plan, artifact.head_order, batch=1, capacity=ROOM)
+    session = sessions.open(plan, 1, ROOM)
     logits = session.extend([list(case.prompt)])
     tokens = []
     for _ in range(case.limit):
         tokens.append(int(logits.argmax()))
-        logits = session.decode(torch.tensor(tokens[-1:]))
+        logits = session.decode(tokens[-1:])
     return tokens
 
 
-def gold_alone(artifact: Artifact, runner: Runner, plan: Plan, case: Case) -> float:
+def gold_alone(sessions: Sessions, plan: Plan, case: Case) -> float:
     """The NLL of the gold value behind the prompt, read at once."""
-    session = Session(runner._decoder, plan, artifact.head_order, batch=1, capacity=ROOM)
+    session = sessions.open(plan, 1, ROOM)
     tokens = [*case.prompt, *case.gold.tokens]
     first = len(case.prompt) + case.gold.scored
     wanted = list(range(first - 1, len(tokens) - 1))
     (logits,) = session.extend_at([tokens], [wanted])
-    return float(F.cross_entropy(logits, torch.tensor(tokens[first:])))
+    return float(F.cross_entropy(torch.as_tensor(logits), torch.tensor(tokens[first:])))
 
 
 def short_cases() -> list[Case]:
@@ -168,17 +194,19 @@ def short_cases() -> list[Case]:
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_a_batch_answers_as_each_row_alone(
-    artifact: Artifact, runner: Runner, sparse: bool
+    artifact: Artifact, sessions: Sessions, runner: Runner, sparse: bool
 ) -> None:
     plan = artifact.plan if sparse else undropping(artifact)
     cases = short_cases()
     replies = runner.replies(plan, cases, capacity=ROOM, eos=frozenset())
     for case, reply in zip(cases, replies, strict=True):
-        assert list(reply.tokens) == greedy_alone(artifact, runner, plan, case)
-        assert reply.nll == pytest.approx(gold_alone(artifact, runner, plan, case), abs=2e-3)
+        assert list(reply.tokens) == greedy_alone(sessions, plan, case)
+        assert reply.nll == pytest.approx(gold_alone(sessions, plan, case), abs=2e-3)
 
 
-def test_an_answer_ends_before_its_end_token(artifact: Artifact, runner: Runner) -> None:
+def test_an_answer_ends_before_its_end_token(
+    artifact: Artifact, sessions: Sessions, runner: Runner
+) -> None:
     case = short_cases()[0]
     (free,) = runner.replies(artifact.plan, [case], capacity=ROOM, eos=frozenset())
     end = free.tokens[5]
@@ -187,18 +215,18 @@ def test_an_answer_ends_before_its_end_token(artifact: Artifact, runner: Runner)
     assert ended.nll == free.nll
 
 
-def test_text_losses_agree_and_show_what_a_plan_drops(artifact: Artifact, runner: Runner) -> None:
+def test_text_losses_agree_and_show_what_a_plan_drops(
+    artifact: Artifact, sessions: Sessions, runner: Runner
+) -> None:
     texts = [list(range(3 + shift, 303)) * 3 for shift in (0, 0)]
     sparse, dense = (
         runner.text_losses(plan, texts) for plan in (artifact.plan, undropping(artifact))
     )
     for loss in (*sparse, *dense):
         assert loss.stepped == pytest.approx(loss.same_by_prefill, abs=2e-3)
-    session = Session(
-        runner._decoder, artifact.plan, artifact.head_order, batch=1, capacity=len(texts[0])
-    )
+    session = sessions.open(artifact.plan, 1, len(texts[0]))
     (logits,) = session.extend_all([texts[0]])
-    whole = F.cross_entropy(logits[:-1], torch.tensor(texts[0][1:]))
+    whole = F.cross_entropy(torch.as_tensor(logits)[:-1], torch.tensor(texts[0][1:]))
     assert sparse[0].whole == pytest.approx(float(whole), abs=2e-3)
     assert abs(sparse[0].whole - dense[0].whole) > 2e-3
 
@@ -316,6 +344,25 @@ def test_eval_prints_results_for_machines(tiny_package: Compiled, capsys: Captur
     assert {"machine", "versions", "density", "intervals"} <= set(found)
 
 
+def test_eval_compares_with_a_plan_file(tiny_package: Compiled, tmp_path: Path) -> None:
+    """The package's own plan from a file does as the package; with every rule full, as dense."""
+    own, full = tmp_path / "own.json", tmp_path / "full.json"
+    plan = json.loads((tiny_package.package / "plan.json").read_text())
+    own.write_text(json.dumps(plan))
+    plan["rules"] = [[[0, 1.0] for _ in layer] for layer in plan["rules"]]
+    full.write_text(json.dumps(plan))
+    found = evaluate(
+        tiny_package.package,
+        tiny_package.checkpoint,
+        request=EvalRequest(
+            tasks=("nll",), lengths=(640,), samples=2, against=("dense", str(own), str(full))
+        ),
+    )
+    values = {row.method: row.value for row in found.results if row.task == "nll"}
+    assert list(values) == ["moac", "dense", "own", "full"]
+    assert values["own"] == values["moac"] != values["dense"] == values["full"]
+
+
 def test_eval_prints_a_table_and_a_users_own_task(
     tiny_package: Compiled, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -346,6 +393,9 @@ def test_eval_prints_a_table_and_a_users_own_task(
         (["--lengths", "4096"], 2, "beyond the package's capacity of 2048 tokens"),
         (["--lengths", "0"], 2, "lengths must be positive numbers of tokens"),
         (["--samples", "0"], 2, "samples is 0, expected at least 1"),
+        (["--backend", "cuda"], 2, "there is no backend 'cuda' to evaluate on; choose from cpu, "),
+        (["--against", "no/such.json"], 1, "the plan no/such.json cannot be read"),
+        (["--against", "dense,dense"], 2, "two of the plans to compare bear the name dense"),
         (["--batch", "0"], 2, "batch is 0, expected at least 1"),
         (["--seed", "-1"], 2, "seed is -1, expected 0 or more"),
         (["--task", "no/such.jsonl"], 2, "cannot read the task file no/such.jsonl"),

@@ -14,11 +14,12 @@ from tiny import Compiled
 from torch.nn import functional as F
 
 import moac_runtime
-from moac.evaluation.runner import Runner
 from moac.verify import runtime_logits, undropping
 from moac_runtime.artifact import open_artifact
+from moac_runtime.decoder import Decoder
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
+from moac_runtime.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own dependencies warn
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
@@ -113,7 +114,8 @@ def test_the_command_line(tiny_package: Compiled, tasks: Path) -> None:
 def reference(plan: Plan, package: Path, tokens: list[int], scored: int, capacity: int) -> float:
     """Log-likelihood of the last tokens by the runtime, one row at `capacity`."""
     artifact = open_artifact(package)
-    decoder = Runner(artifact)._decoder
+    kind = getattr(torch, artifact.dtype)
+    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
     filler = [5] * (capacity - len(tokens))  # later tokens change nothing before them
     places = list(range(len(tokens) - scored - 1, len(tokens) - 1))
     logits = runtime_logits(decoder, plan, artifact.head_order, [*tokens, *filler], places)

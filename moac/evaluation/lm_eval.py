@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac.evaluation.methods import OWN, method_plans
+from moac.evaluation.sessions import EvalSession, open_sessions
 from moac_runtime.artifact import open_artifact
-from moac_runtime.decoder import Decoder
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import Model
-from moac_runtime.session import Session
 from moac_runtime.text import Tokenizer
-from moac_runtime.weights import load_weights
 
 _ROUND = 64  # tokens: requests of like length share a capacity, whatever batch they come in
 
@@ -46,8 +44,9 @@ class MoacLM(TemplateLM):
 
     `plan`: moac, dense, uniform or layerwise. `capacity`: tokens every session holds, from which
     spans follow; left out, what the request itself takes, rounded up to 64. `batch_size`: rows
-    run at once. Requests longer than the capacity are refused, never cut. Raises UsageError and
-    ArtifactError.
+    run at once. `backend`: cpu (the package's native kernels) or torch, left out the first of
+    these that runs here. Requests longer than the capacity are refused, never cut. Raises
+    UsageError, ArtifactError and MoacError.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class MoacLM(TemplateLM):
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         device: str | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if device not in (None, "cpu"):
@@ -69,12 +69,11 @@ class MoacLM(TemplateLM):
             raise UsageError(
                 f"capacity is {capacity}, expected 1 to the package's {artifact.capacity} tokens"
             )
-        kind: torch.dtype = getattr(torch, artifact.dtype)
-        decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+        sessions = open_sessions(artifact, backend)
         plan_at = method_plans(artifact, [] if plan == OWN else [plan])[plan]
 
-        def open_session(batch: int, size: int) -> Session:
-            return Session(decoder, plan_at(size), artifact.head_order, batch=batch, capacity=size)
+        def open_session(batch: int, size: int) -> EvalSession:
+            return sessions.open(plan_at(size), batch, size)
 
         template = "tokenizer/chat_template.jinja"
         self._text = Tokenizer.read(
@@ -87,10 +86,10 @@ class MoacLM(TemplateLM):
             spec=artifact.spec,
             capacity=artifact.capacity,
             dtype=artifact.dtype,
-            backend="torch",
+            backend=sessions.backend,
             open_session=open_session,
         )
-        self._open: Callable[[int, int], Session] = open_session
+        self._open: Callable[[int, int], EvalSession] = open_session
         self._asked, self._rows = capacity, int(batch_size)
         self._fingerprint = str(artifact.provenance.get("fingerprint"))
 
@@ -220,7 +219,9 @@ class MoacLM(TemplateLM):
                 for request in batch
             ],
         )
-        return [_score(*pair) for pair in zip(logits, batch, strict=True)]
+        return [
+            _score(torch.as_tensor(rows), one) for rows, one in zip(logits, batch, strict=True)
+        ]
 
 
 def _score(logits: Tensor, request: _Request) -> tuple[float, bool]:

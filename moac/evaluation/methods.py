@@ -18,11 +18,11 @@ PlanAt = Callable[[int], Plan]
 
 
 def method_plans(artifact: Artifact, against: Sequence[str]) -> dict[str, PlanAt]:
-    """The package's own plan, "moac", and each of `against`, by name.
+    """The package's own plan, "moac", and each baseline of `against`, by name.
 
     Raises UsageError for a baseline that there is not, or that the package holds no rules for.
     """
-    made = {OWN: _own(artifact)}
+    made = {OWN: always(artifact.plan)}
     for name in against:
         if name not in BASELINES:
             raise UsageError(f"there is no baseline {name!r}; choose from {', '.join(BASELINES)}")
@@ -30,14 +30,19 @@ def method_plans(artifact: Artifact, against: Sequence[str]) -> dict[str, PlanAt
     return made
 
 
-def _own(artifact: Artifact) -> PlanAt:
-    return lambda length: artifact.plan
+def always(plan: Plan) -> PlanAt:
+    """The same plan at every length."""
+    return lambda length: plan
+
+
+def is_plan_file(name: str) -> bool:
+    """Whether something to compare with is a plan.json rather than a baseline's name."""
+    return name.endswith(".json")
 
 
 def _dense(artifact: Artifact) -> PlanAt:
     """Nothing is dropped."""
-    plan = undropping(artifact)
-    return lambda length: plan
+    return always(undropping(artifact))
 
 
 def _uniform(artifact: Artifact) -> PlanAt:
@@ -59,8 +64,7 @@ def _layerwise(artifact: Artifact) -> PlanAt:
         )
     layout = Layout.of(artifact.plan)
     rules = [Rule(int(alpha), float(beta)) for alpha, beta in found]
-    plan = layout.plan([[rule] * layout.num_kv_heads for rule in rules])
-    return lambda length: plan
+    return always(layout.plan([[rule] * layout.num_kv_heads for rule in rules]))
 
 
 BASELINES: Mapping[str, Callable[[Artifact], PlanAt]] = {

@@ -119,7 +119,7 @@ def evaluation_text(found: Evaluation) -> str:
     if deep:
         parts.append(_depth_table(deep, methods))
     note = "95 % intervals: exact match Wilson, NLL Student; NLL in nats a token"
-    return "\n\n".join([*parts, note])
+    return "\n\n".join([*parts, f"{note}; run by {found.record['machine']['runs']}"])
 
 
 def _figure_table(results: Sequence[Result], methods: Sequence[str]) -> str:

@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac.evaluation.case import Case
-from moac_runtime.artifact import Artifact
-from moac_runtime.decoder import Decoder
+from moac.evaluation.sessions import EvalSession, Sessions
+from moac_runtime.arrays import Array
 from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
 
 STEPPED = 50
 """Last tokens of a prompt that go through decode steps, so that retrieval tests those too."""
@@ -51,10 +49,8 @@ class TextLoss:
 class Runner:
     """A package's weights, to be run under the package's plan or another one."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        kind: torch.dtype = getattr(torch, artifact.dtype)
-        self._decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
-        self._order = artifact.head_order
+    def __init__(self, sessions: Sessions) -> None:
+        self._open = sessions.open
 
     def replies(
         self, plan: Plan, cases: Sequence[Case], *, capacity: int, eos: frozenset[int]
@@ -86,7 +82,7 @@ class Runner:
         session.keep(range(rows, 2 * rows))
         steps = []
         for place in range(split, length - 1):
-            logits = session.decode(torch.tensor([text[place] for text in texts]))
+            logits = _tensor(session.decode([text[place] for text in texts]))
             steps.append(_losses(logits, torch.tensor([text[place + 1] for text in texts])))
         by_step = torch.stack(steps, dim=1)
         return [
@@ -99,11 +95,8 @@ class Runner:
             for row in range(rows)
         ]
 
-    def _open(self, plan: Plan, rows: int, capacity: int) -> Session:
-        return Session(self._decoder, plan, self._order, batch=rows, capacity=capacity)
 
-
-def _read(session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _read(session: EvalSession, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Feed the prompts, their last tokens one by one; logits `[B, V]` after each one's last.
 
     What all rows have in common in length is one step for all; ragged ends are short.
@@ -111,12 +104,12 @@ def _read(session: Session, prompts: Sequence[Sequence[int]]) -> Tensor:
     shortest = min(len(prompt) for prompt in prompts)
     stepped = min(STEPPED, shortest - 1)
     shared = shortest - stepped
-    logits = session.extend([prompt[:shared] for prompt in prompts])
+    logits = _tensor(session.extend([prompt[:shared] for prompt in prompts]))
     rest = [prompt[shared : len(prompt) - stepped] for prompt in prompts]
     if any(rest):
         session.extend(rest)
     for step in range(-stepped, 0):
-        logits = session.decode(torch.tensor([prompt[step] for prompt in prompts]))
+        logits = _tensor(session.decode([prompt[step] for prompt in prompts]))
     return logits
 
 
@@ -166,7 +159,7 @@ class _Told:
         return token
 
 
-def _finish(session: Session, logits: Tensor, rows: Sequence[_Row]) -> None:
+def _finish(session: EvalSession, logits: Tensor, rows: Sequence[_Row]) -> None:
     """Continue `rows` until all are done; half-empty batches shrink, and so do full rows."""
     while True:
         tokens = [row.take(scores) for row, scores in zip(rows, logits, strict=True)]
@@ -177,11 +170,11 @@ def _finish(session: Session, logits: Tensor, rows: Sequence[_Row]) -> None:
         if 2 * len(live) <= len(rows) or full:
             session.keep(live)
             rows, tokens = [rows[i] for i in live], [tokens[i] for i in live]
-        logits = session.decode(torch.tensor(tokens))
+        logits = _tensor(session.decode(tokens))
 
 
 def _prefill_losses(
-    session: Session, texts: Sequence[Sequence[int]], start: int, stop: int
+    session: EvalSession, texts: Sequence[Sequence[int]], start: int, stop: int
 ) -> list[Tensor]:
     """NLL `[stop - start]` per text of the tokens after each of `start..stop`, read in pieces.
 
@@ -195,10 +188,14 @@ def _prefill_losses(
         logits = session.extend_all([*(text[first:last] for text in texts), *idle])
         for row, text in enumerate(texts):
             targets = torch.tensor(text[first + 1 : last + 1])
-            parts[row].append(_losses(logits[row], targets))
+            parts[row].append(_losses(_tensor(logits[row]), targets))
     return [torch.cat(found) for found in parts]
+
+
+def _tensor(logits: Array) -> Tensor:
+    return torch.as_tensor(logits)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """NLL `[T]` in nats of `targets` `[T]` under `logits` `[T, V]`."""
-    return F.cross_entropy(logits, targets.to(logits.device), reduction="none").cpu()
+    return F.cross_entropy(logits, targets, reduction="none")

@@ -13,21 +13,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import click
 import torch
 
 from moac.calibration import plain_text_windows
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.evaluation.case import Case
 from moac.evaluation.longeval import longeval
-from moac.evaluation.methods import PlanAt, method_plans
+from moac.evaluation.methods import OWN, PlanAt, always, is_plan_file, method_plans
 from moac.evaluation.own_task import own_cases, read_own_task
 from moac.evaluation.passkey import passkey
 from moac.evaluation.request import NLL, RULER, EvalRequest
 from moac.evaluation.results import Evaluation, Outcome, Result, summarise
 from moac.evaluation.ruler import RULER_TASKS, ruler
 from moac.evaluation.runner import Runner, TextLoss
+from moac.evaluation.sessions import Sessions, open_sessions
 from moac.inspection import planned_lengths
+from moac.plan_file import read_plan_file
 from moac.progress import Advance, stage
+from moac.request import CompileRequest
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import CheckFailed, UsageError
 
@@ -62,17 +66,22 @@ def evaluate(
     artifact, checkpoint = open_artifact(package), open_checkpoint(str(source))
     _check_source(artifact, checkpoint)
     lengths = _lengths(artifact, request)
-    plans = method_plans(artifact, request.against)
+    plans = _plans(artifact, checkpoint, request.against)
     tokenizer = checkpoint.load_tokenizer()
     with stage("prepare") as advance:
         cells = _cells(request, tokenizer, lengths, advance)
-    bench = _Bench(artifact, Runner(artifact), tokenizer, frozenset(checkpoint.eos_token_ids))
+    sessions = open_sessions(artifact, request.backend)
+    if sessions.note is not None:
+        click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
+    bench = _Bench(artifact, Runner(sessions), tokenizer, frozenset(checkpoint.eos_token_ids))
     with stage("evaluate") as advance:
         results = _run(bench, cells, plans, request, advance)
     return Evaluation(
         results=tuple(results),
         density={name: {n: plan(n).density(n) for n in lengths} for name, plan in plans.items()},
-        record=_record(artifact, request, request.command(Path(package), str(source), lengths)),
+        record=_record(
+            artifact, sessions, request, request.command(Path(package), str(source), lengths)
+        ),
     )
 
 
@@ -84,6 +93,21 @@ def _check_source(artifact: Artifact, checkpoint: Checkpoint) -> None:
             f"{artifact.spec.family} with {artifact.spec.num_layers}, or their options differ); "
             "give the checkpoint it was compiled from"
         )
+
+
+def _plans(
+    artifact: Artifact, checkpoint: Checkpoint, against: Sequence[str]
+) -> dict[str, PlanAt]:
+    """The plans to compare, in the order they were named; a plan file under its file's name."""
+    baselines = method_plans(artifact, [name for name in against if not is_plan_file(name)])
+    made = {OWN: baselines[OWN]}
+    for name in against:
+        if is_plan_file(name):
+            found = read_plan_file(Path(name), checkpoint, CompileRequest())
+            made[Path(name).stem] = always(found.plan)
+        else:
+            made[name] = baselines[name]
+    return made
 
 
 def _lengths(artifact: Artifact, request: EvalRequest) -> tuple[int, ...]:
@@ -239,7 +263,9 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[first : first + size]
 
 
-def _record(artifact: Artifact, request: EvalRequest, command: str) -> dict[str, Any]:
+def _record(
+    artifact: Artifact, sessions: Sessions, request: EvalRequest, command: str
+) -> dict[str, Any]:
     return {
         "seed": request.seed,
         "command": command,
@@ -248,6 +274,8 @@ def _record(artifact: Artifact, request: EvalRequest, command: str) -> dict[str,
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "device": "cpu",
+            "backend": sessions.backend,
+            "runs": sessions.runs,
         },
         "versions": {
             "python": platform.python_version(),

@@ -125,8 +125,9 @@ class Session:
         return [torch.cat(parts) for parts in logits]
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
+        tokens = torch.as_tensor(tokens)
         check_step(tokens.shape, self.batch)
         size = self._decoder.spec.vocab_size
         check_vocabulary(int(tokens.min()), int(tokens.max()), size)
