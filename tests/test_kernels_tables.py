@@ -18,6 +18,7 @@ from moac_kernels.tables import (
     decode_read_bytes,
     decode_work,
     most_items,
+    most_programs,
     prefill_rows,
     prefill_tiles,
     span_table,
@@ -30,9 +31,9 @@ H100_PROGRAMS = 2 * 132
 
 # (layers, query heads, KV heads, head_dim, contexts)
 MODELS = {
-    "smollm2": (30, 9, 3, 64, (4096, 8192)),
-    "vicuna-7b": (32, 32, 32, 128, (4096, 16384)),
-    "llama-3-8b": (32, 32, 8, 128, (8192, 32768)),
+    "smollm2": (30, 9, 3, 64, (1024, 2048, 4096, 8192)),
+    "vicuna-7b": (32, 32, 32, 128, (1024, 4096, 16384)),
+    "llama-3-8b": (32, 32, 8, 128, (1024, 8192, 32768)),
 }
 
 
@@ -71,16 +72,29 @@ def test_decode_reads_what_the_plan_holds_and_shares_it_evenly(model: str, batch
     _, heads, kv_heads, head_dim, contexts = MODELS[model]
     plan = plan_of(model)
     for context in contexts:
-        assert 0.4 < plan.density(context) < 0.6
-        positions = [context - 1 - 600 * row for row in range(batch)]
+        assert 0.38 < plan.density(context) < 0.6
+        positions = [context - 1 - context // 8 * row for row in range(batch)]
         for spans in plan.spans(context):
-            work = decode_work(span_table(spans, batch), positions, programs=H100_PROGRAMS)
+            table = span_table(spans, batch)
+            programs = min(H100_PROGRAMS, most_programs(table))
+            work = decode_work(table, positions, programs=programs)
             read = decode_read_bytes(work, head_dim=head_dim, group=heads // kv_heads, itemsize=2)
             plain = int(held(spans, positions).sum()) * 2 * head_dim * 2
             assert plain < read <= 1.02 * plain
             tokens = work.tokens()
             busy = tokens[tokens > 0]
             assert busy.max() <= 1.1 * busy.double().mean()
+
+
+def test_a_launch_has_no_more_programs_than_full_caches_keep_busy() -> None:
+    heads = [HeadSpan(700, 64), HeadSpan(300, 64)]
+    table = span_table(heads, 2)
+    most = most_programs(table)
+    assert most == 2000 // 128
+    full = decode_work(table, [5000, 5000], programs=1000)
+    assert int((full.tokens() > 0).sum()) == most
+    assert torch.equal(decode_work(table, [5000, 5000], programs=most).items, full.items)
+    assert most_programs(span_table([HeadSpan(9, 8)], 1)) == 1
 
 
 def cover(work: DecodeWork, spans: Tensor, positions: list[int]) -> Tensor:

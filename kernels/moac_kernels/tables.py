@@ -91,6 +91,11 @@ def most_items(batch: int, num_kv_heads: int, programs: int) -> int:
     return programs + batch * num_kv_heads
 
 
+def most_programs(spans: Tensor) -> int:
+    """Programs that full caches keep busy: what a launch needs at most, whatever the device."""
+    return max(int(spans[..., 1].sum()) // LEAST_TOKENS, 1)
+
+
 def decode_work(spans: Tensor, positions: Sequence[int], *, programs: int) -> DecodeWork:
     """Share the slots of all rows and KV heads out evenly over at most `programs` programs.
 

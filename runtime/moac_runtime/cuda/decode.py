@@ -40,12 +40,17 @@ class DecodeStep:
     ) -> None:
         spec, device = decoder.spec, decoder.device
         self._decoder, self._layers, self._frequencies = decoder, layers, frequencies
-        self._rows, self._programs = rows, decoder.kernels.programs
-        room = layers.tables.most_items(rows, spec.num_kv_heads, self._programs)
+        self._rows, tables = rows, layers.tables
+        # of each launch: no more than its spans can keep busy, the idle ones read tables too
+        self._programs = [
+            min(decoder.kernels.programs, tables.most_programs(spans[:rows]))
+            for spans in layers.spans
+        ]
+        room = tables.most_items(rows, spec.num_kv_heads, max(self._programs))
         self._shapes = {
             "spans": (rows, spec.num_kv_heads, 8),
             "items": (room, 4),
-            "programs": (self._programs + 1,),
+            "programs": (max(self._programs) + 1,),
             "parts": (rows * spec.num_kv_heads + 1,),
         }
         words = sum(map(_padded, self._shapes.values()))
@@ -91,12 +96,12 @@ class DecodeStep:
         idle = self._rows - len(lengths)
         horizon = [*(length + LOOKAHEAD - 1 for length in lengths), *[-1] * idle]
         block = torch.zeros(self._block.shape, dtype=torch.int32)
-        for part, spans in zip(block, self._spans, strict=True):
-            work = self._layers.tables.decode_work(spans, horizon, programs=self._programs)
+        for part, spans, programs in zip(block, self._spans, self._programs, strict=True):
+            work = self._layers.tables.decode_work(spans, horizon, programs=programs)
             views = self._views(part)
             views["spans"].copy_(spans)
             views["items"][: len(work.items)] = work.items
-            views["programs"].copy_(work.programs)
+            views["programs"][: len(work.programs)] = work.programs
             views["parts"].copy_(work.parts)
         refill(self._block, block)
         self._left = LOOKAHEAD
@@ -109,7 +114,8 @@ class DecodeStep:
 
     def _attend(self, layer: int, qkv: Tensor) -> Tensor:
         spec, kernels = self._decoder.spec, self._decoder.kernels
-        cache, steering = self._layers.caches[layer], self._steering[self._layers.kinds[layer]]
+        cache, kind = self._layers.caches[layer], self._layers.kinds[layer]
+        steering = self._steering[kind]
         held = (cache.keys, cache.values, steering.spans)
         heads = spec.num_heads + 2 * spec.num_kv_heads
         blocks = ceil_div(heads, kernels.constant("rope_decode", "HEAD_TILE"))
@@ -118,7 +124,7 @@ class DecodeStep:
         kernels.launch("rope_decode", grid, qkv, *turn, *held, self._positions)
         found = (self._partial, self._weight)
         kernels.launch(
-            "decode", (self._programs,), qkv, *held,
+            "decode", (self._programs[kind],), qkv, *held,
             steering.items, steering.programs, self._positions, *found,
         )  # fmt: skip
         out = qkv.new_empty(self._rows, spec.num_heads * spec.head_dim)
