@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from moac_runtime.cuda import device, source
 from moac_runtime.cuda.binaries import Binary, choose
 from moac_runtime.cuda.launch import DriverKernels
 from moac_runtime.cuda.memory import LEAST_CHUNK, MOST_CHUNK, check_fit, session_demand
@@ -84,7 +87,8 @@ def test_machine_code_then_ptx_then_source(
             (9, 0),
             11080,
             "the NVIDIA driver serves CUDA up to 11.8, but the package's kernels for sm_90 need "
-            "12.0; update the driver, or install triton to build them here",
+            "12.0; update the driver, or install triton, a C compiler and Python's headers to "
+            "build them here",
         ),
         ((9, 0), None, r"needs cuda-bindings, which is not installed; run: pip install 'moac"),
     ],
@@ -95,6 +99,19 @@ def test_what_cannot_run_is_one_sentence(
     with pytest.raises(MoacError) as raised:
         choose(BINARIES, capability=capability, driver=driver, triton=False)
     assert sentence in str(raised.value)
+
+
+def test_triton_builds_nothing_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"triton": True, "gcc": True, "header": True}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(source, "find_spec", lambda name: there[name] or None)
+    monkeypatch.setattr(source.shutil, "which", lambda name: there.get(name) or None)
+    monkeypatch.setattr(source.Path, "is_file", lambda path: there["header"])
+    assert source.can_build()
+    for name in there:
+        monkeypatch.setitem(there, name, False)
+        assert not source.can_build()
+        monkeypatch.setitem(there, name, True)
 
 
 class Driver:
@@ -170,6 +187,42 @@ def test_a_launch_is_what_the_metadata_says() -> None:
     # function, grid, block, bytes of shared memory, stream
     assert driver.launches == [(b"decode_entry", 5, 2, 1, 128, 1, 1, 98304, 77)]
     assert driver.parameters == [[*(tensor.data_ptr() for tensor in tensors), 0, 0]]
+
+
+def test_steps_are_recorded_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    streams = iter("ab")
+
+    class Stream:
+        def __init__(self, gpu: object = None) -> None:
+            self.name = next(streams) if gpu else "current"
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(what: str) -> Iterator[None]:
+        told.append(f"begin {what}")
+        yield
+        told.append(f"end {what}")
+
+    graph = SimpleNamespace(replay=lambda: told.append("replay"))
+    for name, fake in {
+        "Stream": Stream,
+        "current_stream": lambda gpu: Stream(),
+        "stream": lambda stream: entered(f"stream {stream.name}"),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda found, stream: entered(f"recording on {stream.name}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    device._recording_stream.cache_clear()
+    for _ in range(2):
+        device.recorded(lambda: told.append("step"), torch.device("cuda", 0))()
+    device._recording_stream.cache_clear()
+    once = ["a waits for current", "begin stream a", "step", "end stream a",
+            "current waits for a", "begin recording on a", "step", "end recording on a",
+            "replay"]  # fmt: skip
+    assert told == once * 2
 
 
 def test_ptx_ends_in_a_zero() -> None:
@@ -317,7 +370,7 @@ def test_memory_is_told_before_it_is_taken() -> None:
     with pytest.raises(MoacError) as raised:
         check_fit(demand, batch=15, capacity=16384, free=free)
     assert str(raised.value) == (
-        "a batch of 15 rows of 16384 tokens needs 30.2 GiB, 24.0 free: batch 11 fits; "
+        "a batch of 15 rows of 16384 tokens needs 30.4 GiB, 24.0 free: batch 11 fits; "
         "give --max-batch 11"
     )
     assert demand.bytes(11) <= free < demand.bytes(12)

@@ -204,9 +204,9 @@ def test_wrong_requests_are_one_sentence(interpreted: Run) -> None:
 
 def does_not_fit() -> None:
     model, plan = tiny_model("llama", num_hidden_layers=1), plan_of((DENSE, DENSE))
-    sentence = "a batch of 1 rows of 1048576 tokens needs .* GiB, 0.1 free: not even one row fits;"
+    sentence = "a batch of 1 rows of 1048576 tokens needs .* GiB, 0.3 free: not even one row fits;"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "free_bytes", lambda device: 100 * 2**20)
+        patch.setattr(session_module, "free_bytes", lambda device: 300 * 2**20)
         session = open_session(model, plan, capacity=64, batch=2)
         session.keep([0])
         with pytest.raises(MoacError, match=sentence):

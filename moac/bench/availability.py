@@ -11,6 +11,7 @@ from moac.bench.request import SYSTEMS, BenchRequest
 from moac_kernels.cpu_build import build_obstacle
 from moac_runtime.artifact import open_artifact
 from moac_runtime.cpu.library import runnable_sets
+from moac_runtime.cuda.source import can_build
 from moac_runtime.errors import MoacError
 
 _OURS = ("moac", "dense", "uniform")
@@ -90,8 +91,9 @@ def _onnx_obstacle(request: BenchRequest) -> str | None:
 def _compiler_obstacle(device: str) -> str | None:
     """What torch.compile lacks."""
     if device == "cuda":
-        missing = find_spec("triton") is None
-        return "torch.compile needs triton; run: pip install triton" if missing else None
+        if can_build():
+            return None
+        return "torch.compile needs triton, a C compiler and Python's headers; install them"
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         return "torch.compile needs a C++ compiler; install g++"
     return None

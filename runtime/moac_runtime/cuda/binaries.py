@@ -92,8 +92,8 @@ def choose(
     """Machine code for this very architecture, else PTX, else the source.
 
     `driver`: `cuDriverGetVersion`, None where nothing is there to call the driver with. `triton`:
-    whether it is installed, which the source needs. Raises MoacError, one sentence, where nothing
-    of it can run.
+    whether it can build the source here. Raises MoacError, one sentence, where nothing of it can
+    run.
     """
     arch = f"sm_{capability[0]}{capability[1]}"
     portable = _portable(binaries, capability)
@@ -117,7 +117,7 @@ def choose(
     raise MoacError(
         f"the NVIDIA driver serves CUDA up to {version(driver)}, but the package's kernels for "
         f"{arch} need {version(_lowest_driver(binaries[portable]))}; update the driver, or "
-        "install triton to build them here"
+        "install triton, a C compiler and Python's headers to build them here"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,12 +38,18 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     """`step` as a CUDA graph, which one call replays. It runs once before it is recorded."""
     if device.type == "cpu":
         return step
-    stream = torch.cuda.Stream(device)
+    stream = _recording_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         step()  # libraries set themselves up at their first call, which a graph cannot hold
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all steps: cuBLAS keeps a workspace for each that it has seen, for good."""
+    return torch.cuda.Stream(device)

@@ -14,7 +14,8 @@ MOST_CHUNK = 8192
 LEAST_CHUNK = 256
 
 _GIB = 2**30
-_SPARE = 64 * 2**20  # the products' workspace, the recorded step, tables
+# cuBLAS (32 MiB of workspace on each of two streams, and its code), recorded steps, tables
+_SPARE = 256 * 2**20
 _ROUNDED = 2 * 2**20  # bytes that torch rounds a large allocation up to
 _LOGITS = 4  # copies of a row's float32 logits that live at once, the choice of a token included
 

@@ -16,7 +16,7 @@ from moac_runtime.cuda.binaries import Binaries, Choice, choose, read_binaries
 from moac_runtime.cuda.decoder import CudaDecoder
 from moac_runtime.cuda.launch import DriverKernels, Kernels
 from moac_runtime.cuda.session import CudaSession
-from moac_runtime.cuda.source import SourceKernels, load_source
+from moac_runtime.cuda.source import SourceKernels, can_build, load_source
 from moac_runtime.errors import MoacError
 from moac_runtime.plan import Plan
 from moac_runtime.weights import load_weights
@@ -101,7 +101,7 @@ def open_kernels(root: Path, binaries: Binaries, device: torch.device) -> Kernel
         binaries,
         capability=torch.cuda.get_device_capability(device),
         driver=None if driver is None else driver_version(driver),
-        triton=find_spec("triton") is not None,
+        triton=can_build(),
     )
     return load_kernels(root, choice, device)
 

@@ -7,8 +7,12 @@ CPU tensors, slowly: so the whole backend is tested without a GPU.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +49,13 @@ class SourceKernels:
     def constant(self, name: str, constant: str) -> int:
         """See `launch.Kernels`."""
         return self._kernels[name].constants[constant]
+
+
+def can_build() -> bool:
+    """Whether Triton can build kernels here: it compiles C that launches them, against Python."""
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    compilers = [shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name]
+    return find_spec("triton") is not None and header.is_file() and any(compilers)
 
 
 def load_source(path: Path) -> ModuleType:
