@@ -13,30 +13,21 @@ import torch
 from torch import Tensor
 
 from moac_runtime.cache import SpanCache
-from moac_runtime.decoder import Attend, Decoder, rope_frequencies
-from moac_runtime.feeding import (
-    check_growth,
-    check_kept,
-    check_room,
-    check_sizes,
-    check_step,
-    check_tokens,
-    check_vocabulary,
-)
+from moac_runtime.decoder import Attend, Decoder
+from moac_runtime.feeding import check_growth, check_kept, check_sizes
 from moac_runtime.plan import Plan
 from moac_runtime.span import HeadSpan
 from moac_runtime.steps import DecodeStep, Group, PrefillStep, Segment
+from moac_runtime.torch_session import TorchSession
 
 # With many ragged rows a step's share of a row gets small; below this it would not pay.
 _LEAST_SHARE = 64
 
 
-class Session:
-    """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
+class Session(TorchSession):
+    """A session of the torch backend: `batch` sequences of at most `capacity` tokens each.
 
-    `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
-    a head's rule in `plan`. `chunk`: tokens of prefill that share a step, per distinct row.
-    Logits are inference tensors: read them, or clone them to write. Raises UsageError for a batch,
+    `chunk`: tokens of prefill that share a step, per distinct row. Raises UsageError for a batch,
     capacity or chunk below one.
     """
 
@@ -51,54 +42,22 @@ class Session:
         chunk: int = 512,
     ) -> None:
         check_sizes(batch=batch, capacity=capacity, chunk=chunk)
+        super().__init__(
+            decoder.spec, decoder.device, plan, head_order, batch=batch, capacity=capacity
+        )
         self._decoder = decoder
-        self._plan = plan
-        self._head_order = head_order
         self._chunk = chunk
-        self._capacity = capacity
-        self._lengths = [0] * batch
         # A row's lengths whenever the session grew: rows that share them lost the same tokens.
         self._histories: list[tuple[int, ...]] = [()] * batch
-        self._frequencies = rope_frequencies(decoder.spec.rope, decoder.spec.head_dim, capacity)
         with torch.inference_mode():
             self._layers = [
                 [self._group(run, self._new_cache(head, run)) for head, run in self._runs(layer)]
                 for layer in range(decoder.spec.num_layers)
             ]
 
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self._lengths)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row may hold in all: N of the span rule."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed so far, per row."""
-        return list(self._lengths)
-
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, all layers, heads and rows."""
         return sum(group.cache.bytes for layer in self._layers for group in layer)
-
-    @torch.inference_mode()
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Feed each row its `tokens`; float32 logits `[B, V]` after the last token of each row.
-
-        Rows may differ in number and may get none (their logits are NaN). Raises UsageError for
-        tokens that are none, MoacError where a row would pass the capacity; nothing is fed then.
-        """
-        logits = self.extend_at(tokens, [[len(row) - 1] if row else [] for row in tokens])
-        absent = self._no_logits(1).fill_(float("nan"))
-        return torch.cat([row if len(row) else absent for row in logits])
-
-    def extend_all(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Feed each row its `tokens`; float32 logits `[T_b, V]` after each of them, per row."""
-        return self.extend_at(tokens, [range(len(row)) for row in tokens])
 
     @torch.inference_mode()
     def extend_at(
@@ -108,8 +67,7 @@ class Session:
 
         `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
         """
-        check_tokens(tokens, wanted, batch=self.batch, vocab_size=self._decoder.spec.vocab_size)
-        check_room(self._lengths, [len(row) for row in tokens], self._capacity)
+        self._check_fed(tokens, wanted)
         begin = self.lengths
         ends = [start + len(row) for start, row in zip(begin, tokens, strict=True)]
         logits = [[self._no_logits(0)] for _ in tokens]
@@ -128,10 +86,7 @@ class Session:
     def decode(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
         tokens = torch.as_tensor(tokens)
-        check_step(tokens.shape, self.batch)
-        size = self._decoder.spec.vocab_size
-        check_vocabulary(int(tokens.min()), int(tokens.max()), size)
-        check_room(self._lengths, [1] * self.batch, self._capacity)
+        self._check_step(tokens)
         step = DecodeStep(self._layers, self._lengths, self._decoder.spec)
         hidden = self._run(tokens, self._lengths, step)
         self._lengths = [length + 1 for length in self._lengths]
@@ -146,9 +101,7 @@ class Session:
         in transformers. Raises UsageError for a capacity that is not larger.
         """
         check_growth(self._capacity, capacity)
-        self._capacity = capacity
-        spec = self._decoder.spec
-        self._frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
+        self._set_capacity(capacity)
         for layer, groups in enumerate(self._layers):
             self._layers[layer] = [new for group in groups for new in self._grown(layer, group)]
         self._histories = [
@@ -171,10 +124,8 @@ class Session:
 
     def _runs(self, layer: int) -> Iterator[tuple[HeadSpan, slice]]:
         """Runs of adjacent heads with equal spans at the present capacity."""
-        order = self._head_order[layer]
-        spans = [self._plan.head(layer, head, self._capacity) for head in order]
         first = 0
-        for head, run in groupby(spans):
+        for head, run in groupby(self._heads(layer)):
             stop = first + sum(1 for _ in run)
             yield head, slice(first, stop)
             first = stop
@@ -246,6 +197,3 @@ class Session:
         where = torch.tensor(positions, device=self._decoder.device)
         rotation = self._decoder.rotation(self._frequencies, where)
         return self._decoder.hidden(tokens.to(self._decoder.device), rotation, attend)
-
-    def _no_logits(self, rows: int) -> Tensor:
-        return torch.empty(rows, self._decoder.spec.vocab_size, device=self._decoder.device)

@@ -17,26 +17,17 @@ from moac_runtime.cuda.device import free_bytes
 from moac_runtime.cuda.layers import Layers
 from moac_runtime.cuda.memory import check_fit, session_demand
 from moac_runtime.cuda.prefill import PrefillStep, Share
-from moac_runtime.decoder import rope_frequencies
-from moac_runtime.feeding import (
-    check_growth,
-    check_kept,
-    check_room,
-    check_sizes,
-    check_step,
-    check_tokens,
-    check_vocabulary,
-)
+from moac_runtime.feeding import check_growth, check_kept, check_sizes
 from moac_runtime.plan import Plan
-from moac_runtime.span import HeadSpan
+from moac_runtime.torch_session import TorchSession
 
 
-class CudaSession:
-    """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
+class CudaSession(TorchSession):
+    """A session on the device: `batch` sequences of at most `capacity` tokens each.
 
-    `head_order[layer][position]`: the checkpoint's KV head packed at that position. `tables`: the
-    package's `kernels/tables.py`. `chunk`: tokens of a prefill step, None for what fits. Raises
-    UsageError for a size below one, and MoacError where the device's memory does not suffice.
+    `tables`: the package's `kernels/tables.py`. `chunk`: tokens of a prefill step, None for what
+    fits. Raises UsageError for a size below one, and MoacError where the device's memory does not
+    suffice.
     """
 
     def __init__(
@@ -51,52 +42,22 @@ class CudaSession:
         chunk: int | None = None,
     ) -> None:
         check_sizes(batch=batch, capacity=capacity, chunk=1 if chunk is None else chunk)
-        self._decoder, self._plan, self._head_order = decoder, plan, head_order
+        super().__init__(
+            decoder.spec, decoder.device, plan, head_order, batch=batch, capacity=capacity
+        )
+        self._decoder = decoder
         self._asked_chunk = chunk
         self._chunk = self._fitting_chunk(batch, capacity, free_bytes(decoder.device))
-        self._capacity = capacity
-        self._lengths = [0] * batch
         self._rows = list(range(batch))  # of the caches, for each row of the batch
-        self._frequencies = self._resolved_frequencies()
         self._layers = Layers(
             [self._new_cache(layer) for layer in range(decoder.spec.num_layers)], tables
         )
         self._steps: dict[int, DecodeStep] = {}
         self._step: DecodeStep | None = None  # the one that serves the rows as they stand
 
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self._rows)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row may hold in all: N of the span rule."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed so far, per row."""
-        return list(self._lengths)
-
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, rows that left included."""
         return self._layers.bytes
-
-    @torch.inference_mode()
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Feed each row its `tokens`; float32 logits `[B, V]` after the last token of each row.
-
-        Rows may differ in number and may get none (their logits are NaN). Raises UsageError for
-        tokens that are none, MoacError where a row would pass the capacity; nothing is fed then.
-        """
-        logits = self.extend_at(tokens, [[len(row) - 1] if row else [] for row in tokens])
-        absent = self._no_logits(1).fill_(float("nan"))
-        return torch.cat([row if len(row) else absent for row in logits])
-
-    def extend_all(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Feed each row its `tokens`; float32 logits `[T_b, V]` after each of them, per row."""
-        return self.extend_at(tokens, [range(len(row)) for row in tokens])
 
     @torch.inference_mode()
     def extend_at(
@@ -106,9 +67,7 @@ class CudaSession:
 
         `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
         """
-        size = self._decoder.spec.vocab_size
-        check_tokens(tokens, wanted, batch=self.batch, vocab_size=size)
-        check_room(self._lengths, [len(row) for row in tokens], self._capacity)
+        self._check_fed(tokens, wanted)
         self._step = None
         begin = self.lengths
         logits = [[self._no_logits(0)] for _ in tokens]
@@ -128,16 +87,10 @@ class CudaSession:
         return [torch.cat(parts) for parts in logits]
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`.
-
-        Tokens that lie on the device are taken as they are: to look at them would wait for them.
-        """
-        check_step(tokens.shape, self.batch)
-        if tokens.device.type == "cpu":
-            size = self._decoder.spec.vocab_size
-            check_vocabulary(int(tokens.min()), int(tokens.max()), size)
-        check_room(self._lengths, [1] * self.batch, self._capacity)
+    def decode(self, tokens: Tensor | Sequence[int]) -> Tensor:
+        """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
+        tokens = torch.as_tensor(tokens)
+        self._check_step(tokens)
         if self._step is None:
             self._step = self._ready_step()
         logits = self._step.run(tokens, self._lengths)
@@ -153,8 +106,7 @@ class CudaSession:
         """
         check_growth(self._capacity, capacity)
         self._make_room(self.batch, capacity)
-        self._capacity = capacity
-        self._frequencies = self._resolved_frequencies()
+        self._set_capacity(capacity)
         self._replace(
             self._layers.changed(
                 lambda layer, cache: cache.selected(self._rows).grown(
@@ -217,15 +169,6 @@ class CudaSession:
         check_fit(demand, batch=batch, capacity=capacity, free=free)
         return self._asked_chunk or demand.chunk(batch, free)
 
-    def _resolved_frequencies(self) -> Tensor:
-        spec = self._decoder.spec
-        frequencies = rope_frequencies(spec.rope, spec.head_dim, self._capacity)
-        return frequencies.to(self._decoder.device)
-
-    def _heads(self, layer: int) -> list[HeadSpan]:
-        """The spans of a layer's KV heads in packed order, at the present capacity."""
-        return [self._plan.head(layer, head, self._capacity) for head in self._head_order[layer]]
-
     def _new_cache(self, layer: int) -> LayerCache:
         return LayerCache(
             fresh_layouts(self._heads(layer), self.batch),
@@ -234,6 +177,3 @@ class CudaSession:
             dtype=self._decoder.dtype,
             device=self._decoder.device,
         )
-
-    def _no_logits(self, rows: int) -> Tensor:
-        return torch.empty(rows, self._decoder.spec.vocab_size, device=self._decoder.device)
