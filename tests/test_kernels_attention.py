@@ -276,7 +276,7 @@ def play(interpreter: Interpreter, data: st.DataObject, *, longest: int) -> None
     )  # fmt: skip
     torch.manual_seed(0)
     for _ in range(data.draw(st.integers(1, 3), "steps")):
-        room = [min(longest, 78 - length) for length in layer.lengths()]
+        room = [max(min(longest, 78 - length), 0) for length in layer.lengths()]
         counts = [data.draw(st.integers(0, most), "tokens") for most in room]
         if any(counts):
             layer.prefill(counts)
