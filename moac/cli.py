@@ -121,6 +121,14 @@ def plan_command(
     "cuda:80, cuda:90, ...  [torch, and cpu where there is a C++ compiler]",
 )
 @click.option(
+    "--weights",
+    type=click.Choice(("full", "int8")),
+    default="full",
+    show_default=True,
+    help="full (as --dtype says), or int8: every matrix in 8 bits with a scale a row, half the "
+    "bytes of bfloat16",
+)
+@click.option(
     "--onnx-dtype",
     metavar="NAME",
     help="float32 or float16, of the ONNX graph  [--dtype, float32 for bfloat16]",

@@ -20,8 +20,9 @@ from moac.export.target import emit_onnx
 from moac.inspection import inspect_artifact
 from moac.packaging.cpu_kernels import emit_cpu_kernels
 from moac.packaging.fuse import head_order, pack_weights
-from moac.packaging.golden import golden_prompt, reference_logits
+from moac.packaging.golden import expected_prompts, largest_error, unrounded
 from moac.packaging.kernels import emit_kernels
+from moac.packaging.quantise import disturb_weights
 from moac.packaging.staging import check_target, staged
 from moac.packaging.writer import (
     embed_runtime,
@@ -44,7 +45,7 @@ from moac.progress import stage
 from moac.report import write_report
 from moac.request import PLANNING, CompileRequest
 from moac.stages import Bench
-from moac.verify import FLOAT32_LIMIT, Check, verify
+from moac.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
 from moac.workspace import peak_memory_bytes
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import CheckFailed
@@ -144,6 +145,7 @@ def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
             staging,
             pack_weights(checkpoint.tensor, checkpoint.spec, order),
             dtype=getattr(torch, dtype),
+            weights=request.weights,
             max_shard_size=request.max_shard_size,
         )
         advance(1, 3)
@@ -167,6 +169,7 @@ def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
             targets=list(targets),
             provenance=provenance(bench, planned),
             verification={"limits": limits},
+            weights=request.weights,
         )
         advance(3, 3)
 
@@ -176,23 +179,22 @@ def golden_prompts(
 ) -> tuple[list[GoldenPrompt], dict[str, float]]:
     """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
 
-    The limit of a low-precision dtype is twice what the original model itself errs in it.
+    The limit of a low-precision dtype is twice what the original model itself errs in it; that of
+    int8 weights against unrounded ones is twice what random errors of the same size make of it.
     """
-    checkpoint = bench.checkpoint
-    tokens = plain_text_windows(bench.tokenizer, length, 1, bench.request.seed)[0]
+    checkpoint, weights, seed = bench.checkpoint, bench.request.weights, bench.request.seed
+    tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
     short = tokens[: min(_INSIDE_TOKENS, length)]
     exact = checkpoint.load_model(dtype).float()
-    prompts = [golden_prompt(exact, plan, row) for row in (short, tokens)]
+    prompts = expected_prompts(exact, plan, (short, tokens), weights=weights)
     limits = {"float32": FLOAT32_LIMIT}
     if dtype != "float32":
         rounded = exact.to(getattr(torch, dtype))
-        errors = [
-            (reference_logits(rounded, plan, p.tokens.tolist(), p.positions.tolist()) - p.logits)
-            .abs()
-            .max()
-            for p in prompts
-        ]
-        limits[dtype] = 2 * float(max(errors))
+        limits[dtype] = 2 * largest_error(rounded, plan, prompts)
+    if weights == "int8":
+        disturbed = checkpoint.load_model(dtype).float()
+        disturb_weights(disturbed, seed=seed)
+        limits[QUANTISED] = 2 * largest_error(disturbed, plan, unrounded(prompts))
     return prompts, limits
 
 
@@ -253,4 +255,5 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         targets=list(artifact.targets),
         provenance=artifact.provenance,
         verification=artifact.verification,
+        weights=artifact.weights,
     )

@@ -61,7 +61,7 @@ def estimate(
         lengths, _ = read_plan_file(plan, checkpoint, request).prepared()
         planning = []
     check_packaging(checkpoint, request)
-    return [*planning, _emit(checkpoint, lengths)]
+    return [*planning, _emit(checkpoint, request, lengths)]
 
 
 def estimate_plan(
@@ -117,14 +117,16 @@ def _planning(
     ]
 
 
-def _emit(checkpoint: Checkpoint, lengths: Lengths) -> StageEstimate:
+def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> StageEstimate:
     spec, device = checkpoint.spec, pick_device()
     dtype = measuring_dtype(checkpoint, device)
     weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
-    seconds = 12 * _forward(spec, [lengths.profiled[0]]) / _measured_rate(spec, dtype, device)
+    passes = 12 if request.weights == "full" else 14
+    rate = _measured_rate(spec, dtype, device)
+    seconds = passes * _forward(spec, [lengths.profiled[0]]) / rate
     return StageEstimate(
         "emit",
-        "weights, golden logits, checks",
+        f"{'' if request.weights == 'full' else 'int8 '}weights, golden logits, checks",
         seconds + weights / 2e8,
         weights + _LIBRARIES_BYTES + 8 * _parameters(checkpoint),
     )

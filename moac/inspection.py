@@ -32,6 +32,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "path": str(artifact.root),
         "model": artifact.spec.to_json(),
         "dtype": artifact.dtype,
+        "weights": artifact.weights,
         "capacity": artifact.capacity,
         "targets": list(artifact.targets),
         "kernels": packaged_kernels(artifact),

@@ -13,7 +13,7 @@ from moac.packaging.cpu_kernels import CPU_NAMES
 from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac_runtime.errors import UsageError
-from moac_runtime.manifest import DTYPES
+from moac_runtime.manifest import DTYPES, WEIGHTS
 
 TARGETS = ("torch", "onnx", *CPU_NAMES, *CUDA_TARGETS)
 ONNX_DTYPES = ("float32", "float16")
@@ -34,6 +34,7 @@ class CompileRequest:
     How much KV memory may stay is one of three: `budget`, a share of the dense model's;
     `max_kv_bytes`, for a session of `batch` sequences (1) of `length` tokens (the capacity); or
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
+    `weights`: "full", as `dtype` says, or "int8", the matrices in 8 bits.
     None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
     for the model, cpu. `onnx_dtype`: what the ONNX graph computes in, None
     the package's dtype, or float32 for bfloat16. `onnx_weights`: "shared" reads the package's own
@@ -49,6 +50,7 @@ class CompileRequest:
     lengths: tuple[int, ...] | None = None
     capacity: int | None = None
     dtype: str | None = None
+    weights: str = "full"
     targets: tuple[str, ...] | None = None
     onnx_dtype: str | None = None
     onnx_weights: str = "shared"
@@ -79,6 +81,7 @@ class CompileRequest:
                 raise UsageError(
                     f"there is no target {target!r}; choose from {', '.join(TARGETS)}"
                 )
+        self._check_weights()
         self._check_onnx()
         for name in ("block", "plans", "samples"):
             if getattr(self, name) < 1:
@@ -117,6 +120,18 @@ class CompileRequest:
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
             raise UsageError(
                 f"the most loss is {self.max_loss:g}, expected a number of nats a token above 0"
+            )
+
+    def _check_weights(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise UsageError(
+                f"there are no weights {self.weights!r}; choose from {', '.join(WEIGHTS)}"
+            )
+        if self.weights == "int8" and "onnx" in (self.targets or ()):
+            raise UsageError(
+                "--weights int8 and the target onnx do not go together, since an ONNX graph "
+                "reads a package's weights as they lie; leave onnx out of --target, or leave out "
+                "--weights and give --onnx-weights int8"
             )
 
     def _check_onnx(self) -> None:

@@ -98,7 +98,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{model['family']}, {model['num_layers']} layers, {model['num_heads']} query "
             f"and {model['num_kv_heads']} KV heads of {model['head_dim']}",
         ),
-        ("weights", f"{found['weight_bytes'] / _MIB:.1f} MiB, {found['dtype']}"),
+        ("weights", f"{found['weight_bytes'] / _MIB:.1f} MiB, {_stored(found)}"),
         ("capacity", f"{found['capacity']} tokens"),
         ("targets", ", ".join(found["targets"])),
         ("kernels", _kernels(found["kernels"])),
@@ -118,6 +118,11 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _stored(found: dict[str, Any]) -> str:
+    dtype = found["dtype"]
+    return dtype if found["weights"] == "full" else f"int8, norms and biases {dtype}"
 
 
 def _cpu(found: dict[str, Any]) -> str:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 FLOAT32_LIMIT = 2e-3
 """Largest difference of two float32 logits that reordered sums explain."""
 
+QUANTISED = "quantised"
+"""The name of the limit of a package of int8 weights against the checkpoint itself."""
+
 SOURCE_LENGTHS = (64, 1000, 4000)
 _DECODED = 8
 
@@ -59,8 +62,9 @@ def verify(
 
     Without `checkpoint`: file integrity and golden logits, in the package's dtype and in float32.
     With it: logits against the original in transformers under the same masks, in float32, at
-    each of `lengths` that the capacity allows. Nothing follows a failed check of the files.
-    Raises ArtifactError where there is no package at all.
+    each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
+    alike, and by a limit of its own against the original as it is. Nothing follows a failed
+    check of the files. Raises ArtifactError where there is no package at all.
     """
     try:
         artifact = open_artifact(path)
@@ -219,7 +223,7 @@ def _golden_checks(artifact: Artifact, runner: _Runner) -> Iterator[Check]:
 def _source_checks(
     artifact: Artifact, checkpoint: Checkpoint, lengths: Sequence[int]
 ) -> Iterator[Check]:
-    from moac.packaging.golden import golden_prompt
+    from moac.packaging.golden import expected_prompts
 
     if checkpoint.spec != artifact.spec:
         raise UsageError(
@@ -231,10 +235,11 @@ def _source_checks(
         )
     # The package rounds weights to its dtype; everything after that is compared in float32.
     model = checkpoint.load_model(artifact.dtype).float()
-    prompts = [
-        golden_prompt(model, artifact.plan, _tokens(artifact, length))
+    rows = [
+        _tokens(artifact, length)
         for length in sorted({min(length, artifact.capacity) for length in lengths})
     ]
+    prompts = expected_prompts(model, artifact.plan, rows, weights=artifact.weights)
     for runner in _runners(artifact):
         for prompt in prompts if runner.exact else ():
             name = f"source {len(prompt.tokens)} tokens {runner.name}"
@@ -251,6 +256,9 @@ def _compare(
     stepped = runner.logits(tokens, positions, decoded, False)
     yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
     yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
+    if prompt.source is not None and runner.exact:
+        lost = _distance(prefill, prompt.source)
+        yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
     drops = plan.density(prompt.capacity) < undropping(artifact).density(prompt.capacity)
     if drops and runner.exact:
         change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)

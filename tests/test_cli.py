@@ -360,7 +360,7 @@ def edit_manifest(package: Path, **changes: Any) -> None:
 DAMAGES = [
     (altered, "was altered"),
     (missing_file, "tokenizer.json is missing"),
-    (newer_schema, "schema_version 99, but this moac reads up to 1"),
+    (newer_schema, "schema_version 99, but this moac reads up to 2"),
     (leaving_path, "names the file '../plan.json'"),
 ]
 NO_PACKAGES = [(no_manifest, "holds no moac.json"), (gone, "does not exist")]

@@ -6,15 +6,25 @@ import math
 
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
-from moac_runtime.weights import expected_tensors
+from moac_runtime.weights import expected_tensors, is_matrix
+
+_SCALE_BYTES = 4
 
 
-def weight_bytes_read(spec: ModelSpec, itemsize: int) -> int:
-    """Bytes of weights that one step reads: all, but the embedding where it is only looked up."""
+def weight_bytes_read(spec: ModelSpec, itemsize: int, *, int8: bool = False) -> int:
+    """Bytes of weights that one step reads: all, but the embedding where it is only looked up.
+
+    `int8`: matrices are read in 8 bits, with a scale a row.
+    """
     shapes = expected_tensors(spec)
     if not spec.tied_embeddings:
         del shapes["embed.weight"]
-    return itemsize * sum(math.prod(shape) for shape in shapes.values())
+    return sum(
+        math.prod(shape) + _SCALE_BYTES * shape[0]
+        if int8 and is_matrix(shape)
+        else itemsize * math.prod(shape)
+        for shape in shapes.values()
+    )
 
 
 def kv_bytes_read(

@@ -38,7 +38,9 @@ class OurSystem:
     def __init__(self, subject: Subject) -> None:
         self.dtype, self._open = _BACKENDS[subject.backend](subject)
         self.kv_itemsize = DTYPE_BYTES[self.dtype]
-        self.weight_bytes = weight_bytes_read(subject.spec, self.kv_itemsize)
+        self.weight_bytes = weight_bytes_read(
+            subject.spec, self.kv_itemsize, int8=_reads_int8(subject)
+        )
         self._session: OpenSession
         self._next: Any = None
 
@@ -66,6 +68,13 @@ def random_weights(
         norm = name.endswith("norm.weight")
         weights[name] = weight.fill_(1) if norm else weight.normal_(0, 0.02, generator=generator)
     return weights
+
+
+def _reads_int8(subject: Subject) -> bool:
+    """Whether steps read 8-bit weights: the other backends multiply them out when they load."""
+    if subject.backend != "cpu" or subject.package is None:
+        return False
+    return open_artifact(subject.package, check="sizes").weights == "int8"
 
 
 def _torch(subject: Subject) -> tuple[str, Opener]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moac.attention import REFERENCE, attention
+from moac.packaging.quantise import round_weights
 from moac_runtime.golden import GoldenPrompt
 from moac_runtime.plan import Plan
 
@@ -41,6 +43,40 @@ def golden_prompt(model: PreTrainedModel, plan: Plan, tokens: Sequence[int]) -> 
         logits=reference_logits(model, plan, tokens, positions),
         capacity=len(tokens),
     )
+
+
+def expected_prompts(
+    model: PreTrainedModel, plan: Plan, rows: Sequence[Sequence[int]], *, weights: str
+) -> list[GoldenPrompt]:
+    """Each row of tokens as a golden prompt of a package that holds `model` in float32.
+
+    For `weights` of int8 the model's matrices are rounded in place, and its logits from before
+    become each prompt's `source`.
+    """
+    prompts = [golden_prompt(model, plan, row) for row in rows]
+    if weights == "full":
+        return prompts
+    round_weights(model)
+    return [
+        replace(golden_prompt(model, plan, row), source=prompt.logits)
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+
+
+def unrounded(prompts: Sequence[GoldenPrompt]) -> list[GoldenPrompt]:
+    """The prompts with the logits of the checkpoint itself, of those that have them."""
+    return [replace(p, logits=p.source) for p in prompts if p.source is not None]
+
+
+def largest_error(model: PreTrainedModel, plan: Plan, prompts: Sequence[GoldenPrompt]) -> float:
+    """How far, at most, the logits of `model` are from those of the prompts."""
+    return max(
+        float((_logits_of(model, plan, prompt) - prompt.logits).abs().max()) for prompt in prompts
+    )
+
+
+def _logits_of(model: PreTrainedModel, plan: Plan, prompt: GoldenPrompt) -> Tensor:
+    return reference_logits(model, plan, prompt.tokens.tolist(), prompt.positions.tolist())
 
 
 def checked_positions(length: int, *, spread: int = 4, last: int = 8) -> list[int]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moac.packaging.quantise import quantised
 from moac_runtime import errors as runtime_module
 from moac_runtime.artifact import PLAN, WEIGHT_INDEX
 from moac_runtime.errors import CheckpointError, UsageError
@@ -60,18 +61,21 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
+    weights: str = "full",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
 ) -> int:
     """Write `(name, tensor)` pairs as `dtype` in shards and an index; return the tensors' bytes.
 
-    Holds one shard in memory. A shard passes `max_shard_size` bytes only where one tensor does.
-    Raises CheckpointError for a value `dtype` cannot hold, OSError.
+    With `weights="int8"` matrices, as `dtype` has them, go into 8 bits. Holds one shard in
+    memory. A shard passes `max_shard_size` bytes only where one tensor does. Raises
+    CheckpointError for a value `dtype` cannot hold, OSError.
     """
     folder = staging / "weights"
     folder.mkdir()
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(_cast(tensors, dtype), max_shard_size):
+    cast = _cast(tensors, dtype)
+    for shard in _shards(quantised(cast) if weights == "int8" else cast, max_shard_size):
         _save(shard, _part(folder, len(shards)), {"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -97,6 +101,8 @@ def write_golden(staging: Path, prompts: Sequence[GoldenPrompt]) -> None:
         tensors[f"{number}.tokens"] = prompt.tokens.to(torch.int64).contiguous()
         tensors[f"{number}.positions"] = prompt.positions.to(torch.int64).contiguous()
         tensors[f"{number}.logits"] = prompt.logits.to(torch.float32).contiguous()
+        if prompt.source is not None:
+            tensors[f"{number}.source"] = prompt.source.to(torch.float32).contiguous()
         metadata[f"{number}.capacity"] = str(prompt.capacity)
     _save(tensors, staging / GOLDEN, metadata)
     _sort_header(staging / GOLDEN)
@@ -122,18 +128,21 @@ def write_manifest(
     targets: Sequence[str],
     provenance: Mapping[str, Any],
     verification: Mapping[str, Any],
+    weights: str = "full",
 ) -> None:
     """Write `moac.json` over everything the folder holds; writing it again replaces it.
 
+    Only int8 `weights` need a reader of schema 2, so that older ones go on reading all others.
     Raises ValueError for a NaN in the records, OSError.
     """
     names = [name for name in package_files(staging) if name != MANIFEST]
     content = {
         "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "minimum_reader": SCHEMA_VERSION,
+        "schema_version": 1 if weights == "full" else SCHEMA_VERSION,
+        "minimum_reader": 1 if weights == "full" else SCHEMA_VERSION,
         "model": model.to_json(),
         "dtype": dtype,
+        **({} if weights == "full" else {"weights": weights}),
         "capacity": capacity,
         "head_order": head_order,
         "targets": targets,

@@ -30,6 +30,7 @@ Check = Literal["full", "sizes"]
 class Artifact:
     """A checked package. `capacity`: most tokens a session may hold.
 
+    `dtype`: of norms, biases and computing; of the matrices too, unless `weights` is "int8".
     `head_order[layer][position]`: the checkpoint's KV head packed at that position. `plan` stays
     in checkpoint order. `files`: what the manifest lists, by path inside `root`.
     """
@@ -38,6 +39,7 @@ class Artifact:
     spec: ModelSpec
     plan: Plan
     dtype: str
+    weights: str
     capacity: int
     head_order: tuple[tuple[int, ...], ...]
     targets: tuple[str, ...]
@@ -74,6 +76,7 @@ class Opening:
             spec=manifest.model,
             plan=_read_plan(self._root, manifest.model),
             dtype=manifest.dtype,
+            weights=manifest.weights,
             capacity=manifest.capacity,
             head_order=manifest.head_order,
             targets=manifest.targets,

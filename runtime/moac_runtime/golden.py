@@ -20,13 +20,15 @@ GOLDEN = "golden.safetensors"
 class GoldenPrompt:
     """`tokens` `[T]` int64, `positions` `[P]` int64, `logits` `[P, V]` float32 at those positions.
 
-    `capacity`: the session's N in tokens.
+    `capacity`: the session's N in tokens. `source`: the logits of the checkpoint itself, where the
+    package holds it rounded to int8 and `logits` are those of the rounded one.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     logits: torch.Tensor
     capacity: int
+    source: torch.Tensor | None = None
 
 
 def load_golden(artifact: Artifact) -> tuple[GoldenPrompt, ...]:
@@ -51,12 +53,22 @@ def _prompt(file: Any, prompt: str, vocab_size: int) -> GoldenPrompt:
         raise ArtifactError(
             f"{GOLDEN} has {prompt}.capacity = {capacity!r}, expected a number of tokens: {REMEDY}"
         )
-    tokens, positions, logits = (
-        file.get_tensor(f"{prompt}.{part}") for part in ("tokens", "positions", "logits")
+    tokens, positions = (file.get_tensor(f"{prompt}.{part}") for part in ("tokens", "positions"))
+    shape = len(positions), vocab_size
+    source = f"{prompt}.source" in file.keys()  # noqa: SIM118
+    return GoldenPrompt(
+        tokens,
+        positions,
+        _logits(file, f"{prompt}.logits", shape),
+        int(capacity),
+        _logits(file, f"{prompt}.source", shape) if source else None,
     )
-    if logits.shape != (len(positions), vocab_size):
+
+
+def _logits(file: Any, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    found: torch.Tensor = file.get_tensor(name)
+    if found.shape != shape:
         raise ArtifactError(
-            f"{prompt}.logits in {GOLDEN} has shape {list(logits.shape)}, "
-            f"expected {[len(positions), vocab_size]}: {REMEDY}"
+            f"{name} in {GOLDEN} has shape {list(found.shape)}, expected {list(shape)}: {REMEDY}"
         )
-    return GoldenPrompt(tokens, positions, logits, int(capacity))
+    return found

@@ -16,16 +16,23 @@ from moac_runtime.integrity import MANIFEST, REMEDY, FileRecord
 from moac_runtime.spec import ModelSpec
 
 FORMAT = "moac"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest that is read: 1, and 2 for packages whose weights are int8."""
+
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("full", "int8")
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package."""
+    """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
+
+    `weights`: "full" (matrices in `dtype`, as everything else) or "int8".
+    """
 
     model: ModelSpec
     dtype: str
+    weights: str
     capacity: int
     head_order: tuple[tuple[int, ...], ...]
     targets: tuple[str, ...]
@@ -66,6 +73,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return Manifest(
         model=spec,
         dtype=_choice(data, "dtype", DTYPES),
+        weights=_choice({"weights": "full", **data}, "weights", WEIGHTS),
         capacity=_positive(data, "capacity"),
         head_order=_head_order(data, spec),
         targets=tuple(_field(data, "targets", list[str])),

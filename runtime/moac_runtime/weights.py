@@ -1,10 +1,15 @@
-"""Tensors of a package: which ones a spec asks for, and reading them memory-mapped."""
+"""Tensors of a package: which ones a spec asks for, and reading them memory-mapped.
+
+Packages of int8 weights hold every matrix as whole numbers of -127 to 127 and beside it, under
+`scale` in place of `weight`, one float32 for each of its rows: weight = number x scale.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+_ROWS = 4096
+
 # How safetensors spells the manifest's dtypes.
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -34,19 +41,68 @@ def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
     return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": table}
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a package's file says of a tensor; `stored`: its dtype as safetensors spells it."""
+
+    shape: Shape
+    stored: str
+
+
+def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
+    """Every tensor in a package's files by name, scales among them."""
+    stored, entries = STORED[artifact.dtype], {}
+    for name, shape in expected_tensors(artifact.spec).items():
+        if artifact.weights == "int8" and is_matrix(shape):
+            entries[name] = Entry(shape, "I8")
+            entries[scale_name(name)] = Entry(shape[:1], "F32")
+        else:
+            entries[name] = Entry(shape, stored)
+    return entries
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is stored in 8 bits where weights are: norms are not."""
+    return len(shape) == 2
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of an 8-bit weight."""
+    return f"{name.removesuffix('weight')}scale"
+
+
 def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every weight by name, on the CPU, memory-mapped; copied only where `dtype` differs.
 
-    Raises ArtifactError where a tensor is missing, unknown, or of another shape or dtype.
+    8-bit weights are multiplied out to `dtype`. Raises ArtifactError where a tensor is missing,
+    unknown, or of another shape or dtype.
     """
-    weights: dict[str, torch.Tensor] = {}
-    expected = expected_tensors(artifact.spec)
+    found: dict[str, torch.Tensor] = {}
+    expected = stored_tensors(artifact)
     for shard, names in shards(artifact, expected).items():
         with open_tensors(artifact, shard) as file:
             for name in names:
-                _check_entry(file, shard, name, expected[name], STORED[artifact.dtype])
-                weights[name] = file.get_tensor(name).to(dtype)
-    return weights
+                _check_entry(file, shard, name, expected[name])
+                found[name] = file.get_tensor(name)
+    return {name: _loaded(found, name, dtype) for name in expected_tensors(artifact.spec)}
+
+
+def _loaded(found: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
+    scales = found.get(scale_name(name))
+    return found[name].to(dtype) if scales is None else dequantised(found[name], scales, dtype)
+
+
+def dequantised(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight `[out, in]` that int8 `numbers` `[out, in]` and float32 `scales` `[out]` mean."""
+    weight = numbers.new_empty(numbers.shape, dtype=dtype)
+    # in parts, since each is held in float32 on its way
+    for part, (some, scale) in zip(
+        weight.split(_ROWS),
+        zip(numbers.split(_ROWS), scales.split(_ROWS), strict=True),
+        strict=True,
+    ):
+        part.copy_(some * scale[:, None])
+    return weight
 
 
 @contextmanager
@@ -59,7 +115,7 @@ def open_tensors(artifact: Artifact, name: str) -> Iterator[Any]:
         raise ArtifactError(f"{name} is no safetensors file ({error}): {REMEDY}") from error
 
 
-def shards(artifact: Artifact, expected: dict[str, Shape]) -> dict[str, list[str]]:
+def shards(artifact: Artifact, expected: Mapping[str, Entry]) -> dict[str, list[str]]:
     """Tensor names by the file that holds them, as the index says and the spec expects.
 
     Raises ArtifactError.
@@ -77,16 +133,16 @@ def shards(artifact: Artifact, expected: dict[str, Shape]) -> dict[str, list[str
     return files
 
 
-def check_header(
-    shard: str, name: str, shape: Shape, stored: str, found: Sequence[int], dtype: str
-) -> None:
-    """Raises ArtifactError where a tensor's `found` shape or `dtype` is not as expected."""
-    if tuple(found) != shape:
+def check_header(shard: str, name: str, expected: Entry, shape: Sequence[int], dtype: str) -> None:
+    """Raises ArtifactError where a tensor's `shape` or `dtype` is not as expected."""
+    if tuple(shape) != expected.shape:
         raise ArtifactError(
-            f"{name} in {shard} has shape {list(found)}, expected {list(shape)}: {REMEDY}"
+            f"{name} in {shard} has shape {list(shape)}, expected {list(expected.shape)}: {REMEDY}"
         )
-    if dtype != stored:
-        raise ArtifactError(f"{name} in {shard} is stored as {dtype}, expected {stored}: {REMEDY}")
+    if dtype != expected.stored:
+        raise ArtifactError(
+            f"{name} in {shard} is stored as {dtype}, expected {expected.stored}: {REMEDY}"
+        )
 
 
 def missing_tensor(shard: str, name: str) -> ArtifactError:
@@ -113,9 +169,9 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
     return weight | {f"{name}.bias": (rows,)} if bias else weight
 
 
-def _check_entry(file: Any, shard: str, name: str, shape: Shape, stored: str) -> None:
+def _check_entry(file: Any, shard: str, name: str, expected: Entry) -> None:
     """Check a tensor's header entry, before any of its bytes is read."""
     if name not in file.keys():  # noqa: SIM118 - not a dict
         raise missing_tensor(shard, name)
     header = file.get_slice(name)
-    check_header(shard, name, shape, stored, header.get_shape(), header.get_dtype())
+    check_header(shard, name, expected, header.get_shape(), header.get_dtype())

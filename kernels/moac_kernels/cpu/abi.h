@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOAC_ABI 1
+#define MOAC_ABI 2
 
 // Weights of one layer, row-major [out, in]; null where the model has none.
 struct Layer {
@@ -11,13 +11,22 @@ struct Layer {
   const void *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
 };
 
+// Scales of one layer's 8-bit weights, one for each output.
+struct Scales {
+  const float *qkv, *o, *gate_up, *down;
+};
+
 // `bf16`: weights and caches are bfloat16, else float32. `activation`: 0 silu, 1 gelu,
-// 2 gelu by tanh, 3 relu.
+// 2 gelu by tanh, 3 relu. Where there are `scales`, the embedding, the head and every product's
+// weights are int8, to be multiplied by them; norms and biases never are. What version 1 of this
+// interface has comes first.
 struct Model {
   int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, activation;
   double norm_eps, rope_scaling;
   const void *embed, *norm, *head;
   const Layer *layers;
+  const float *embed_scale, *head_scale;
+  const Scales *scales;
 };
 
 // Keys and values [rows, heads, size, head_dim] of adjacent KV heads of one span: `first` is the

@@ -54,6 +54,12 @@ struct Split {
   int64_t tasks() const { return (columns + size - 1) / size; }
 };
 
+// Weights of a product [out][in], of the engine's type, or int8 to be multiplied by `scale` [out].
+struct Weights {
+  const void *at;
+  const float *scale;
+};
+
 template <class T> struct Engine {
   typedef operand<T> A;
   Team team;
@@ -144,9 +150,18 @@ template <class T> struct Engine {
   // ---- products ----
 
   // Columns `first` on of a [m][depth] times weights [.][depth].
-  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const void *weights,
-               int64_t first, int64_t columns, float *c) {
-    const T *w = (const T *)weights + first * depth;
+  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, Weights weights, int64_t first,
+               int64_t columns, float *c) {
+    const int64_t start = first * depth;
+    if (!weights.scale) return dense(desk, a, m, depth, (const T *)weights.at + start, columns, c);
+    dense(desk, a, m, depth, (const int8_t *)weights.at + start, columns, c);
+    for (int64_t r = 0; r < m; r++)
+      for (int64_t j = 0; j < columns; j++) c[r * TILE_COLUMNS + j] *= weights.scale[first + j];
+  }
+
+  template <class P>
+  void dense(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const P *w, int64_t columns,
+             float *c) {
     if (m <= FEW_ROWS) few(a, m, depth, w, columns, c, TILE_COLUMNS);
     else many(a, m, depth, w, columns, c, TILE_COLUMNS, desk.tile.pack);
   }
@@ -161,7 +176,7 @@ template <class T> struct Engine {
   // out(row, first column, columns, sums) for the columns of a . weights of one task.
   template <class Out>
   void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
-              const void *weights, const void *bias, const Split &split, Out out) {
+              Weights weights, const void *bias, const Split &split, Out out) {
     blocks(task, split, [&](int64_t first, int64_t count) {
       product(desk, a, m, depth, weights, first, count, desk.columns);
       for (int64_t r = 0; r < m; r++) {
@@ -173,7 +188,7 @@ template <class T> struct Engine {
     });
   }
 
-  void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, const void *weights,
+  void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, Weights weights,
                   const void *bias) {
     const int64_t hidden = model.hidden;
     linear(desk, task, a, step.num_tokens, depth, weights, bias, by_hidden,
@@ -183,12 +198,12 @@ template <class T> struct Engine {
            });
   }
 
-  void gate_up(Desk<A> &desk, int64_t task, const Layer &layer) {
+  void gate_up(Desk<A> &desk, int64_t task, Weights weights, const void *biases) {
     const int64_t n = model.inner, m = step.num_tokens;
-    const T *bias = (const T *)layer.gate_up_bias;
+    const T *bias = (const T *)biases;
     blocks(task, by_inner, [&](int64_t first, int64_t count) {
-      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
-      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
+      product(desk, normed, m, model.hidden, weights, first, count, desk.columns);
+      product(desk, normed, m, model.hidden, weights, n + first, count, desk.more);
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
@@ -239,8 +254,13 @@ template <class T> struct Engine {
 
   void embed(int64_t m) {
     const int64_t n = model.hidden, half = model.head_dim / 2;
-    const T *from = (const T *)model.embed + step.tokens[m] * n;
-    for (int64_t i = 0; i < n; i += W) vstore(x + m * n + i, vload(from + i));
+    const int64_t token = step.tokens[m], row = token * n;
+    const float scale = model.embed_scale ? model.embed_scale[token] : 1;
+    for (int64_t i = row; i < row + n; i += W) {
+      const vec stored = model.embed_scale ? vload((const int8_t *)model.embed + i)
+                                           : vload((const T *)model.embed + i);
+      vstore(x + m * n + i - row, vmul(stored, vset(scale)));
+    }
     for (int64_t i = 0; i < half; i++) {
       const double angle = (float)position[m] * step.frequencies[i];
       cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
@@ -496,7 +516,8 @@ template <class T> struct Engine {
                   normed + i * model.hidden);
     });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr, by_vocab,
+      linear(desk, task, normed, step.num_wanted, model.hidden, {model.head, model.head_scale},
+             nullptr, by_vocab,
              [&](int64_t r, int64_t first, int64_t count, const float *c) {
                memcpy(step.logits + step.places[r] * model.vocab + first, c, count * sizeof(float));
              });
@@ -505,9 +526,11 @@ template <class T> struct Engine {
 
   void run_layer(Walk &walk, Desk<A> &desk, int64_t l) {
     const Layer &layer = model.layers[l];
+    const Scales scales = model.scales ? model.scales[l] : Scales{};
     walk.share([&](int64_t task) { norm(task, layer.attn_norm); });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
+      linear(desk, task, normed, step.num_tokens, model.hidden, {layer.qkv, scales.qkv},
+             layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
                memcpy(qkv + r * width + n, c, count * sizeof(float));
              });
@@ -521,12 +544,14 @@ template <class T> struct Engine {
     walk.share([&](int64_t task) {
       const int64_t stores = store_tasks(), kv = model.kv_heads;
       if (task < stores) store(l, step.segments[task / kv], task % kv);
-      else add_linear(desk, task - stores, attended, queries, layer.o, layer.o_bias);
+      else add_linear(desk, task - stores, attended, queries, {layer.o, scales.o}, layer.o_bias);
     });
     walk.share([&](int64_t task) { norm(task, layer.mlp_norm); });
-    walk.share([&](int64_t task) { gate_up(desk, task, layer); });
     walk.share([&](int64_t task) {
-      add_linear(desk, task, inner, model.inner, layer.down, layer.down_bias);
+      gate_up(desk, task, {layer.gate_up, scales.gate_up}, layer.gate_up_bias);
+    });
+    walk.share([&](int64_t task) {
+      add_linear(desk, task, inner, model.inner, {layer.down, scales.down}, layer.down_bias);
     });
   }
 

@@ -27,9 +27,7 @@ static inline void dots(const A *a, int64_t lda, const T *w, int64_t ldw, int64_
     for (int q = 0; q < Q; q++) {
       const T *from = w + q * ldw + i;
       _mm_prefetch((const char *)(from + ahead), _MM_HINT_T0);
-      vec y;
-      if constexpr (sizeof(A) == sizeof(T)) y = vraw(from);
-      else y = vload(from);
+      vec y = vweights(from, A());
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) acc[r][q] = vdot(acc[r][q], x[r], y, A());
     }
@@ -94,13 +92,13 @@ static inline void tile(int64_t lanes, const A *a, int64_t lda, const A *b, floa
 }
 
 #if defined(__AVX512BF16__)
-// The transpose of 16 by 16 lanes: rows `ld` bytes apart, those past `rows` and lanes past `lanes`
-// are zero; written as `lanes` rows of TILE_COLUMNS lanes.
-static inline void transpose(const char *from, int64_t ld, int64_t rows, int64_t lanes, float *to) {
+// The transpose of 16 by 16 lanes: rows `ld` elements apart, those past `rows` and lanes past
+// `lanes` are zero; written as `lanes` rows of TILE_COLUMNS lanes of A.
+template <class A, class T>
+static inline void transpose(const T *from, int64_t ld, int64_t rows, int64_t lanes, float *to) {
   __m512 x[16], y[16];
-  __mmask16 inside = (__mmask16)((1u << smaller(lanes, 16)) - 1);
   for (int i = 0; i < 16; i++)
-    x[i] = i < rows ? _mm512_maskz_loadu_ps(inside, from + i * ld) : _mm512_setzero_ps();
+    x[i] = i < rows ? vweights(from + i * ld, smaller(lanes, 16), A()) : _mm512_setzero_ps();
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
@@ -133,13 +131,13 @@ static inline void transpose(const char *from, int64_t ld, int64_t rows, int64_t
 }
 
 // Rows [rows][k] become the columns of a packed operand: k / LANE rows of TILE_COLUMNS lanes.
-template <class T>
-static void pack_columns(const T *from, int64_t ld, int64_t rows, int64_t k, T *to) {
-  int64_t lanes = k / LANE<T>;
+template <class A, class T>
+static void pack_columns(const T *from, int64_t ld, int64_t rows, int64_t k, A *to) {
+  int64_t lanes = k / LANE<A>;
   for (int64_t half = 0; half < TILE_COLUMNS; half += W)
     for (int64_t i = 0; i < lanes; i += W)
-      transpose((const char *)(from + half * ld) + 4 * i, ld * sizeof(T), rows - half, lanes - i,
-                (float *)to + i * TILE_COLUMNS + half);
+      transpose<A>(from + half * ld + i * LANE<A>, ld, rows - half, lanes - i,
+                   (float *)to + i * TILE_COLUMNS + half);
 }
 #else
 template <class T>

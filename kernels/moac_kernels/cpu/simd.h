@@ -6,6 +6,7 @@
 typedef uint16_t bf16;
 
 static inline float widen(float x) { return x; }
+static inline float widen(int8_t x) { return x; }
 static inline float widen(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
   float value;
@@ -30,6 +31,9 @@ static inline vec vload(const float *p) { return _mm512_loadu_ps(p); }
 static inline vec vload(const bf16 *p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+static inline vec vload(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 static inline void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
 static inline void vstore(bf16 *p, vec x) {
@@ -65,6 +69,39 @@ static inline vec vraw_half(const bf16 *p) {
   return _mm512_castsi512_ps(_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)p)));
 }
 
+// 8-bit numbers, which bfloat16 holds exactly, two to a lane.
+static inline vec vpairs(__m256i x) {
+  vec low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)));
+  vec high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
+  return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+static inline vec vraw_half(const int8_t *p) {
+  return vpairs(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p)));
+}
+
+// A vector of weights, however they are stored, as operands of the type of the last argument.
+static inline vec vweights(const float *p, float) { return vraw(p); }
+static inline vec vweights(const bf16 *p, bf16) { return vraw(p); }
+static inline vec vweights(const int8_t *p, float) { return vload(p); }
+static inline vec vweights(const int8_t *p, bf16) {
+  return vpairs(_mm256_loadu_si256((const __m256i *)p));
+}
+
+// The same of the first lanes alone, at most W; nothing past them is read.
+static inline vec vweights(const float *p, int64_t lanes, float) {
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), p);
+}
+static inline vec vweights(const bf16 *p, int64_t lanes, bf16) {
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), p);
+}
+static inline vec vweights(const int8_t *p, int64_t lanes, float) {
+  const __m128i x = _mm_maskz_loadu_epi8((__mmask16)((1u << lanes) - 1), p);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
+static inline vec vweights(const int8_t *p, int64_t lanes, bf16) {
+  return vpairs(_mm256_maskz_loadu_epi8((__mmask32)((1ull << 2 * lanes) - 1), p));
+}
+
 #else
 
 typedef __m256 vec;
@@ -80,6 +117,9 @@ static inline vec vload(const float *p) { return _mm256_loadu_ps(p); }
 static inline vec vload(const bf16 *p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline vec vload(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 static inline void vstore(float *p, vec x) { _mm256_storeu_ps(p, x); }
 static inline void vstore(bf16 *p, vec x) {
@@ -115,6 +155,7 @@ static inline vec vscale2(vec x, vec n) {
 static inline vec vlane(const float *p) { return _mm256_set1_ps(*p); }
 static inline vec vdot(vec acc, vec a, vec b, float) { return _mm256_fmadd_ps(a, b, acc); }
 static inline vec vraw(const float *p) { return _mm256_loadu_ps(p); }
+template <class T> static inline vec vweights(const T *p, float) { return vload(p); }
 
 #endif
 

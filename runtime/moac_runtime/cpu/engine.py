@@ -8,9 +8,16 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moac_runtime.cpu.library import LayerStruct, ModelStruct, StepStruct, default_threads
+from moac_runtime.cpu.library import (
+    LayerStruct,
+    ModelStruct,
+    ScalesStruct,
+    StepStruct,
+    default_threads,
+)
 from moac_runtime.errors import MoacError
 from moac_runtime.spec import ModelSpec
+from moac_runtime.weights import scale_name
 
 _ACTIVATIONS = {
     "silu": 0,
@@ -21,6 +28,7 @@ _ACTIVATIONS = {
     "relu": 3,
 }
 _MOST_HEAD_DIM, _MOST_GROUP = 256, 64
+_LINEAR = ("qkv", "o", "gate_up", "down")
 
 
 def obstacle(spec: ModelSpec, dtype: str) -> str | None:
@@ -45,8 +53,9 @@ class CpuEngine:
     """A decoder on some threads; it holds weights and no state of a session.
 
     `addresses`: of the weights by name, in `dtype`, heads in packed order (ARCHITECTURE.md,
-    "Package format"); `memory` is what they lie in, and is held. `threads`: None is every core
-    this process may use. Raises MoacError where memory is short.
+    "Package format"); `memory` is what they lie in, and is held. Matrices are int8 where there
+    are scales. `threads`: None is every core this process may use. Raises MoacError where memory
+    is short.
     """
 
     def __init__(
@@ -103,9 +112,9 @@ def _short_of_memory() -> MoacError:
 
 
 def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelStruct:
-    layers = (LayerStruct * spec.num_layers)(
-        *(_layer(addresses, f"layers.{index}") for index in range(spec.num_layers))
-    )
+    names = [f"layers.{index}" for index in range(spec.num_layers)]
+    layers = (LayerStruct * spec.num_layers)(*(_layer(addresses, name) for name in names))
+    head = "embed.weight" if spec.tied_embeddings else "lm_head.weight"
     return ModelStruct(
         num_layers=spec.num_layers,
         hidden=spec.hidden_size,
@@ -120,8 +129,23 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
         rope_scaling=spec.rope.scaling,
         embed=addresses["embed.weight"],
         norm=addresses["norm.weight"],
-        head=addresses["embed.weight" if spec.tied_embeddings else "lm_head.weight"],
+        head=addresses[head],
         layers=layers,
+        embed_scale=addresses.get("embed.scale"),
+        head_scale=addresses.get(scale_name(head)),
+        scales=_scales(addresses, names),
+    )
+
+
+def _scales(addresses: Mapping[str, int], layers: Sequence[str]) -> Any:
+    """The scales of every layer, None where weights are not in 8 bits."""
+    if "embed.scale" not in addresses:
+        return None
+    return (ScalesStruct * len(layers))(
+        *(
+            ScalesStruct(*(addresses[f"{layer}.{name}.scale"] for name in _LINEAR))
+            for layer in layers
+        )
     )
 
 
@@ -129,9 +153,8 @@ def _layer(addresses: Mapping[str, int], name: str) -> LayerStruct:
     def at(weight: str, kind: str = "weight") -> int | None:
         return addresses.get(f"{name}.{weight}.{kind}")
 
-    linear = ("qkv", "o", "gate_up", "down")
     norms = ("attn_norm", "q_norm", "k_norm", "mlp_norm")
     return LayerStruct(
-        **{weight: at(weight) for weight in (*norms, *linear)},
-        **{f"{weight}_bias": at(weight, "bias") for weight in linear},
+        **{weight: at(weight) for weight in (*norms, *_LINEAR)},
+        **{f"{weight}_bias": at(weight, "bias") for weight in _LINEAR},
     )

@@ -14,7 +14,9 @@ from typing import Any
 
 from moac_runtime.errors import ArtifactError
 
-ABI = 1
+ABI = 2
+# What 2 adds stands last in its structs, so kernels of 1 read all that they know of.
+_ABIS = (1, ABI)
 
 # What each build asks of the processor, by the names of /proc/cpuinfo; best first.
 INSTRUCTION_SETS = {
@@ -38,6 +40,12 @@ class LayerStruct(Structure):
     ]
 
 
+class ScalesStruct(Structure):
+    """Addresses of the scales of one layer's 8-bit weights."""
+
+    _fields_ = [(name, c_void_p) for name in ("qkv", "o", "gate_up", "down")]
+
+
 class ModelStruct(Structure):
     """A model's shape and options, and the addresses of its weights."""
 
@@ -47,6 +55,8 @@ class ModelStruct(Structure):
         *((name, c_double) for name in ("norm_eps", "rope_scaling")),
         *((name, c_void_p) for name in ("embed", "norm", "head")),
         ("layers", POINTER(LayerStruct)),
+        *((name, c_void_p) for name in ("embed_scale", "head_scale")),
+        ("scales", POINTER(ScalesStruct)),
     ]
 
 
@@ -125,9 +135,9 @@ def open_library(path: Path) -> Any:
             f"{path.name} cannot be loaded ({error}), expected CPU kernels for this host; "
             "run with --backend torch, or compile the package again on a host like this one"
         ) from error
-    if found != ABI:
+    if found not in _ABIS:
         raise ArtifactError(
-            f"{path.name} speaks version {found} of its interface, expected {ABI}; "
+            f"{path.name} speaks version {found} of its interface, expected up to {ABI}; "
             "compile the package again"
         )
     _declare(library)

@@ -15,15 +15,16 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.weights import (
     STORED,
-    Shape,
+    Entry,
     check_header,
     expected_tensors,
     missing_tensor,
     shards,
+    stored_tensors,
 )
 
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}  # as moac_convert numbers them
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ class MappedWeights:
 
 
 def map_weights(artifact: Artifact, library: Any, dtype: str) -> MappedWeights:
-    """Every weight of a package as `dtype`, float32 or bfloat16.
+    """Every weight of a package as `dtype`, float32 or bfloat16; of 8 bits as it lies, and scales.
 
-    Files are mapped and not copied where they hold `dtype`; else the converted weights are the
-    only copy that stays. Raises ArtifactError as `weights.load_weights` does.
+    Files are mapped and not copied where they hold `dtype`; else what is converted is the only
+    copy of it that stays. Raises ArtifactError as `weights.load_weights` does.
     """
-    expected = expected_tensors(artifact.spec)
+    expected = stored_tensors(artifact)
     addresses: dict[str, int] = {}
     memory: list[mmap.mmap] = []
     for shard, names in shards(artifact, expected).items():
@@ -58,7 +59,7 @@ def address_of(memory: mmap.mmap) -> int:
 
 
 def _map_shard(
-    artifact: Artifact, shard: str, expected: Mapping[str, Shape]
+    artifact: Artifact, shard: str, expected: Mapping[str, Entry]
 ) -> tuple[mmap.mmap, dict[str, int]]:
     """A weights file in memory, and the offset of each tensor in it."""
     with artifact.path(shard).open("rb") as file:
@@ -66,13 +67,13 @@ def _map_shard(
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     header, start = _header(mapped, shard)
     places: dict[str, int] = {}
-    for name, shape in expected.items():
-        entry = header.get(name)
-        if not isinstance(entry, dict):
+    for name, entry in expected.items():
+        found = header.get(name)
+        if not isinstance(found, dict):
             raise missing_tensor(shard, name)
-        check_header(shard, name, shape, STORED[artifact.dtype], entry["shape"], entry["dtype"])
-        first, stop = entry["data_offsets"]
-        size = math.prod(shape) * _ITEMSIZE[artifact.dtype]
+        check_header(shard, name, entry, found["shape"], found["dtype"])
+        first, stop = found["data_offsets"]
+        size = math.prod(entry.shape) * _ITEMSIZE[entry.stored]
         if stop - first != size or first < 0 or start + stop > len(mapped):
             raise ArtifactError(
                 f"{name} in {shard} lies at {first} to {stop}, expected {size} bytes inside the "
@@ -98,14 +99,20 @@ def _header(mapped: mmap.mmap, shard: str) -> tuple[dict[str, Any], int]:
 def _converted(
     found: MappedWeights, artifact: Artifact, library: Any, dtype: str
 ) -> MappedWeights:
-    expected = expected_tensors(artifact.spec)
-    counts = {name: math.prod(shape) for name, shape in expected.items()}
-    memory = mmap.mmap(-1, sum(counts.values()) * _ITEMSIZE[dtype])
+    entries = stored_tensors(artifact)
+    counts = {
+        name: math.prod(shape)
+        for name, shape in expected_tensors(artifact.spec).items()
+        if entries[name].stored != "I8"
+    }
+    memory = mmap.mmap(-1, sum(counts.values()) * _ITEMSIZE[STORED[dtype]])
     address, addresses = address_of(memory), {}
     for name, count in counts.items():
         addresses[name] = address
         library.moac_convert(
             found.addresses[name], _KINDS[artifact.dtype], address, dtype == "bfloat16", count
         )
-        address += count * _ITEMSIZE[dtype]
-    return MappedWeights(addresses, (memory,))
+        address += count * _ITEMSIZE[STORED[dtype]]
+    if artifact.weights == "full":
+        return MappedWeights(addresses, (memory,))
+    return MappedWeights({**found.addresses, **addresses}, (*found.memory, memory))

@@ -1,0 +1,65 @@
+"""Weights in 8 bits: every matrix as whole numbers and one scale for each of its rows.
+
+A row is an output of a product, or a token of the embedding. Symmetric, rounded to nearest, so a
+weight is wrong by half a scale at most: `|w - scale n| <= scale / 2`, `scale = max |w| / 127`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from moac_runtime.weights import dequantised, is_matrix, scale_name
+
+_MOST = 127
+_LEAST_SCALE = 1e-30  # rows of zeros have one too
+
+
+def quantised(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a package, each matrix as int8 numbers and, after it, float32 scales."""
+    for name, tensor in tensors:
+        if is_matrix(tensor.shape):
+            numbers, scales = quantise(tensor)
+            yield name, numbers
+            yield scale_name(name), scales
+        else:
+            yield name, tensor
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers `[out, in]` int8 of -127 to 127 and scales `[out]` float32 of a weight."""
+    wide = weight.float()
+    scales = row_scales(wide)
+    return (wide / scales[:, None]).round().to(torch.int8), scales
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """The scale `[out]` of each row of a float32 weight `[out, in]`."""
+    return (weight.abs().amax(dim=1) / _MOST).clamp(min=_LEAST_SCALE)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round the matrices of a float32 model as a package of int8 weights has them, in place."""
+    for weight in _matrices(model):
+        weight.copy_(dequantised(*quantise(weight), torch.float32))
+
+
+@torch.no_grad()
+def disturb_weights(model: nn.Module, *, seed: int) -> None:
+    """Add noise of the size of int8 rounding to a float32 model's matrices, in place.
+
+    It shows what logits suffer from errors of this size, whatever made them: the numbers are
+    uniform within half a scale, as rounding errors are, and know nothing of the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in _matrices(model):
+        noise = torch.rand(weight.shape, generator=generator) - 0.5
+        weight.add_(noise * row_scales(weight)[:, None])
+
+
+def _matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Each once, a tied embedding too."""
+    return [parameter for parameter in model.parameters() if is_matrix(parameter.shape)]
