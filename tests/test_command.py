@@ -180,6 +180,7 @@ def test_json_of_several_prompts(loader: Loader, capsys: pytest.CaptureFixture[s
             "argument --top-k: invalid int value: 'many' (see moac run --help)",
         ),
         (["out", "--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["out", "--prompt", "x", "--max-batch", "0"], "--max-batch must be 1 or more, got 0"),
         (
             ["out", "--prompt", "-", "--prompt", "-"],
             "standard input can be read once; give --prompt - a single time",

@@ -117,6 +117,8 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
     prompts = _read_prompts(options.prompts)
     sampling = _sampling(options)
     SamplingOptions(**sampling)  # wrong options fail before anything is loaded
+    if options.max_batch is not None and options.max_batch < 1:
+        raise UsageError(f"--max-batch must be 1 or more, got {options.max_batch}")
     model = load(
         options.package if package is None else package,
         backend=options.backend,
