@@ -27,7 +27,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from moac.calibration import DOMAINS, CalibrationSample, build_calibration, held_out_text
+from moac.calibration import (
+    DOMAINS,
+    MEASURED_KINDS,
+    CalibrationSample,
+    build_calibration,
+    held_out_text,
+)
 from moac.calibration import samples as sample_making
 from moac.checkpoint import open_checkpoint
 from moac.planner import open_bench, prepare, sample_counts
@@ -120,7 +126,11 @@ def held_out_samples(bench: Bench, length: int, count: int) -> list[CalibrationS
     """Calibration's own kinds of samples, made of text that calibration never reads."""
     with patch.object(sample_making, "calibration_text", held_out_text):
         return build_calibration(
-            bench.reader, bench.tokenizer, samples_per_length={length: count}, seed=HELD_OUT_SEED
+            bench.reader,
+            bench.tokenizer,
+            samples_per_length={length: count},
+            domains=MEASURED_KINDS,
+            seed=HELD_OUT_SEED,
         )
 
 

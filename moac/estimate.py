@@ -82,8 +82,8 @@ def _planning(
     rate = _measured_rate(spec, dtype, device)
     weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
     base = weights + _LIBRARIES_BYTES
-    counts = {n: c * len(DOMAINS) for n, c in sample_counts(lengths, request.samples).items()}
-    lines = [n for n, count in counts.items() for _ in range(count)]
+    counts = sample_counts(lengths, request.samples)
+    lines = [n for n, kinds in counts.items() for _ in range(sum(kinds.values()))]
     checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
     plans = request.plans + 2
     working = max(_working_bytes(spec, n, dtype) for n in lengths.profiled)
@@ -121,7 +121,7 @@ def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> 
     spec, device = checkpoint.spec, pick_device()
     dtype = measuring_dtype(checkpoint, device)
     weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
-    passes = 12 if request.weights == "full" else 14
+    passes = 12 if request.weights == "full" else 17
     rate = _measured_rate(spec, dtype, device)
     seconds = passes * _forward(spec, [lengths.profiled[0]]) / rate
     return StageEstimate(

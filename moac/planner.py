@@ -177,10 +177,22 @@ def measuring_dtype(checkpoint: Checkpoint, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def sample_counts(lengths: Lengths, shortest: int) -> dict[int, int]:
-    """Calibration samples per domain: fewer the longer they are, two at least."""
+def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
+    """Calibration samples `[length][domain]`: fewer the longer they are.
+
+    `samples`: of running text at the shortest length. A retrieval sample holds one answer, so
+    there are twice as many; what documents ask for, the other domains mostly ask for too
+    (benchmarks/domains.py).
+    """
     base = lengths.profiled[0]
-    return {n: max(min(2, shortest), round(shortest * base / n)) for n in lengths.profiled}
+    return {
+        n: {
+            "retrieval": round(2 * samples * (base / n) ** 0.75),
+            "documents": max(1, round(0.6 * samples * base / n)),
+            "text": max(min(2, samples), round(samples * base / n)),
+        }
+        for n in lengths.profiled
+    }
 
 
 def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:

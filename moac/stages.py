@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moac.calibration import (
-    DOMAINS,
+    MEASURED_KINDS,
     CalibrationSample,
     DenseModel,
     build_calibration,
@@ -83,8 +83,8 @@ class Measured:
         return sum(self.losses.values()) / len(self.losses)
 
 
-def calibrate(bench: Bench, counts: dict[int, int]) -> list[CalibrationSample]:
-    """`counts[length]` samples of every domain, and the user's own where a file was given."""
+def calibrate(bench: Bench, counts: Mapping[int, Mapping[str, int]]) -> list[CalibrationSample]:
+    """`counts[length][domain]` samples, and the user's own where a file was given."""
     with stage("calibrate") as advance:
         samples = _samples(bench, counts, bench.request.seed, advance)
     if bench.request.calibration is not None:
@@ -173,7 +173,7 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
 
 def unseen_samples(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
     """Samples that no profile has seen, at a length that none was made for."""
-    counts = {lengths.unseen: VALIDATION_SAMPLES}
+    counts = {lengths.unseen: dict.fromkeys(MEASURED_KINDS, VALIDATION_SAMPLES)}
     return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
 
 
@@ -188,12 +188,12 @@ def measure(
 
 
 def _samples(
-    bench: Bench, counts: dict[int, int], seed: int, advance: Advance
+    bench: Bench, counts: Mapping[int, Mapping[str, int]], seed: int, advance: Advance
 ) -> list[CalibrationSample]:
     samples: list[CalibrationSample] = []
-    steps = [(length, domain) for length in sorted(counts) for domain in DOMAINS]
-    for done, (length, domain) in enumerate(steps, start=1):
-        samples += _domain_samples(bench, length, domain, counts[length], seed)
+    steps = [(length, *entry) for length in sorted(counts) for entry in counts[length].items()]
+    for done, (length, domain, count) in enumerate(steps, start=1):
+        samples += _domain_samples(bench, length, domain, count, seed)
         advance(done, len(steps))
     return samples
 

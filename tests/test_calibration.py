@@ -172,7 +172,7 @@ def test_facts_have_different_questions_and_one_pass_key_at_most() -> None:
         assert sum("pass key" in fact.question for fact in facts) <= 1
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("domain", [*DOMAINS, "quiz"])
 def test_samples_fill_their_length_and_never_pass_it(
     checkpoint: tuple[Any, Any], domain: str
 ) -> None:
@@ -193,7 +193,7 @@ def test_answers_are_the_dense_models_own_greedy_tokens(
 ) -> None:
     """One whole forward pass must agree with what the kept cache produced over many turns."""
     model, tokenizer = checkpoint
-    (sample,) = build(model, tokenizer, samples_per_length={LENGTH: 1}, domains=["retrieval"])
+    (sample,) = build(model, tokenizer, samples_per_length={LENGTH: 1}, domains=["quiz"])
     stops = list(stop_tokens(model, PromptFormat(tokenizer)))
     original = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval()
     with torch.inference_mode():
@@ -206,15 +206,13 @@ def test_answers_are_the_dense_models_own_greedy_tokens(
 
 
 def test_a_good_reader_is_marked_correct_and_answers_one_sentence(tokenizer: Any) -> None:
-    (sample,) = build(
-        Reader(tokenizer), tokenizer, samples_per_length={4096: 1}, domains=["retrieval"]
-    )
+    (sample,) = build(Reader(tokenizer), tokenizer, samples_per_length={4096: 1}, domains=["quiz"])
     assert sum(map(bool, sample.correct)) > len(sample.correct) / 2 > 1
     assert "Indeed" not in tokenizer.decode(sample.token_ids)
 
 
 def test_a_wrong_answer_is_kept_and_marked(tokenizer: Any) -> None:
-    (sample, _) = build(Reader(tokenizer, reply="No idea."), tokenizer, domains=["retrieval"])
+    (sample, _) = build(Reader(tokenizer, reply="No idea."), tokenizer, domains=["quiz"])
     assert set(sample.correct) == {False}
     start, end = sample.answer_spans[0]
     assert tokenizer.decode(sample.token_ids[start:end]) == "No idea."
@@ -222,9 +220,21 @@ def test_a_wrong_answer_is_kept_and_marked(tokenizer: Any) -> None:
 
 def test_the_haystack_is_read_once(tokenizer: Any) -> None:
     reader = Reader(tokenizer, reply="No idea.")
-    (sample,) = build(reader, tokenizer, samples_per_length={2048: 1}, domains=["retrieval"])
+    (sample,) = build(reader, tokenizer, samples_per_length={2048: 1}, domains=["quiz"])
     assert sum(reader.calls) <= len(sample.token_ids)
     assert sum(call > 1 for call in reader.calls) == len(sample.answer_spans)
+
+
+def test_a_profile_learns_from_first_answers_that_are_right(tokenizer: Any) -> None:
+    """One question a sample, asked of another haystack where the answer is wrong, four at most."""
+    wrong = Reader(tokenizer, reply="No idea.")
+    (given_up,) = build(wrong, tokenizer, samples_per_length={2048: 1}, domains=["retrieval"])
+    assert given_up.correct == (False,)
+    assert sum(call > 1 for call in wrong.calls) == 4
+    right = Reader(tokenizer)
+    for sample in build(right, tokenizer, samples_per_length={2048: 4}, domains=["retrieval"]):
+        assert sample.domain == "retrieval"
+        assert sample.correct == (True,)
 
 
 def test_samples_depend_on_the_seed_alone_and_not_on_the_count(

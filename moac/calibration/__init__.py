@@ -11,6 +11,7 @@ from moac.calibration.passkey import (
 from moac.calibration.samples import (
     DEFAULT_SAMPLES,
     DOMAINS,
+    MEASURED_KINDS,
     CalibrationSample,
     build_calibration,
 )
@@ -19,6 +20,7 @@ from moac.calibration.text import Document, calibration_text, held_out_text
 __all__ = [
     "DEFAULT_SAMPLES",
     "DOMAINS",
+    "MEASURED_KINDS",
     "PASSKEY_ANSWER_TOKENS",
     "CalibrationSample",
     "DenseModel",

@@ -26,12 +26,19 @@ from moac.calibration.text import calibration_text, running_words
 from moac_runtime.errors import UsageError
 
 DOMAINS = ("retrieval", "documents", "text")
+"""What a profile learns from."""
+
+MEASURED_KINDS = ("quiz", "documents", "text")
+"""What losses are measured on: a quiz is retrieval with many answers in one reading."""
+
 DEFAULT_SAMPLES: Mapping[int, int] = {1024: 6, 2048: 4, 4096: 2}
 
 _ANSWER_TOKENS = 24
 _MOST_FACTS = 8
 _SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
-_FILLER_SHARE = 0.25
+_PLANTED = (1, 1, 2)  # facts that one question is asked about
+_TRIES = 4
+_FILLER_SHARE = 0.4
 _DOCUMENT_TOKENS = 400
 _TEXT_TOKENS = 1024
 
@@ -62,8 +69,9 @@ def build_calibration(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[CalibrationSample]:
-    """`samples_per_length[length]` samples of every domain, shortest first.
+    """`samples_per_length[length]` samples of every one of `domains`, shortest first.
 
+    `domains` may name "quiz" too, whose samples are of the domain "retrieval".
     `model`: the dense checkpoint; `tokenizer`: its own in transformers. Equal arguments give equal
     samples, and a sample does not depend on how many others are asked for. `progress(done,
     total)` is called after each. Raises UsageError for an unknown domain or too short a length.
@@ -91,21 +99,51 @@ def build_calibration(
 def retrieval_sample(
     model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
 ) -> CalibrationSample:
+    """A fact or two at uniform depths of a haystack, and one question.
+
+    An answer earlier in the conversation would show how to answer, and heads that find out what
+    is asked would look idle. Made anew where the dense model answers wrong, up to four times: a
+    wrong answer tells nothing of where the right one was found.
+    """
+    for _ in range(_TRIES):
+        facts = draw_facts(rng, rng.choice(_PLANTED))
+        sample = _hidden(model, format, length, rng, facts, [_about(facts[0])], spare=0)
+        if sample.correct[0]:
+            break
+    return sample
+
+
+def quiz_sample(
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
+) -> CalibrationSample:
     """Facts at uniform depths of a haystack, then one question and answer after another."""
     facts = _affordable(format, draw_facts(rng, _MOST_FACTS), length)
     questions = [_about(fact) for fact in facts]
-    depths = {fact: rng.random() for fact in facts}
-    needles = [Needle(fact.needle, depth) for fact, depth in depths.items()]
+    rng.shuffle(questions)
+    return _hidden(model, format, length, rng, facts, questions, spare=_SPARE_FACTS)
+
+
+def _hidden(
+    model: AnswersModel,
+    format: PromptFormat,
+    length: int,
+    rng: random.Random,
+    facts: Sequence[Fact],
+    questions: Sequence[Question],
+    *,
+    spare: int,
+) -> CalibrationSample:
+    """`facts` in a haystack and `questions` about them, room reserved for all but `spare`."""
+    needles = [Needle(fact.needle, rng.random()) for fact in facts]
     introduction, closing = rng.choice(INTRODUCTIONS), rng.choice(CLOSINGS)
     filler = rng.random() < _FILLER_SHARE
     words = haystack_words(calibration_text(), rng, length, filler=filler)
-    rng.shuffle(questions)
 
     def render(count: int) -> list[int]:
         haystack = hide(words[:count], needles)
         return format.opening(f"{introduction}\n\n{haystack}\n\n{closing} {questions[0].text}")
 
-    reserved = questions[: max(1, len(questions) - _SPARE_FACTS)]
+    reserved = questions[: max(1, len(questions) - spare)]
     opening = _longest(format, render, length, reserved, "retrieval")
     return converse(model, format, "retrieval", opening, questions, length)
 
@@ -150,6 +188,7 @@ _MAKERS: Mapping[
     str, Callable[[AnswersModel, PromptFormat, int, random.Random], CalibrationSample]
 ] = {
     "retrieval": retrieval_sample,
+    "quiz": quiz_sample,
     "documents": documents_sample,
     "text": text_sample,
 }

@@ -19,7 +19,7 @@ from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 RUNNING_TEXT = "text"
-ACTIVATION_BYTES_LIMIT = 2 << 30
+ACTIVATION_BYTES_LIMIT = 3 << 30
 
 
 def sample_influence(
