@@ -182,7 +182,7 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
 
     `samples`: of running text at the shortest length. A retrieval sample holds one answer, so
     there are twice as many; what documents ask for, the other domains mostly ask for too
-    (benchmarks/domains.py).
+    (benchmarks/influence.py).
     """
     base = lengths.profiled[0]
     return {

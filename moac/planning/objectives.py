@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DOMAIN_WEIGHTS = {"retrieval": 2.0, "documents": 0.25}
 """How much a domain counts, one where it is not named.
 
-Chosen on SmolLM2 (benchmarks/domains.py): running text would lose as little as under a uniform
+Chosen on SmolLM2 (benchmarks/influence.py): running text would lose as little as under a uniform
 plan with weights far from these, retrieval would not be near dense with any below; and what
 retrieval and text ask for serves documents too.
 """
@@ -55,7 +55,7 @@ def _typical(tables: Sequence[Tensor]) -> Floats:
 
     Signs average out at the dense model, so they are dropped. The square itself (the Fisher
     information) overrates the few heads with large effects, since real losses level off where
-    the first order does not (benchmarks/aggregation.py compares). A narrower span never counts as
+    the first order does not (benchmarks/influence.py compares). A narrower span never counts as
     cheaper than a wider one of the same head.
     """
     typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()

@@ -1,0 +1,218 @@
+"""Ways to turn influence into a plan, compared by what the plans lose on held-out cases.
+
+    python benchmarks/influence.py out/ --source .cache/smollm2-135m-instruct --length 2048
+
+Every way plans for one length at the same budget and runs through the package's runtime: greedy
+pass keys found, the mean loss of their values, and the loss of running text with its difference to
+the uniform plan's on the same windows (95 %). What differs: the form of influence (joint over what
+a span masks, as the paper's formula sums it entry by entry, the reference's absolute entries), how
+samples are aggregated, how much domains weigh, and whether retrieval samples ask one question or
+many.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moac.calibration import build_calibration, plain_text_windows
+from moac.checkpoint import open_checkpoint
+from moac.evaluation.methods import method_plans
+from moac.evaluation.passkey import passkey
+from moac.evaluation.runner import Runner
+from moac.evaluation.sessions import open_sessions
+from moac.planner import open_bench
+from moac.planning import (
+    Layout,
+    Objective,
+    Problem,
+    candidate_rules,
+    plan_losses,
+    solve_weighted,
+    uniform_plan,
+)
+from moac.planning.objectives import DOMAIN_WEIGHTS
+from moac.planning.problem import Floats
+from moac.profiling import attention as influence_attention
+from moac.profiling.influence import sample_influence
+from moac.request import CompileRequest
+from moac_runtime.artifact import open_artifact
+from moac_runtime.plan import Plan
+
+SAMPLES = {"retrieval": 8, "documents": 3, "text": 3, "quiz": 3}
+FORMS = ("joint", "entry by entry", "absolute entries")
+SEED, TEXT_SEED = 77, 78
+
+Aggregate = Callable[[Tensor], Tensor]
+"""Samples' influence `[samples, layers, kv_heads, spans]` to costs `[layers, kv_heads, spans]`."""
+
+AGGREGATES: Mapping[str, Aggregate] = {
+    "root mean square": lambda t: t.square().mean(0).sqrt(),
+    "mean of squares": lambda t: t.square().mean(0),
+    "mean of |influence|": lambda t: t.abs().mean(0),
+    "mean of positive part": lambda t: t.clamp_min(0).mean(0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How influence becomes costs. `power`: of the aggregate, head by head."""
+
+    name: str
+    form: str = "joint"
+    aggregate: str = "root mean square"
+    retrieval: str = "retrieval"
+    weights: Mapping[str, float] = field(default_factory=lambda: {**DOMAIN_WEIGHTS, "text": 1.0})
+    power: float = 1.0
+
+
+def weighed(retrieval: float, documents: float) -> dict[str, float]:
+    return {"retrieval": retrieval, "documents": documents, "text": 1.0}
+
+
+WAYS = (
+    Way("in use"),
+    Way("entry by entry (the paper's formula)", form="entry by entry"),
+    Way("absolute entries (the reference)", form="absolute entries"),
+    *(Way(name, aggregate=name) for name in AGGREGATES if name != "root mean square"),
+    Way("root mean square ** 1.5", power=1.5),
+    Way("many questions a sample", retrieval="quiz"),
+    Way("all domains alike", weights=weighed(1, 1)),
+    Way("all domains alike, many questions", retrieval="quiz", weights=weighed(1, 1)),
+    Way("retrieval x 2, documents x 1", weights=weighed(2, 1)),
+    Way("retrieval x 4, documents x 0.25", weights=weighed(4, 0.25)),
+    Way("retrieval x 2, no documents", weights=weighed(2, 0)),
+    Way("retrieval alone", weights={"retrieval": 1.0}),
+)
+
+
+class _Forms(influence_attention._SpanSums):
+    """Every form of influence in one backward pass; `made` collects them, last layer first."""
+
+    made: ClassVar[list[Tensor]] = []
+
+    def __init__(self, kv_heads: int, length: int, *rest: Any) -> None:
+        super().__init__(kv_heads, length, *rest)
+        self.forms = torch.zeros(2, *self.total.shape, dtype=torch.float64)
+        self.forms[:, torch.isinf(self.total)] = float("inf")
+        self.made.append(self.forms)
+
+    def add(self, weights: Tensor, flows: Tensor) -> None:
+        super().add(weights, flows)
+        entries = -flows / (1 - weights).clamp_min(influence_attention._LEAST_MASS_LEFT)
+        first = self.sink // self.block + 1
+        for form, tile in zip(self.forms, (entries, entries.abs()), strict=True):
+            change = self._beyond(tile).sum((1, 2), dtype=torch.float64)
+            count = min(change.shape[-1] - 1, form.shape[1] - first)
+            form[:, first : first + count] += change[:, 1 : 1 + count]
+
+
+def profile(options: argparse.Namespace, layout: Layout) -> dict[tuple[str, str], Tensor]:
+    """Influence `[samples, layers, kv_heads, spans]` by form and kind of sample."""
+    checkpoint = open_checkpoint(options.source)
+    bench = open_bench(checkpoint, layout, CompileRequest(budget=options.budget), None)
+    found: dict[tuple[str, str], list[Tensor]] = {}
+    for kind, count in SAMPLES.items():
+        samples = build_calibration(
+            bench.reader,
+            bench.tokenizer,
+            samples_per_length={options.length: count},
+            domains=(kind,),
+        )
+        for sample in samples:
+            _Forms.made.clear()
+            with patch.object(influence_attention, "_SpanSums", _Forms):
+                joint = sample_influence(bench.model, checkpoint.spec, sample, layout)
+            others = torch.stack(_Forms.made[::-1], dim=1).float()  # [forms, layers, heads, spans]
+            missing = joint.shape[-1] - others.shape[-1]
+            others = torch.nn.functional.pad(others, (0, missing))
+            for form, table in zip(FORMS, (joint, *others), strict=True):
+                found.setdefault((form, kind), []).append(table)
+    return {name: torch.stack(tables) for name, tables in found.items()}
+
+
+def plan_of(
+    way: Way, tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+) -> Plan:
+    """The plan that loses least by the costs that `way` makes of influence."""
+    uniform = uniform_plan(layout, budget=budget, lengths=(length,))
+    total: Floats | float = 0.0
+    for domain, weight in way.weights.items():
+        if weight:
+            kind = way.retrieval if domain == "retrieval" else domain
+            cost = AGGREGATES[way.aggregate](tables[way.form, kind].double()).numpy()
+            cost = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1] ** way.power
+            total = total + weight * cost / plan_losses(uniform, [Objective("", length, cost)])[0]
+    rules = candidate_rules((length,), block=layout.block, min_span=layout.min_span)
+    objective = Objective("all", length, np.asarray(total))
+    problem = Problem(layout, rules, (length,), (objective,), budget)
+    return solve_weighted(problem, {"all": 1.0}).plan
+
+
+def show(
+    runner: Runner, plans: Mapping[str, Plan], tokenizer: Any, eos: frozenset[int], length: int,
+    cases: int, texts: int,
+) -> None:  # fmt: skip
+    asked = [passkey(tokenizer, length, SEED, i, (i + 0.5) / cases) for i in range(cases)]
+    windows = plain_text_windows(tokenizer, length, texts, TEXT_SEED)
+    print("| plan | density | pass keys found | loss of their values | text loss | to uniform's |")
+    print("|---|---|---|---|---|---|")
+    uniforms: Sequence[float] = ()
+    for name, plan in plans.items():
+        hits, losses, nats = 0.0, [], []
+        for first in range(0, cases, 8):
+            batch = asked[first : first + 8]
+            replies = runner.replies(plan, batch, capacity=length, eos=eos)
+            for case, reply in zip(batch, replies, strict=True):
+                hits += case.score(tokenizer.decode(list(reply.tokens), skip_special_tokens=True))
+                losses.append(reply.nll)
+        for first in range(0, texts, 8):
+            nats += [t.whole for t in runner.text_losses(plan, windows[first : first + 8])]
+        uniforms = uniforms or nats
+        apart = np.subtract(nats, uniforms)
+        print(
+            f"| {name} | {plan.density(length):.3f} | {hits:.0f}/{cases} | {np.mean(losses):.3f} "
+            f"| {np.mean(nats):.4f} | {apart.mean():+.4f} ± "
+            f"{1.96 * apart.std(ddof=1) / texts**0.5:.4f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--cases", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=8)
+    options = parser.parse_args()
+
+    artifact, checkpoint = open_artifact(options.package), open_checkpoint(options.source)
+    layout = Layout.of(artifact.plan)
+    tables = profile(options, layout)
+    uniform = uniform_plan(layout, budget=options.budget, lengths=(options.length,))
+    plans = {"uniform": uniform, "dense": method_plans(artifact, ["dense"])["dense"](0)}
+    for way in WAYS:
+        plans[way.name] = plan_of(way, tables, layout, options.length, options.budget)
+    show(
+        Runner(open_sessions(artifact)),
+        plans,
+        checkpoint.load_tokenizer(),
+        frozenset(checkpoint.eos_token_ids),
+        options.length,
+        options.cases,
+        options.texts,
+    )
+
+
+if __name__ == "__main__":
+    main()
