@@ -13,7 +13,7 @@ from cpu_kernels import needs_compiler
 from tiny import Compiled, moac_command
 from torch.nn.functional import scaled_dot_product_attention
 
-from moac.bench import availability, shapes
+from moac.bench import availability, memory, runner, shapes
 from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
 from moac.bench.machine import peak_bytes, read_bandwidth_gbs
 from moac.bench.plans import random_plan, system_plan
@@ -297,6 +297,63 @@ def test_what_cannot_run_is_refused_by_name(
     assert err == f"error: llamacpp cannot run here: {refused}\n"
     assert moac_command("bench", package, "--context", 256, "--backend", "onnx") == 1
     assert "compile it with --target onnx" in capsys.readouterr().err
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("free", "sequential", "sentence"),
+    [
+        (
+            20 * GIB,
+            False,
+            "moac, hf together need at least 25.8 GiB for weights and caches, 20.0 free: "
+            "give --sequential",
+        ),
+        (
+            12 * GIB,
+            True,
+            "hf needs at least 13.0 GiB for weights and caches, 12.0 free: measure a smaller "
+            "--batch, --context or --shape",
+        ),
+        (20 * GIB, True, None),
+        (26 * GIB, False, None),
+    ],
+)
+def test_what_does_not_fit_is_told_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, free: int, sequential: bool, sentence: str | None
+) -> None:
+    started: list[str] = []
+
+    class Started(Exception):
+        pass
+
+    def start(name: str, subject: Subject, load: Load) -> None:
+        started.append(name)
+        raise Started
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    monkeypatch.setattr(runner, "Worker", start)
+    monkeypatch.setattr(runner, "read_bandwidth_gbs", lambda device: 1.0)
+    request = BenchRequest(
+        shape="vicuna-7b", against=("hf",), contexts=(892,), tokens=4, sequential=sequential
+    )
+    with pytest.raises(Started if sentence is None else MoacError) as raised:
+        run_bench(request)
+    assert started == (["moac"] if sentence is None else [])
+    assert sentence is None or str(raised.value) == sentence
+
+
+def test_mapped_weights_are_not_counted(tiny_package: Compiled) -> None:
+    subject = subject_of(tiny_package)
+    load = Load(batch=2, context=CONTEXT, capacity=CAPACITY, seed=0)
+    held = 2 * subject.plan.held_tokens(CAPACITY) * subject.spec.kv_token_bytes(4)
+    assert memory.least_bytes("moac", replace(subject, backend="cpu"), load) == held
+    assert memory.least_bytes("llamacpp", subject, load) == held
+    weights = weight_bytes_read(replace(subject.spec, tied_embeddings=True), 4)
+    assert memory.least_bytes("hf", subject, load) >= held + weights
+    assert memory.available_bytes("cpu") > 0
 
 
 def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:

@@ -21,6 +21,7 @@ import torch
 from moac.bench.availability import check_available, runnable
 from moac.bench.floor import floor_ms, kv_bytes_read
 from moac.bench.machine import machine, read_bandwidth_gbs, versions
+from moac.bench.memory import check_memory
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import BenchRequest
 from moac.bench.shapes import shape_spec
@@ -114,6 +115,8 @@ def run_bench(request: BenchRequest) -> BenchResult:
         torch.set_num_threads(request.threads)
     with stage("bandwidth"):
         bandwidth = read_bandwidth_gbs(request.device)
+    if request.device == "cuda":
+        torch.cuda.empty_cache()  # the memory is for the processes that are measured
     rows: list[Row] = []
     for batch, context in product(request.batches, request.contexts):
         rows.extend(_measure(request, model, systems, batch, context, bandwidth))
@@ -214,6 +217,7 @@ def _measure(
     subjects = {
         name: _subject(request, model, system_plan(name, plan, load.capacity)) for name in systems
     }
+    check_memory(subjects, load, sequential=request.sequential)
     groups = [[name] for name in systems] if request.sequential else [list(systems)]
     for group in groups:
         where = f"batch {batch}, context {context}: {', '.join(group)}"
