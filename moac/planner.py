@@ -187,8 +187,8 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
     base = lengths.profiled[0]
     return {
         n: {
-            "retrieval": round(2 * samples * (base / n) ** 0.75),
-            "documents": max(1, round(0.6 * samples * base / n)),
+            "retrieval": round(2 * samples * (base / n) ** 0.8),
+            "documents": max(1, int(0.6 * samples * base / n)),
             "text": max(min(2, samples), round(samples * base / n)),
         }
         for n in lengths.profiled
