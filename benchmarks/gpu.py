@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SECTIONS = ("layers", "families", "decode", "prefill", "steps", "sanitizer")
+_SECTIONS = ("layers", "families", "packages", "decode", "prefill", "steps", "sanitizer")
 _LEAST_LEFT = 30  # seconds that the sanitizer needs at least
 _TINY = {
     "model_type": "llama",
@@ -138,7 +138,7 @@ def _rows(
     """Every section's rows; kernels are built once, all at the same time."""
     from dataclasses import replace
 
-    from on_gpu import attention, correctness, steps
+    from on_gpu import attention, correctness, package, steps
 
     from moac.packaging.kernels import require_kernels
 
@@ -157,6 +157,7 @@ def _rows(
     sections = {
         "layers": lambda: correctness.random_layers(setting, workshop),
         "families": lambda: correctness.families(setting, workshop),
+        "packages": lambda: package.package_rows(setting, workshop),
         "sanitizer": lambda: _sanitizer(options, setting.left()),
         "decode": lambda: attention.decode_rows(setting, workshop, bandwidth),
         "prefill": lambda: attention.prefill_rows(setting, workshop),

@@ -7,15 +7,18 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+attempted = import_module("on_gpu.setting").attempted
 verdicts = import_module("on_gpu.verdicts").verdicts
 
 
@@ -29,7 +32,7 @@ def rehearse(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -50,12 +53,16 @@ def test_a_rehearsal_runs_every_path(tmp_path: Path) -> None:
     tool = tmp_path / "sanitizer"
     tool.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    found, _ = rehearse(tmp_path / "out.json", "--sanitizer", str(tool))
+    arguments = ("--sanitizer", str(tool), "--seconds", "1e6")
+    found, _ = rehearse(tmp_path / "out.json", *arguments)
     assert not [row for row in found["rows"] if row.get("failed")]
     systems = {row["system"]: row for row in found["rows"] if row["section"] == "steps"}
     assert list(systems) == ["moac", "dense", "uniform", "hf", "hf-static", "hf-uniform"]
+    held = {name: row["kv_bytes"] for name, row in systems.items()}
+    assert held["moac"] < held["dense"] == held["hf"]
+    assert held["uniform"] == held["hf-uniform"] < held["dense"]
     assert {row["section"] for row in found["rows"]} == {
-        *("layers", "families", "sanitizer", "decode", "prefill", "steps")
+        *("layers", "families", "packages", "sanitizer", "decode", "prefill", "steps")
     }
     assert "failed" in next(row for row in found["rows"] if row["section"] == "sanitizer")
 
@@ -82,6 +89,45 @@ def test_nothing_measured_is_nothing_held() -> None:
     assert spans["decode of differing spans, time of a uniform window's"] == (None, None)
 
 
+def test_a_case_that_fails_leaves_the_others() -> None:
+    def broken() -> dict[str, Any]:
+        raise ValueError("no")
+
+    failed = attempted("decode", broken)
+    assert failed == {"what": "decode", "failed": 1, "said": "ValueError: no"}
+    rows = [
+        {**failed, "shape": "vicuna-7b", "batch": 8, "tokens": 4096, "kind": "spans"},
+        {**failed, "shape": "vicuna-7b", "context": 4096, "system": "moac"},
+        {**failed, "kind": "dense", "tokens": 16384},
+        attention("uniform", 0.9, 100.0),
+        step("hf", 9.0),
+    ]
+    found = judged(rows)
+    assert found["decode attention, of copy bandwidth, calls of 64 MB and more"] == (0.9, True)
+    assert found["tokens/s of the 7B shape, times hf"] == (None, None)
+    assert found["correctness: layers, families, packages and compute-sanitizer"] == (3.0, False)
+
+
+def test_fewer_rows_are_tried_where_memory_does_not_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = import_module("on_gpu.steps")
+    setting = import_module("on_gpu.setting").rehearsal(torch.device("cpu"), 1e9)
+    tried: list[int] = []
+
+    def measure(setting: Any, *told: Any) -> dict[str, Any]:
+        tried.append(min(15, setting.most_rows))  # 15 would fit, it seems
+        if tried[-1] > 8:
+            raise steps._TooManyRows(tried[-1])
+        return {"batch": tried[-1]}
+
+    monkeypatch.setattr(steps, "_measure", measure)
+    setting = replace(setting, most_rows=64)
+    found = steps._largest(setting, None, "tiny", 40, "moac", 1.0)
+    assert tried == [15, 11, 8]
+    assert found == {"batch": 8, "out_of_memory": [15, 11]}
+
+
 def test_targets_are_judged_by_their_worst_case() -> None:
     rows = [
         attention("dense", 0.9, 100.0),
@@ -103,7 +149,7 @@ def test_targets_are_judged_by_their_worst_case() -> None:
     assert found["tokens/s of the 7B shape, times hf"] == (100 / 9, True)
     assert found["tokens/s of the 7B shape, times dense"] == (100 / 70, False)
     assert found["tokens/s of the 7B shape, times hf-static"] == (None, None)
-    assert found["correctness: layers, families and compute-sanitizer"] == (1.0, False)
+    assert found["correctness: layers, families, packages and compute-sanitizer"] == (1.0, False)
 
 
 def test_prefill_is_judged_by_what_it_visits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from moac.packaging.kernels import require_kernels
 from moac_kernels.shape import KernelShape
 from moac_runtime.cuda.launch import Kernels
 from moac_runtime.span import HeadSpan
-from on_gpu.setting import Setting, seconds
+from on_gpu.setting import Setting, attempted, seconds
 from on_gpu.workshop import Workshop
 
 DTYPES = {"vicuna-7b": "float16"}  # all else is bfloat16
@@ -57,22 +58,34 @@ def _bench(setting: Setting, workshop: Workshop, name: str) -> _Bench:
 def decode_rows(setting: Setting, workshop: Workshop, copy_gbs: float) -> Iterator[dict[str, Any]]:
     """Decode of one layer: dense, spans that differ, and a uniform window of as many tokens."""
     for name, batch, tokens in setting.attention:
-        bench = _bench(setting, workshop, name)
         for kind, heads in _span_kinds(name, tokens).items():
-            held = batch * sum(head.size for head in heads)
-            bytes_read = held * 2 * bench.shape.head_dim * bench.shape.itemsize
-            taken = _decode_seconds(bench, heads, batch, tokens)
-            yield {
-                "what": f"decode {name} b{batch} {tokens} {kind}",
-                "shape": name,
-                "batch": batch,
-                "tokens": tokens,
-                "kind": kind,
-                "bytes": bytes_read,
-                "us": taken * 1e6,
-                "floor_us": bytes_read / copy_gbs / 1e3,
-                "of_bandwidth": bytes_read / taken / 1e9 / copy_gbs,
-            }
+            told = (name, heads, batch, tokens, copy_gbs)
+            row = attempted(
+                f"decode {name} b{batch} {tokens} {kind}",
+                partial(_decode_row, setting, workshop, *told),
+            )
+            yield {**row, "shape": name, "batch": batch, "tokens": tokens, "kind": kind}
+
+
+def _decode_row(
+    setting: Setting,
+    workshop: Workshop,
+    name: str,
+    heads: Sequence[HeadSpan],
+    batch: int,
+    tokens: int,
+    copy_gbs: float,
+) -> dict[str, Any]:
+    bench = _bench(setting, workshop, name)
+    held = batch * sum(head.size for head in heads)
+    bytes_read = held * 2 * bench.shape.head_dim * bench.shape.itemsize
+    taken = _decode_seconds(bench, heads, batch, tokens)
+    return {
+        "bytes": bytes_read,
+        "us": taken * 1e6,
+        "floor_us": bytes_read / copy_gbs / 1e3,
+        "of_bandwidth": bytes_read / taken / 1e9 / copy_gbs,
+    }
 
 
 def _span_kinds(name: str, tokens: int) -> dict[str, Sequence[HeadSpan]]:
@@ -123,24 +136,30 @@ def _decode_seconds(bench: _Bench, heads: Sequence[HeadSpan], batch: int, tokens
 def prefill_rows(setting: Setting, workshop: Workshop) -> Iterator[dict[str, Any]]:
     """Prefill of one layer, one row: dense and at half the density, beside torch's SDPA."""
     for name, tokens in setting.prefill:
-        bench = _bench(setting, workshop, name)
         kinds = _span_kinds(name, tokens)
-        sdpa = _sdpa_seconds(bench, tokens)
-        pair_flops = 4 * bench.shape.head_dim * bench.shape.group
-        dense_flops = pair_flops * bench.shape.num_kv_heads * tokens * (tokens + 1) // 2
         for kind in ("dense", "spans"):
-            heads = kinds[kind]
-            taken, visited = _prefill_seconds(bench, heads, tokens)
-            yield {
-                "what": f"prefill {name} {tokens} {kind}",
-                "kind": kind,
-                "tokens": tokens,
-                "density": sum(head.size for head in heads) / len(heads) / tokens,
-                "ms": taken * 1e3,
-                "sdpa_ms": sdpa * 1e3,
-                "times_sdpa": sdpa / taken,
-                "flops_of_sdpa": (visited * pair_flops / taken) / (dense_flops / sdpa),
-            }
+            row = attempted(
+                f"prefill {name} {tokens} {kind}",
+                partial(_prefill_row, setting, workshop, name, kinds[kind], tokens),
+            )
+            yield {**row, "kind": kind, "tokens": tokens}
+
+
+def _prefill_row(
+    setting: Setting, workshop: Workshop, name: str, heads: Sequence[HeadSpan], tokens: int
+) -> dict[str, Any]:
+    bench = _bench(setting, workshop, name)
+    sdpa = _sdpa_seconds(bench, tokens)
+    pair_flops = 4 * bench.shape.head_dim * bench.shape.group
+    dense_flops = pair_flops * bench.shape.num_kv_heads * tokens * (tokens + 1) // 2
+    taken, visited = _prefill_seconds(bench, heads, tokens)
+    return {
+        "density": sum(head.size for head in heads) / len(heads) / tokens,
+        "ms": taken * 1e3,
+        "sdpa_ms": sdpa * 1e3,
+        "times_sdpa": sdpa / taken,
+        "flops_of_sdpa": (visited * pair_flops / taken) / (dense_flops / sdpa),
+    }
 
 
 def _prefill_seconds(bench: _Bench, heads: Sequence[HeadSpan], tokens: int) -> tuple[float, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,12 +84,21 @@ def rehearsal(device: torch.device, seconds: float) -> Setting:
         hidden=64,
         layers=1,
         attention=(("tiny", 1, 160), ("tiny", 2, 96)),
-        prefill=(("tiny", 96),),
-        steps=(("tiny", 40, SYSTEMS),),
+        prefill=(("tiny", 200),),
+        steps=(("tiny", 200, SYSTEMS),),  # longer than the smallest span, so that tokens drop
         tokens=2,
         most_rows=2,
         buffer_bytes=1 << 22,
     )
+
+
+def attempted(what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row of what `measure` tells, or of why it failed: what comes after may still run."""
+    try:
+        return {"what": what, **measure()}
+    except Exception as error:
+        traceback.print_exc()
+        return {"what": what, "failed": 1, "said": f"{type(error).__name__}: {error}"}
 
 
 def seconds(setting: Setting, work: Callable[[], None], *, calls: int = 1) -> float:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 from on_gpu.attention import shape_of
-from on_gpu.setting import OURS, Setting
+from on_gpu.setting import OURS, Setting, attempted
 from on_gpu.workshop import Workshop
 
 _DENSITY = 0.5
 _SEED = 0
 _ROOM = 0.85  # of what is free, for a library that does not tell what it will take
 _LEAST_LEFT = 60  # seconds that must be left for a system to start
+_LEAST_LEFT_TO_COMPILE = 120
 
 
 class _Ours:
@@ -77,33 +79,53 @@ def step_rows(
             if why is not None:
                 yield {"what": what, "left_out": why}
                 continue
-            row = _largest(setting, workshop, name, context, system, copy_gbs)
-            yield {"what": what, "shape": name, "context": context, "system": system, **row}
+            told = (workshop, name, context, system, copy_gbs)
+            row = attempted(what, partial(_largest, setting, *told))
+            yield {**row, "shape": name, "context": context, "system": system}
+
+
+class _TooManyRows(Exception):
+    """The device's memory did not suffice for so many `rows`."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
 
 
 def _largest(setting: Setting, *told: Any) -> dict[str, Any]:
-    """What `_measure` finds with as many rows as it can; a library may need more than it tells."""
-    rows = setting.most_rows
+    """What `_measure` finds with as many rows as it can; a library may need more than it tells.
+
+    `out_of_memory`: the rows that were tried in vain.
+    """
+    rows, failed = setting.most_rows, []
     while rows:
         try:
-            return _measure(replace(setting, most_rows=rows), *told)
-        except torch.OutOfMemoryError:
-            rows //= 2
+            _release(setting)
+            found = _measure(replace(setting, most_rows=rows), *told)
+            return {**found, "out_of_memory": failed} if failed else found
+        except _TooManyRows as error:
+            failed.append(error.rows)
+            rows = error.rows * 3 // 4
         except Exception as error:  # another library's, most likely; the other systems go on
             if told[3] in OURS:
                 raise
             return {"left_out": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         finally:
-            gc.collect()
-            if setting.device.type == "cuda":
-                torch.cuda.empty_cache()
+            _release(setting)
     return {"left_out": "not even one row fits"}
+
+
+def _release(setting: Setting) -> None:
+    """Give back what nothing uses, so that what is free is what it seems."""
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _obstacle(setting: Setting, name: str, system: str, without: tuple[str, ...]) -> str | None:
     if system in without:
         return "asked to be left out"
-    if setting.left() < _LEAST_LEFT:
+    compiled = system in ("hf-static", "hf-uniform")
+    if setting.left() < (_LEAST_LEFT_TO_COMPILE if compiled else _LEAST_LEFT):
         return "no time was left"
     if system in OURS:
         return None
@@ -122,9 +144,12 @@ def _measure(
         context = max(held.head(0, 0, capacity).size - setting.tokens, 1)
         capacity = context + setting.tokens
     load, opened = _load(setting, workshop, spec, name, dtype, held, system, context, capacity)
-    running = Running(opened, _subject(setting, spec, held, name, dtype), load)
-    prefill_s = running.prefill()
-    times = running.decode(setting.tokens)
+    try:
+        running = Running(opened, _subject(setting, spec, held, name, dtype), load)
+        prefill_s = running.prefill()
+        times = running.decode(setting.tokens)
+    except torch.OutOfMemoryError:
+        raise _TooManyRows(load.batch) from None
     kv_read = kv_bytes_read(
         spec,
         held,

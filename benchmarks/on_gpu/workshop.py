@@ -17,7 +17,8 @@ from moac_kernels.uncompiled import write_uncompiled
 from moac_runtime.cuda.binaries import Choice, Form, read_folder
 from moac_runtime.cuda.launch import Kernels
 from moac_runtime.cuda.opening import cuda_driver, load_kernels
-from moac_runtime.cuda.source import SourceKernels, load_source
+from moac_runtime.cuda.source import SourceKernels, can_build, load_source
+from moac_runtime.errors import MoacError
 from on_gpu.setting import Setting
 
 _PORTABLE = "compute_80"
@@ -42,11 +43,18 @@ class Workshop:
             list(pool.map(partial(self._build, names), new))
 
     def forms(self) -> list[Form]:
-        """What can be launched here, best first."""
-        if self._setting.interpret or cuda_driver() is None:
+        """What can be launched here, best first. Raises MoacError where nothing can."""
+        if self._setting.interpret:
             return ["source"]
-        own: list[Form] = ["cubin"] if self.architecture in SHARED_LIMITS else []
-        return [*own, "ptx", "source"]
+        found: list[Form] = [] if cuda_driver() is None else ["cubin", "ptx"]
+        if self.architecture not in SHARED_LIMITS:
+            found = [form for form in found if form != "cubin"]
+        found += ["source"] if can_build() else []
+        if not found:
+            raise MoacError(
+                "kernels are launched by cuda-bindings; run: pip install cuda-bindings"
+            )
+        return found
 
     def load(self, shape: KernelShape, form: Form | None = None) -> Kernels:
         """The kernels of a shape, in the best form where none is named."""
