@@ -21,14 +21,14 @@ static inline void dots(const A *a, int64_t lda, const T *w, int64_t ldw, int64_
   int64_t i = 0;
   for (; i + step <= k; i += step) {
     vec x[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) x[r] = vraw(a + r * lda + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int q = 0; q < Q; q++) {
       const T *from = w + q * ldw + i;
       _mm_prefetch((const char *)(from + ahead), _MM_HINT_T0);
       vec y = vweights(from, A());
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[r][q] = vdot(acc[r][q], x[r], y, A());
     }
   }
@@ -44,23 +44,27 @@ static inline void dots(const A *a, int64_t lda, const T *w, int64_t ldw, int64_
     for (int q = 0; q < Q; q++) c[r * ldc + q] = vsum(acc[r][q]);
 }
 
-template <int R, class A, class T>
+// Q rows of weights at a time; those of the next four are asked for meanwhile.
+template <int R, int Q, class A, class T>
 static void dot_rows(const A *a, int64_t lda, const T *w, int64_t ldw, int64_t k, float *c,
                      int64_t ldc, int64_t columns) {
   int64_t n = 0;
-  for (; n + 4 <= columns; n += 4) dots<R, 4>(a, lda, w + n * ldw, ldw, k, c + n, ldc, 4 * ldw);
+  for (; n + Q <= columns; n += Q) dots<R, Q>(a, lda, w + n * ldw, ldw, k, c + n, ldc, 4 * ldw);
   for (; n < columns; n++) dots<R, 1>(a, lda, w + n * ldw, ldw, k, c + n, ldc, ldw);
 }
 
-// c [m][columns] by dot products; a few rows of weights stay in the cache for all rows of a.
+// c [m][columns] by dot products; a few rows of weights stay in the cache for all rows of a. 8-bit
+// ones, which take work to widen, meet eight rows at a time where there are registers for it.
 template <class A, class T>
 static void few(const A *a, int64_t m, int64_t k, const T *w, int64_t columns, float *c,
                 int64_t ldc) {
   for (int64_t n = 0; n < columns; n += 4) {
     int64_t block = smaller(4, columns - n), r = 0;
     const T *rows = w + n * k;
-    for (; r + 4 <= m; r += 4) dot_rows<4>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
-    for (; r < m; r++) dot_rows<1>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
+    if constexpr (sizeof(T) == 1 && W == 16)
+      for (; r + 8 <= m; r += 8) dot_rows<8, 2>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
+    for (; r + 4 <= m; r += 4) dot_rows<4, 4>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
+    for (; r < m; r++) dot_rows<1, 4>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
   }
 }
 
