@@ -20,6 +20,7 @@ from moac_runtime.spec import ModelSpec
 
 RUNNING_TEXT = "text"
 ACTIVATION_BYTES_LIMIT = 3 << 30
+_LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gradient
 
 
 def sample_influence(
@@ -31,7 +32,7 @@ def sample_influence(
     or under the sink are infinite.
     """
     recorder = InfluenceRecorder(layout.sink, layout.block, layout.windows)
-    with attention(model, INFLUENCE), _recomputing(model, spec, len(sample.token_ids)):
+    with attention(model, INFLUENCE), _recomputing(model, spec, sample):
         ids = torch.tensor([sample.token_ids], device=model.device)
         # The weights stay without gradients: only activations carry them.
         inputs = model.get_input_embeddings()(ids).requires_grad_(True)
@@ -101,10 +102,14 @@ def _answers(sample: CalibrationSample, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _recomputing(model: PreTrainedModel, spec: ModelSpec, length: int) -> Iterator[None]:
+def _recomputing(
+    model: PreTrainedModel, spec: ModelSpec, sample: CalibrationSample
+) -> Iterator[None]:
     """Keep one layer's activations at a time where all layers' would not fit the limit."""
     itemsize = torch.finfo(model.dtype).bits // 8
-    if activation_bytes(spec, length, itemsize) <= ACTIVATION_BYTES_LIMIT:
+    scored = sum(end - start for start, end in _believed(sample))
+    logits = scored * spec.vocab_size * 4 * _LOGIT_COPIES
+    if activation_bytes(spec, len(sample.token_ids), itemsize) + logits <= ACTIVATION_BYTES_LIMIT:
         yield
         return
     # transformers renamed the pair in 5.2x and warns about the old names.
