@@ -39,7 +39,7 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
-from moac.planning.objectives import DOMAIN_WEIGHTS
+from moac.planning.objectives import _ANSWERS_WEIGHT, DOMAIN_WEIGHTS
 from moac.planning.problem import Floats
 from moac.profiling import attention as influence_attention
 from moac.profiling.influence import sample_influence
@@ -62,20 +62,29 @@ AGGREGATES: Mapping[str, Aggregate] = {
 }
 
 
+ALIKE = {"retrieval": 1.0, "documents": 1.0, "text": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How influence becomes costs. `power`: of the aggregate, head by head."""
+    """How influence becomes costs. `powers`: of a domain's aggregate, head by head, one if absent.
+
+    `retrieval`: the kind of sample of that domain.
+    """
 
     name: str
     form: str = "joint"
     aggregate: str = "root mean square"
     retrieval: str = "retrieval"
-    weights: Mapping[str, float] = field(default_factory=lambda: {**DOMAIN_WEIGHTS, "text": 1.0})
-    power: float = 1.0
+    weights: Mapping[str, float] = field(
+        default_factory=lambda: {"retrieval": _ANSWERS_WEIGHT, **DOMAIN_WEIGHTS}
+    )
+    powers: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(DOMAIN_WEIGHTS, 2))
 
 
-def weighed(retrieval: float, documents: float) -> dict[str, float]:
-    return {"retrieval": retrieval, "documents": documents, "text": 1.0}
+def first_powers(name: str, weights: Mapping[str, float], **more: str) -> Way:
+    """No squares, and the domains weighed by `weights`."""
+    return Way(name, weights=weights, powers={}, **more)
 
 
 WAYS = (
@@ -83,13 +92,13 @@ WAYS = (
     Way("entry by entry (the paper's formula)", form="entry by entry"),
     Way("absolute entries (the reference)", form="absolute entries"),
     *(Way(name, aggregate=name) for name in AGGREGATES if name != "root mean square"),
-    Way("root mean square ** 1.5", power=1.5),
+    Way("all squared", powers=dict.fromkeys(ALIKE, 2)),
     Way("many questions a sample", retrieval="quiz"),
-    Way("all domains alike", weights=weighed(1, 1)),
-    Way("all domains alike, many questions", retrieval="quiz", weights=weighed(1, 1)),
-    Way("retrieval x 2, documents x 1", weights=weighed(2, 1)),
-    Way("retrieval x 4, documents x 0.25", weights=weighed(4, 0.25)),
-    Way("retrieval x 2, no documents", weights=weighed(2, 0)),
+    first_powers("first powers, all alike", ALIKE),
+    first_powers("first powers, all alike, many questions", ALIKE, retrieval="quiz"),
+    first_powers("first powers, 2, 0.25, 1", {"retrieval": 2, "documents": 0.25, "text": 1}),
+    first_powers("first powers, 4, 0.25, 1", {"retrieval": 4, "documents": 0.25, "text": 1}),
+    Way("retrieval x 16", weights={"retrieval": 16, **DOMAIN_WEIGHTS}),
     Way("retrieval alone", weights={"retrieval": 1.0}),
 )
 
@@ -149,7 +158,9 @@ def plan_of(
         if weight:
             kind = way.retrieval if domain == "retrieval" else domain
             cost = AGGREGATES[way.aggregate](tables[way.form, kind].double()).numpy()
-            cost = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1] ** way.power
+            cost = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1] ** way.powers.get(
+                domain, 1
+            )
             total = total + weight * cost / plan_losses(uniform, [Objective("", length, cost)])[0]
     rules = candidate_rules((length,), block=layout.block, min_span=layout.min_span)
     objective = Objective("all", length, np.asarray(total))
