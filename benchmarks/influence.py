@@ -39,7 +39,7 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
-from moac.planning.objectives import _ANSWERS_WEIGHT, DOMAIN_WEIGHTS
+from moac.planning.objectives import ANSWERS, COUNTING
 from moac.planning.problem import Floats
 from moac.profiling import attention as influence_attention
 from moac.profiling.influence import sample_influence
@@ -62,6 +62,7 @@ AGGREGATES: Mapping[str, Aggregate] = {
 }
 
 
+OTHERS = {name: how.weight for name, how in COUNTING.items()}
 ALIKE = {"retrieval": 1.0, "documents": 1.0, "text": 1.0}
 
 
@@ -77,9 +78,11 @@ class Way:
     aggregate: str = "root mean square"
     retrieval: str = "retrieval"
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"retrieval": _ANSWERS_WEIGHT, **DOMAIN_WEIGHTS}
+        default_factory=lambda: {"retrieval": ANSWERS.weight, **OTHERS}
     )
-    powers: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(DOMAIN_WEIGHTS, 2))
+    powers: Mapping[str, int] = field(
+        default_factory=lambda: {name: how.power for name, how in COUNTING.items()}
+    )
 
 
 def first_powers(name: str, weights: Mapping[str, float], **more: str) -> Way:
@@ -98,7 +101,7 @@ WAYS = (
     first_powers("first powers, all alike, many questions", ALIKE, retrieval="quiz"),
     first_powers("first powers, 2, 0.25, 1", {"retrieval": 2, "documents": 0.25, "text": 1}),
     first_powers("first powers, 4, 0.25, 1", {"retrieval": 4, "documents": 0.25, "text": 1}),
-    Way("retrieval x 16", weights={"retrieval": 16, **DOMAIN_WEIGHTS}),
+    Way("retrieval x 16", weights={"retrieval": 16, **OTHERS}),
     Way("retrieval alone", weights={"retrieval": 1.0}),
 )
 

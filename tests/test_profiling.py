@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from families import tiny_model
@@ -14,11 +15,12 @@ from torch.nn import functional as F
 from moac.attention import INFLUENCE, PLANNED, REFERENCE, attention, span_attention
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
-from moac.planning.objectives import length_objectives
+from moac.planning.objectives import ANSWERS, COUNTING, length_objectives
 from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
 from moac.profiling.influence import answer_loss, sample_influence
 from moac_kernels.reference import layer_mask, masked_attention
+from moac_runtime.plan import Plan
 from moac_runtime.span import DENSE, HeadSpan, Rule, visible
 
 SINK, BLOCK, KV_HEADS, GROUP, DIM = 32, 16, 2, 3, 16
@@ -202,25 +204,51 @@ def test_wrong_answers_carry_no_loss_unless_there_are_no_others() -> None:
     assert answer_loss(model, wrong, None) == pytest.approx(answer_loss(model, both, None))
 
 
-def test_every_domain_weighs_the_same_however_large_its_loss() -> None:
-    model = tiny_model("llama")
-    layout = _layout(model)
-    reference = layout.uniform(Rule(64, 0.0))
-    length = 160
-    spans = length // BLOCK + 1
-    samples = [
-        CalibrationSample(domain, length, (1,), ((0, 1),), (None,)) for domain in ("a", "b")
-    ]
-    torch.manual_seed(0)
-    small = torch.rand(2, 2, spans)
-    tables = [small, 1000 * torch.rand(2, 2, spans)]
-    (objective,) = length_objectives(samples, tables, reference)
-    swapped = length_objectives(samples, [small, tables[1] / 1000], reference)[0]
+@pytest.mark.parametrize("domains", [("retrieval", "text"), ("text", "documents"), ("a", "b")])
+def test_a_domain_weighs_the_same_however_large_its_loss(domains: tuple[str, str]) -> None:
+    layout = _layout(tiny_model("llama"))
+    samples, tables = _profiled(*domains)
+    (objective,) = length_objectives(samples, tables, _reference(layout))
+    (swapped,) = length_objectives(samples, [tables[0], 1000 * tables[1]], _reference(layout))
     torch.testing.assert_close(
         torch.tensor(objective.table), torch.tensor(swapped.table), rtol=1e-6, atol=1e-9
     )
     # A narrower span never counts as cheaper than a wider one.
     assert (objective.table[..., :-1] >= objective.table[..., 1:]).all()
+
+
+def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -> None:
+    layout = _layout(tiny_model("llama"))
+    reference = _reference(layout)
+    samples, tables = _profiled("retrieval", "user", "documents", "text")
+    (objective,) = length_objectives(samples, tables, reference)
+    expected, weights = 0.0, 0.0
+    for table, (weight, power) in zip(
+        tables,
+        [
+            *[(ANSWERS.weight, 1)] * 2,
+            (COUNTING["documents"].weight, 2),
+            (COUNTING["text"].weight, 2),
+        ],
+        strict=True,
+    ):
+        narrower_costs_more = table.double().numpy()[..., ::-1]
+        costs = np.maximum.accumulate(narrower_costs_more, axis=-1)[..., ::-1] ** power
+        unit = costs[..., 64 // BLOCK].sum()  # every head of the reference has 64 tokens
+        expected, weights = expected + weight * costs / unit, weights + weight
+    np.testing.assert_allclose(objective.table, expected / weights, rtol=1e-9)
+    assert ANSWERS.weight > COUNTING["text"].weight > COUNTING["documents"].weight > 0
+
+
+def _profiled(*domains: str) -> tuple[list[CalibrationSample], list[Tensor]]:
+    """A sample of each domain at 160 tokens, and influence as large as one would have it."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [CalibrationSample(name, 160, (1,), ((0, 1),), (None,)) for name in domains]
+    return samples, [torch.rand(2, 2, 160 // BLOCK + 1, generator=generator) for _ in samples]
+
+
+def _reference(layout: Layout) -> Plan:
+    return layout.uniform(Rule(64, 0.0))
 
 
 @pytest.mark.parametrize("length", [512, 1024, 2048])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +17,26 @@ if TYPE_CHECKING:
     from moac.calibration import CalibrationSample
 
 
-DOMAIN_WEIGHTS = {"documents": 0.25, "text": 1.0}
-"""How much a domain counts beside answers that stand at one place, which count six times.
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """How a domain's costs enter the plan: raised to `power`, span by span, times `weight`."""
 
-Chosen on SmolLM2 (benchmarks/influence.py): so much that running text loses as little as under a
+    weight: float
+    power: int
+
+
+ANSWERS = Counting(weight=6.0, power=1)
+"""Domains whose answers stand at one place: retrieval, and the user's own samples."""
+
+COUNTING: Mapping[str, Counting] = {
+    "documents": Counting(weight=0.25, power=2),
+    "text": Counting(weight=1.0, power=2),
+}
+"""Every other domain.
+
+Chosen on SmolLM2 (benchmarks/influence.py): so much that running text loses no more than under a
 uniform plan; and what retrieval and text ask for serves documents too.
 """
-
-_ANSWERS_WEIGHT = 6.0
 
 
 def length_objectives(
@@ -50,13 +63,13 @@ def _length_objective(
     for sample, table in zip(samples, tables, strict=True):
         if sample.length == length:
             domains.setdefault(sample.domain, []).append(table)
-    parts = [
-        _in_units_of(reference, length, _typical(found) ** (2 if domain in DOMAIN_WEIGHTS else 1))
-        for domain, found in domains.items()
-    ]
-    weights = np.array([DOMAIN_WEIGHTS.get(domain, _ANSWERS_WEIGHT) for domain in domains])
-    table = sum(part * share for part, share in zip(parts, weights / weights.sum(), strict=True))
-    return Objective(name=f"{length}", length=length, table=np.asarray(table))
+    counted = [(COUNTING.get(domain, ANSWERS), found) for domain, found in domains.items()]
+    total: Floats = np.average(
+        [_in_units_of(reference, length, _typical(found) ** how.power) for how, found in counted],
+        axis=0,
+        weights=[how.weight for how, _ in counted],
+    )
+    return Objective(name=f"{length}", length=length, table=total)
 
 
 def _typical(tables: Sequence[Tensor]) -> Floats:
