@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from moac.calibration import DenseModel
 from moac.cap import KvCap
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.export.target import require_onnx
@@ -22,6 +21,7 @@ from moac.packaging.kernels import cuda_archs, require_kernels
 from moac.plan_file import PlanFile, check_plan_target, identity, sealed, write_plan_file
 from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
 from moac.planning.problem import check_budget
+from moac.reading import open_reader
 from moac.request import CompileRequest
 from moac.stages import (
     Bench,
@@ -158,13 +158,14 @@ def open_bench(
     """Load the dense model, on the GPU if there is one, for calibration and measurement."""
     device = pick_device()
     dtype = measuring_dtype(checkpoint, device)
+    workspace = Workspace(Path(work_dir) if work_dir is not None else default_work_dir())
     return Bench(
         checkpoint=checkpoint,
         model=checkpoint.load_model(dtype, device),
-        reader=DenseModel(checkpoint, dtype, device),
+        reader=open_reader(checkpoint, dtype, device, workspace.root),
         tokenizer=checkpoint.load_tokenizer(),
         layout=layout,
-        workspace=Workspace(Path(work_dir) if work_dir is not None else default_work_dir()),
+        workspace=workspace,
         request=request,
     )
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from moac.calibration import (
     MEASURED_KINDS,
     CalibrationSample,
-    DenseModel,
     build_calibration,
     read_calibration,
     user_samples,
@@ -31,8 +30,9 @@ from moac.planning import (
     uniform_plan,
 )
 from moac.planning.objectives import length_objectives
-from moac.profiling.influence import answer_loss, sample_influence
+from moac.profiling.influence import sample_influence
 from moac.progress import Advance, stage
+from moac.reading import Reader
 from moac.request import CompileRequest
 from moac.workspace import Workspace, code_digest, key
 from moac_runtime.plan import Plan
@@ -52,7 +52,7 @@ class Bench:
 
     checkpoint: Checkpoint
     model: Any
-    reader: DenseModel
+    reader: Reader
     tokenizer: Any
     layout: Layout
     workspace: Workspace
@@ -202,7 +202,13 @@ def _domain_samples(
     bench: Bench, length: int, domain: str, count: int, seed: int
 ) -> list[CalibrationSample]:
     name = bench.key(
-        "moac.calibration", stage="calibrate", length=length, domain=domain, count=count, seed=seed
+        "moac.calibration",
+        stage="calibrate",
+        reader=bench.reader.runs,
+        length=length,
+        domain=domain,
+        count=count,
+        seed=seed,
     )
     kept = bench.workspace.load_json("calibration", name)
     if kept is None:
@@ -224,6 +230,7 @@ def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
     name = bench.key(
         "moac.calibration",
         stage="user",
+        reader=bench.reader.runs,
         lines=[asdict(line) for line in lines],
         lengths=list(lengths),
     )
@@ -265,9 +272,15 @@ def _sample_table(bench: Bench, sample: CalibrationSample) -> Tensor:
 def sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> float:
     """The mean loss in nats of a sample's answer tokens under `plan`; None is the dense model."""
     stated = None if plan is None else plan.to_json()
-    name = bench.key("moac.profiling", stage="validate", sample=asdict(sample), plan=stated)
+    name = bench.key(
+        "moac.calibration",
+        stage="validate",
+        reader=bench.reader.runs,
+        sample=asdict(sample),
+        plan=stated,
+    )
     kept = bench.workspace.load_json("loss", name)
     if kept is None:
-        kept = answer_loss(bench.model, sample, plan)
+        kept = bench.reader.answer_loss(sample, plan)
         bench.workspace.save_json("loss", name, kept)
     return float(kept)

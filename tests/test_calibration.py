@@ -23,7 +23,7 @@ from moac.calibration import (
     read_calibration,
     user_samples,
 )
-from moac.calibration.answers import DenseModel, DenseReader, stop_tokens
+from moac.calibration.answers import DenseReader, stop_tokens
 from moac.calibration.haystack import Needle, hide, most_words
 from moac.calibration.passkey import WORDINGS
 from moac.calibration.prompt import PromptFormat
@@ -31,16 +31,21 @@ from moac.calibration.samples import DOMAINS
 from moac.calibration.tasks import INTRODUCTIONS, draw_facts
 from moac.calibration.text import ends_clause, running_words, separated_words
 from moac.checkpoint import open_checkpoint
+from moac.reading import open_reader
 from moac_runtime.errors import CheckpointError, UsageError
 
 LENGTH = 1024
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path]) -> tuple[Any, Any]:
+def checkpoint(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
     """A tiny random model and its tokenizer, chat template included."""
     opened = open_checkpoint(str(tiny_checkpoint("llama")))
-    return DenseModel(opened, "float32", torch.device("cpu")), opened.load_tokenizer()
+    kept = tmp_path_factory.mktemp("kernels")
+    reader = open_reader(opened, "float32", torch.device("cpu"), kept)
+    return reader, opened.load_tokenizer()
 
 
 @pytest.fixture
@@ -81,8 +86,8 @@ class Reader:
         self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
         return self._next(len(tokens[0]))
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.read += tokens.tolist()
+    def decode(self, tokens: list[int]) -> torch.Tensor:
+        self.read += tokens
         return self._next(1)
 
     def _next(self, count: int) -> torch.Tensor:

@@ -109,8 +109,9 @@ def test_a_compile_after_a_plan_measures_nothing_again(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    for name in ("build_calibration", "sample_influence", "answer_loss"):
+    for name in ("build_calibration", "sample_influence"):
         monkeypatch.setattr(f"moac.stages.{name}", never)
+    monkeypatch.setattr("moac.reading.Reader.answer_loss", never)
     out = made.parent / "reused"
     compile_model(tiny_package.checkpoint, out, request=request(), work_dir=tiny_package.work_dir)
     assert read(out / "plan.json")["rules"] == read(made)["rules"]

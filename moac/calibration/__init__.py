@@ -1,6 +1,5 @@
 """Long-dependency calibration samples made offline, their answers given by the dense model."""
 
-from moac.calibration.answers import DenseModel
 from moac.calibration.jsonl import UserSample, read_calibration, user_samples
 from moac.calibration.passkey import (
     PASSKEY_ANSWER_TOKENS,
@@ -23,7 +22,6 @@ __all__ = [
     "MEASURED_KINDS",
     "PASSKEY_ANSWER_TOKENS",
     "CalibrationSample",
-    "DenseModel",
     "Document",
     "PasskeyCase",
     "UserSample",

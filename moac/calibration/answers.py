@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moac.calibration.prompt import PromptFormat
-from moac.packaging.fuse import pack_weights
-from moac_runtime.decoder import Decoder
-from moac_runtime.plan import dense_plan
-from moac_runtime.session import Session
-
-if TYPE_CHECKING:
-    from moac.checkpoint import Checkpoint
+from moac_runtime.arrays import Array
 
 
 class Reading(Protocol):
-    """One sequence being read; `extend` and `decode` return logits `[1, V]`."""
+    """One sequence being read; logits `[1, V]` are those after the last token fed."""
 
-    def extend(self, tokens: list[list[int]]) -> Tensor: ...
-    def decode(self, tokens: Tensor) -> Tensor: ...
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Array: ...
+    def decode(self, tokens: Sequence[int]) -> Array: ...
 
 
 class AnswersModel(Protocol):
@@ -30,33 +25,6 @@ class AnswersModel(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
     def open(self, capacity: int) -> Reading: ...
-
-
-class DenseModel:
-    """The checkpoint on this project's runtime with nothing dropped.
-
-    The same function as transformers computes, and about twice as fast a token on a CPU.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-        spec = checkpoint.spec
-        self._order = [tuple(range(spec.num_kv_heads))] * spec.num_layers
-        tensors = dict(pack_weights(checkpoint.tensor, spec, self._order))
-        self._decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
-        self.eos_token_ids = checkpoint.eos_token_ids
-
-    def open(self, capacity: int) -> Session:
-        """A session of one sequence."""
-        spec = self._decoder.spec
-        plan = dense_plan(
-            spec.num_layers,
-            spec.num_kv_heads,
-            sink=0,
-            block=1,
-            min_span=1,
-            windows=spec.windows,
-        )
-        return Session(self._decoder, plan, self._order, batch=1, capacity=capacity)
 
 
 class DenseReader:
@@ -112,10 +80,10 @@ class DenseReader:
 
     def _read(self) -> None:
         if len(self._unread) == 1:
-            scores = self._session.decode(torch.tensor(self._unread))
+            scores = self._session.decode(self._unread)
         else:
             scores = self._session.extend([self._unread])
-        self._scores, self._unread = scores[0], []
+        self._scores, self._unread = torch.as_tensor(scores)[0], []
 
 
 def stop_tokens(model: AnswersModel, format: PromptFormat) -> frozenset[int]:

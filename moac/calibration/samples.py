@@ -59,6 +59,13 @@ class CalibrationSample:
     answer_spans: tuple[tuple[int, int], ...]
     correct: tuple[bool | None, ...]
 
+    @property
+    def believed(self) -> tuple[tuple[int, int], ...]:
+        """Answers that carry loss: a wrong one tells nothing of where the right one was found."""
+        judged = zip(self.answer_spans, self.correct, strict=True)
+        right = tuple(span for span, correct in judged if correct is not False)
+        return right or self.answer_spans
+
 
 def build_calibration(
     model: AnswersModel,

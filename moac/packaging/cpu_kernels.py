@@ -57,9 +57,20 @@ def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
     """
     try:
         for name in cpu_sets(targets):
-            _copy(_built(kept, name), staging / "kernels" / "cpu", name)
+            _copy(built_library(kept, name).parent, staging / "kernels" / "cpu", name)
     except BuildError as error:
         raise MoacError(f"{error}; leave cpu out of --target, and report this") from error
+
+
+def built_library(kept: Path, name: str) -> Path:
+    """The kernels for an instruction set, below the folder `kept`; built where they are not there.
+
+    Beside them lies their record. Raises BuildError.
+    """
+    folder = kept / f"cpu-{build_key([name])}"
+    if not (folder / f"{name}.json").is_file():  # written last
+        build_cpu(folder, [name])
+    return folder / f"{name}.so"
 
 
 def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
@@ -70,14 +81,6 @@ def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
         for name in names
         if name in artifact.files
     ]
-
-
-def _built(kept: Path, name: str) -> Path:
-    """The folder of one build, made where it is not there yet."""
-    folder = kept / f"cpu-{build_key([name])}"
-    if not (folder / f"{name}.json").is_file():  # written last
-        build_cpu(folder, [name])
-    return folder
 
 
 def _copy(folder: Path, target: Path, name: str) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moac.attention import INFLUENCE, PLANNED, attention
+from moac.attention import INFLUENCE, attention
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
 from moac.profiling.attention import InfluenceRecorder
-from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 RUNNING_TEXT = "text"
@@ -69,35 +68,15 @@ def _generator(sample: CalibrationSample) -> torch.Generator:
     return generator.manual_seed(sum(sample.token_ids))
 
 
-@torch.inference_mode()
-def answer_loss(model: PreTrainedModel, sample: CalibrationSample, plan: Plan | None) -> float:
-    """Mean loss in nats of the answer tokens under `plan`; None is the dense model."""
-    ids = torch.tensor([sample.token_ids], device=model.device)
-    if plan is None:
-        logits = _answer_logits(model, sample, input_ids=ids)
-    else:
-        with attention(model, PLANNED):
-            spans = plan.spans(sample.length)
-            logits = _answer_logits(model, sample, input_ids=ids, moac_spans=spans)
-    return float(F.cross_entropy(logits, _answers(sample, logits.device)))
-
-
 def _answer_logits(model: PreTrainedModel, sample: CalibrationSample, **inputs: object) -> Tensor:
     """Float32 logits `[A, V]` that predict each answer token; none are made for the others."""
-    place = torch.cat([torch.arange(*span) for span in _believed(sample)]).to(model.device)
+    place = torch.cat([torch.arange(*span) for span in sample.believed]).to(model.device)
     logits: Tensor = model(**inputs, logits_to_keep=place - 1, use_cache=False).logits
     return logits[0].float()
 
 
-def _believed(sample: CalibrationSample) -> list[tuple[int, int]]:
-    """Answers that carry loss: a wrong one tells nothing of where the right one was found."""
-    judged = zip(sample.answer_spans, sample.correct, strict=True)
-    right = [span for span, correct in judged if correct is not False]
-    return right or list(sample.answer_spans)
-
-
 def _answers(sample: CalibrationSample, device: torch.device) -> Tensor:
-    tokens = [token for span in _believed(sample) for token in sample.token_ids[slice(*span)]]
+    tokens = [token for span in sample.believed for token in sample.token_ids[slice(*span)]]
     return torch.tensor(tokens, device=device)
 
 
@@ -107,7 +86,7 @@ def _recomputing(
 ) -> Iterator[None]:
     """Keep one layer's activations at a time where all layers' would not fit the limit."""
     itemsize = torch.finfo(model.dtype).bits // 8
-    scored = sum(end - start for start, end in _believed(sample))
+    scored = sum(end - start for start, end in sample.believed)
     logits = scored * spec.vocab_size * 4 * _LOGIT_COPIES
     if activation_bytes(spec, len(sample.token_ids), itemsize) + logits <= ACTIVATION_BYTES_LIMIT:
         yield

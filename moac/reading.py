@@ -1,0 +1,122 @@
+"""The checkpoint on this project's runtime, before there is a package: it answers, and measures.
+
+The same function as transformers computes; on a CPU by the native kernels where they can be built
+and run, which read four times as fast as torch's operators (BENCHMARKS.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moac.packaging.cpu_kernels import built_library, cpu_obstacle
+from moac.packaging.fuse import pack_weights
+from moac.workspace import code_digest
+from moac_kernels.build import BuildError
+from moac_kernels.cpu_build import sources_digest
+from moac_runtime.arrays import Array
+from moac_runtime.cpu.engine import CpuEngine
+from moac_runtime.cpu.library import CPU_TARGETS, open_library, runnable_sets
+from moac_runtime.cpu.session import CpuSession
+from moac_runtime.decoder import Decoder
+from moac_runtime.plan import Plan, dense_plan
+from moac_runtime.session import Session
+
+if TYPE_CHECKING:
+    from moac.calibration import CalibrationSample
+    from moac.checkpoint import Checkpoint
+
+
+class Reading(Protocol):
+    """One sequence being read; logits are float32 arrays of torch or numpy."""
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Array: ...
+    def decode(self, tokens: Sequence[int]) -> Array: ...
+    def extend_at(
+        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> Sequence[Array]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A checkpoint's weights, to be read with under any plan.
+
+    `runs`: by what, with the code's digest, for keys of results that follow from it.
+    """
+
+    runs: str
+    eos_token_ids: tuple[int, ...]
+    dense: Plan
+    session: Callable[[Plan, int], Reading]
+
+    def open(self, capacity: int) -> Reading:
+        """A session of one sequence of at most `capacity` tokens, with nothing dropped."""
+        return self.session(self.dense, capacity)
+
+    def answer_loss(self, sample: CalibrationSample, plan: Plan | None) -> float:
+        """Mean loss in nats of the answer tokens under `plan`; None is the dense model."""
+        session = self.session(plan or self.dense, sample.length)
+        places = [place for span in sample.believed for place in range(*span)]
+        (logits,) = session.extend_at(
+            [sample.token_ids[: places[-1]]], [[place - 1 for place in places]]
+        )
+        answers = torch.tensor([sample.token_ids[place] for place in places])
+        scores: Tensor = torch.as_tensor(logits)
+        return float(F.cross_entropy(scores, answers.to(scores.device)))
+
+
+def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: Path) -> Reader:
+    """A reader in `dtype`: of the native kernels on a CPU that they serve, else of torch.
+
+    Kernels that are built stay below the folder `kept`, where packaging finds them too.
+    """
+    spec = checkpoint.spec
+    order = [tuple(range(spec.num_kv_heads))] * spec.num_layers
+    tensors = dict(pack_weights(checkpoint.tensor, spec, order))
+    dense = dense_plan(
+        spec.num_layers, spec.num_kv_heads, sink=0, block=1, min_span=1, windows=spec.windows
+    )
+    library = _native(checkpoint, dtype, kept) if device.type == "cpu" else None
+    if library is None:
+        decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
+        return Reader(
+            f"torch {_digest()}",
+            checkpoint.eos_token_ids,
+            dense,
+            lambda plan, capacity: Session(decoder, plan, order, batch=1, capacity=capacity),
+        )
+    held = {name: t.to(getattr(torch, dtype)).contiguous() for name, t in tensors.items()}
+    addresses = {name: t.data_ptr() for name, t in held.items()}
+    engine = CpuEngine(open_library(library), spec, addresses, dtype=dtype, memory=held)
+    return Reader(
+        f"{library.stem} {_digest()}",
+        checkpoint.eos_token_ids,
+        dense,
+        lambda plan, capacity: CpuSession(engine, plan, order, batch=1, capacity=capacity),
+    )
+
+
+def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
+    """The kernels for this processor, built if need be; None where there can be none."""
+    sets = runnable_sets(CPU_TARGETS)
+    if not sets or cpu_obstacle(checkpoint.spec, dtype) is not None:
+        return None
+    try:
+        return built_library(kept, sets[0])
+    except BuildError as error:
+        click.echo(f"note: {error}; the checkpoint is read by torch, which is slower", err=True)
+        return None
+
+
+def _digest() -> str:
+    """What a reader's numbers follow from beside the weights."""
+    parts: Any = (code_digest("moac_runtime"), sources_digest())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
