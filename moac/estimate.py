@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from moac.calibration import DOMAINS
+from moac.calibration import DOMAINS, TEXT_TOKENS
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.lengths import Lengths
 from moac.loss_model import LADDER_PLANS
 from moac.packaging.staging import check_target
 from moac.plan_file import check_plan_target, read_plan_file
 from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
-from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, activation_bytes
+from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes
 from moac.request import CompileRequest
 from moac.stages import VALIDATION_SAMPLES
 from moac.workspace import pick_device
@@ -151,8 +151,12 @@ def _forward(spec: ModelSpec, lengths: Iterable[int]) -> float:
 
 
 def _working_bytes(spec: ModelSpec, length: int, dtype: str) -> int:
-    kept = activation_bytes(spec, length, DTYPE_BYTES[dtype])
-    return kept if kept <= ACTIVATION_BYTES_LIMIT else kept // spec.num_layers * 2
+    """What the backward pass of running text keeps, whose loss stands at the most tokens."""
+    scored, itemsize = min(length * 3 // 4, TEXT_TOKENS), DTYPE_BYTES[dtype]
+    kept = backward_bytes(spec, length, scored, itemsize)
+    if kept <= ACTIVATION_BYTES_LIMIT:
+        return kept
+    return backward_bytes(spec, length, scored, itemsize, layers=2)
 
 
 def _measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:

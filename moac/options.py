@@ -121,7 +121,7 @@ _PLANNING = (
         default=5,
         show_default=True,
         metavar="N",
-        help="calibration samples of running text at the shortest length (retrieval: twice)",
+        help="calibration samples of running text at the shortest length (retrieval: three times)",
     ),
     click.option(
         "--sink", default=64, show_default=True, metavar="N", help="first tokens every head keeps"

@@ -182,13 +182,13 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
     """Calibration samples `[length][domain]`: fewer the longer they are.
 
     `samples`: of running text at the shortest length. A retrieval sample holds one answer, so
-    there are twice as many; what documents ask for, the other domains mostly ask for too
-    (benchmarks/influence.py).
+    there are three times as many: with half of them other samples lose a fifth more under the
+    plan. What documents ask for, the other domains mostly ask for too (benchmarks/influence.py).
     """
     base = lengths.profiled[0]
     return {
         n: {
-            "retrieval": round(2 * samples * (base / n) ** 0.8),
+            "retrieval": round(3 * samples * (base / n) ** 0.8),
             "documents": max(1, int(0.6 * samples * base / n)),
             "text": max(min(2, samples), round(samples * base / n)),
         }

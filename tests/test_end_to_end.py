@@ -273,7 +273,8 @@ def test_an_interrupted_compile_goes_on_where_it_stopped(
 
     profiler.interrupt_at = None
     assert moac_command(*command) == 0
-    assert len(profiler.domains) == 7  # three domains at two lengths, two of retrieval at one
+    # text and documents once at each of two lengths, retrieval three times and twice
+    assert len(profiler.domains) == 9
     assert rules_of(out) == rules_of(tiny_package.package)
 
 

@@ -11,6 +11,7 @@ from moac.calibration.samples import (
     DEFAULT_SAMPLES,
     DOMAINS,
     MEASURED_KINDS,
+    TEXT_TOKENS,
     CalibrationSample,
     build_calibration,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "DOMAINS",
     "MEASURED_KINDS",
     "PASSKEY_ANSWER_TOKENS",
+    "TEXT_TOKENS",
     "CalibrationSample",
     "Document",
     "PasskeyCase",

@@ -40,7 +40,9 @@ _PLANTED = (1, 1, 2)  # facts that one question is asked about
 _TRIES = 4
 _FILLER_SHARE = 0.4
 _DOCUMENT_TOKENS = 400
-_TEXT_TOKENS = 1024
+
+TEXT_TOKENS = 1024
+"""The most tokens of a sample of running text that carry loss."""
 
 Progress = Callable[[int, int], None]
 
@@ -181,13 +183,13 @@ def text_sample(
 ) -> CalibrationSample:
     """Running text of exactly `length` tokens; the last ones, most of all, carry loss.
 
-    At most `_TEXT_TOKENS` of them, which see furthest back: their logits would take more memory
+    At most `TEXT_TOKENS` of them, which see furthest back: their logits would take more memory
     than the model.
     """
     words = running_words(calibration_text(), rng, length)
     encoded = format.tokenizer("".join(words))["input_ids"]
     tokens = tuple(encoded[:length])
-    span = (max(len(tokens) // 4, len(tokens) - _TEXT_TOKENS), len(tokens))
+    span = (max(len(tokens) // 4, len(tokens) - TEXT_TOKENS), len(tokens))
     return CalibrationSample("text", length, tokens, (span,), (None,))
 
 

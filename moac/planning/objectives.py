@@ -25,7 +25,7 @@ class Counting:
     power: int
 
 
-ANSWERS = Counting(weight=6.0, power=1)
+ANSWERS = Counting(weight=8.0, power=1)
 """Domains whose answers stand at one place: retrieval, and the user's own samples."""
 
 COUNTING: Mapping[str, Counting] = {

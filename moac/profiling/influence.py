@@ -87,8 +87,8 @@ def _recomputing(
     """Keep one layer's activations at a time where all layers' would not fit the limit."""
     itemsize = torch.finfo(model.dtype).bits // 8
     scored = sum(end - start for start, end in sample.believed)
-    logits = scored * spec.vocab_size * 4 * _LOGIT_COPIES
-    if activation_bytes(spec, len(sample.token_ids), itemsize) + logits <= ACTIVATION_BYTES_LIMIT:
+    whole = backward_bytes(spec, len(sample.token_ids), scored, itemsize)
+    if whole <= ACTIVATION_BYTES_LIMIT:
         yield
         return
     # transformers renamed the pair in 5.2x and warns about the old names.
@@ -102,7 +102,13 @@ def _recomputing(
         getattr(model, f"{name}_checkpointing_disable")()
 
 
-def activation_bytes(spec: ModelSpec, length: int, itemsize: int) -> int:
-    """Bytes that a backward pass keeps of the activations of all layers, about."""
+def backward_bytes(
+    spec: ModelSpec, length: int, scored: int, itemsize: int, *, layers: int | None = None
+) -> int:
+    """Bytes, about, that a backward pass keeps of `length` tokens, `scored` of them with a loss.
+
+    `layers`: whose activations are kept, None is all of them.
+    """
     widths = 8 * spec.hidden_size + 4 * spec.intermediate_size
-    return length * widths * spec.num_layers * itemsize
+    activations = length * widths * (layers or spec.num_layers) * itemsize
+    return activations + scored * spec.vocab_size * 4 * _LOGIT_COPIES
