@@ -34,7 +34,7 @@ from moac.profiling.influence import sample_influence
 from moac.progress import Advance, stage
 from moac.reading import Reader
 from moac.request import CompileRequest
-from moac.workspace import Workspace, code_digest, key
+from moac.workspace import Workspace, code_digest, key, release_memory
 from moac_runtime.plan import Plan
 
 if TYPE_CHECKING:
@@ -266,6 +266,7 @@ def _sample_table(bench: Bench, sample: CalibrationSample) -> Tensor:
             "influence": sample_influence(bench.model, bench.checkpoint.spec, sample, bench.layout)
         }
         bench.workspace.save_tensors("profile", name, kept)
+        release_memory()
     return kept["influence"]
 
 

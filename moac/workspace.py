@@ -5,9 +5,11 @@ An interrupted compile goes on where it stopped, and another budget reuses the p
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,10 +123,17 @@ class _Replacing:
 def peak_memory_bytes() -> int:
     """The most memory this process has held resident, in bytes."""
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps it, in pieces, for later."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def pick_device() -> torch.device:

@@ -19,6 +19,7 @@ from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
 from moac_runtime.onnx_layout import ONNX_LAYOUT, OnnxLayout
+from moac_runtime.rows import Rows
 from moac_runtime.span import HeadSpan
 from moac_runtime.spec import RopeSpec
 
@@ -84,7 +85,7 @@ def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
     return OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
 
 
-class OnnxSession:
+class OnnxSession(Rows):
     """`batch` sequences of at most `capacity` tokens each, over the graph's span caches.
 
     `spans`: one for each kind of the layout, None the planned ones. Raises UsageError for a batch,
@@ -112,21 +113,6 @@ class OnnxSession:
         self._frequencies = rope_frequencies(graph.rope, graph.layout.head_dim, capacity)
         self._caches = dict(self._new_caches(batch))
         self._decoding: _Step | None = None
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self._lengths)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row may hold in all: N of the span rule."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed so far, per row."""
-        return [int(length) for length in self._lengths]
 
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, all layers, heads and rows."""

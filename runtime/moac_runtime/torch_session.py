@@ -11,11 +11,12 @@ from torch import Tensor
 from moac_runtime.decoder import rope_frequencies
 from moac_runtime.feeding import check_room, check_step, check_tokens, check_vocabulary
 from moac_runtime.plan import Plan
+from moac_runtime.rows import Rows
 from moac_runtime.span import HeadSpan
 from moac_runtime.spec import ModelSpec
 
 
-class TorchSession(ABC):
+class TorchSession(Rows, ABC):
     """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
 
     `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
@@ -36,21 +37,6 @@ class TorchSession(ABC):
         self._plan, self._head_order = plan, head_order
         self._lengths = [0] * batch
         self._set_capacity(capacity)
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self._lengths)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row may hold in all: N of the span rule."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed so far, per row."""
-        return list(self._lengths)
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:

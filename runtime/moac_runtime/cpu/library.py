@@ -15,8 +15,6 @@ from typing import Any
 from moac_runtime.errors import ArtifactError
 
 ABI = 2
-# What 2 adds stands last in its structs, so kernels of 1 read all that they know of.
-_ABIS = (1, ABI)
 
 # What each build asks of the processor, by the names of /proc/cpuinfo; best first.
 INSTRUCTION_SETS = {
@@ -135,9 +133,9 @@ def open_library(path: Path) -> Any:
             f"{path.name} cannot be loaded ({error}), expected CPU kernels for this host; "
             "run with --backend torch, or compile the package again on a host like this one"
         ) from error
-    if found not in _ABIS:
+    if found != ABI:
         raise ArtifactError(
-            f"{path.name} speaks version {found} of its interface, expected up to {ABI}; "
+            f"{path.name} speaks version {found} of its interface, expected {ABI}; "
             "compile the package again"
         )
     _declare(library)

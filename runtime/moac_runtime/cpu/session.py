@@ -28,6 +28,7 @@ from moac_runtime.feeding import (
     check_tokens,
 )
 from moac_runtime.plan import Plan
+from moac_runtime.rows import Rows
 from moac_runtime.span import HeadSpan
 from moac_runtime.spec import RopeSpec
 
@@ -35,7 +36,7 @@ from moac_runtime.spec import RopeSpec
 CHUNK = 512
 
 
-class CpuSession:
+class CpuSession(Rows):
     """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
 
     `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
@@ -68,21 +69,6 @@ class CpuSession:
                 for layer in range(engine.spec.num_layers)
             ]
         )
-
-    @property
-    def batch(self) -> int:
-        """Rows of the batch."""
-        return len(self._lengths)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row may hold in all: N of the span rule."""
-        return self._capacity
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens fed so far, per row."""
-        return list(self._lengths)
 
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, all layers, heads and rows."""
