@@ -6,14 +6,14 @@ Every way plans for one length at the same budget and runs through the package's
 pass keys found, the mean loss of their values, and the loss of running text with its difference to
 the uniform plan's on the same windows (95 %). What differs: the form of influence (joint over what
 a span masks, as the paper's formula sums it entry by entry, the reference's absolute entries), how
-samples are aggregated, how much domains weigh, and whether retrieval samples ask one question or
-many.
+samples are aggregated, how much domains weigh or whether the largest of them decides, and whether
+retrieval samples ask one question or many.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,12 +21,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from judging import show
 from torch import Tensor
 
-from moac.calibration import build_calibration, plain_text_windows
+from moac.calibration import build_calibration
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.methods import method_plans
-from moac.evaluation.passkey import passkey
 from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import open_sessions
 from moac.planner import open_bench
@@ -47,9 +47,8 @@ from moac.request import CompileRequest
 from moac_runtime.artifact import open_artifact
 from moac_runtime.plan import Plan
 
-SAMPLES = {"retrieval": 8, "documents": 3, "text": 3, "quiz": 3}
+SAMPLES = {"retrieval": 9, "documents": 2, "text": 2, "quiz": 3}
 FORMS = ("joint", "entry by entry", "absolute entries")
-SEED, TEXT_SEED = 77, 78
 
 Aggregate = Callable[[Tensor], Tensor]
 """Samples' influence `[samples, layers, kv_heads, spans]` to costs `[layers, kv_heads, spans]`."""
@@ -104,6 +103,8 @@ WAYS = (
     Way("retrieval x 16", weights={"retrieval": 16, **OTHERS}),
     Way("retrieval alone", weights={"retrieval": 1.0}),
 )
+LARGEST = "least largest domain"
+_ROUNDS, _STEP = 24, 0.5
 
 
 class _Forms(influence_attention._SpanSums):
@@ -155,49 +156,59 @@ def plan_of(
     way: Way, tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
 ) -> Plan:
     """The plan that loses least by the costs that `way` makes of influence."""
+    costs = costs_of(way, tables, layout, length, budget)
+    return solved(costs, way.weights, layout, length, budget)
+
+
+def least_largest(
+    tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+) -> Plan:
+    """The plan whose largest domain loses least, each in units of the uniform plan's loss.
+
+    Weights move towards the domain that loses most until none does more than another; the best
+    plan met is taken.
+    """
+    costs = costs_of(Way("", weights=ALIKE), tables, layout, length, budget)
+    weights = dict(ALIKE)
+    plans: list[tuple[float, Plan]] = []
+    for _ in range(_ROUNDS):
+        plan = solved(costs, weights, layout, length, budget)
+        lost = {
+            d: plan_losses(plan, [Objective(d, length, table)])[0] for d, table in costs.items()
+        }
+        plans.append((max(lost.values()), plan))
+        mean = sum(lost.values()) / len(lost)
+        weights = {d: w * (lost[d] / mean) ** _STEP for d, w in weights.items()}
+    return min(plans, key=lambda met: met[0])[1]
+
+
+def costs_of(
+    way: Way, tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+) -> dict[str, Floats]:
+    """Costs `[layers, kv_heads, spans]` by domain, in units of what the uniform plan loses."""
     uniform = uniform_plan(layout, budget=budget, lengths=(length,))
-    total: Floats | float = 0.0
-    for domain, weight in way.weights.items():
-        if weight:
-            kind = way.retrieval if domain == "retrieval" else domain
-            cost = AGGREGATES[way.aggregate](tables[way.form, kind].double()).numpy()
-            cost = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1] ** way.powers.get(
-                domain, 1
-            )
-            total = total + weight * cost / plan_losses(uniform, [Objective("", length, cost)])[0]
+    found = {}
+    for domain in (domain for domain, weight in way.weights.items() if weight):
+        kind = way.retrieval if domain == "retrieval" else domain
+        cost = AGGREGATES[way.aggregate](tables[way.form, kind].double()).numpy()
+        rising = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1]
+        cost = rising ** way.powers.get(domain, 1)
+        found[domain] = cost / plan_losses(uniform, [Objective("", length, cost)])[0]
+    return found
+
+
+def solved(
+    costs: Mapping[str, Floats],
+    weights: Mapping[str, float],
+    layout: Layout,
+    length: int,
+    budget: float,
+) -> Plan:
+    """The plan of least weighted cost at one length."""
+    total = np.sum([weights[domain] * cost for domain, cost in costs.items()], axis=0)
     rules = candidate_rules((length,), block=layout.block, min_span=layout.min_span)
-    objective = Objective("all", length, np.asarray(total))
-    problem = Problem(layout, rules, (length,), (objective,), budget)
+    problem = Problem(layout, rules, (length,), (Objective("all", length, total),), budget)
     return solve_weighted(problem, {"all": 1.0}).plan
-
-
-def show(
-    runner: Runner, plans: Mapping[str, Plan], tokenizer: Any, eos: frozenset[int], length: int,
-    cases: int, texts: int,
-) -> None:  # fmt: skip
-    asked = [passkey(tokenizer, length, SEED, i, (i + 0.5) / cases) for i in range(cases)]
-    windows = plain_text_windows(tokenizer, length, texts, TEXT_SEED)
-    print("| plan | density | pass keys found | loss of their values | text loss | to uniform's |")
-    print("|---|---|---|---|---|---|")
-    uniforms: Sequence[float] = ()
-    for name, plan in plans.items():
-        hits, losses, nats = 0.0, [], []
-        for first in range(0, cases, 8):
-            batch = asked[first : first + 8]
-            replies = runner.replies(plan, batch, capacity=length, eos=eos)
-            for case, reply in zip(batch, replies, strict=True):
-                hits += case.score(tokenizer.decode(list(reply.tokens), skip_special_tokens=True))
-                losses.append(reply.nll)
-        for first in range(0, texts, 8):
-            nats += [t.whole for t in runner.text_losses(plan, windows[first : first + 8])]
-        uniforms = uniforms or nats
-        apart = np.subtract(nats, uniforms)
-        print(
-            f"| {name} | {plan.density(length):.3f} | {hits:.0f}/{cases} | {np.mean(losses):.3f} "
-            f"| {np.mean(nats):.4f} | {apart.mean():+.4f} ± "
-            f"{1.96 * apart.std(ddof=1) / texts**0.5:.4f} |",
-            flush=True,
-        )
 
 
 def main() -> None:
@@ -217,6 +228,7 @@ def main() -> None:
     plans = {"uniform": uniform, "dense": method_plans(artifact, ["dense"])["dense"](0)}
     for way in WAYS:
         plans[way.name] = plan_of(way, tables, layout, options.length, options.budget)
+    plans[LARGEST] = least_largest(tables, layout, options.length, options.budget)
     show(
         Runner(open_sessions(artifact)),
         plans,
