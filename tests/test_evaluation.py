@@ -24,6 +24,7 @@ from moac.evaluation.intervals import mean_interval, share_interval
 from moac.evaluation.longeval import longeval
 from moac.evaluation.methods import method_plans
 from moac.evaluation.passkey import passkey
+from moac.evaluation.results import Outcome, compare
 from moac.evaluation.ruler import NIAH, RULER_TASKS, ruler
 from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import Sessions, open_sessions
@@ -337,11 +338,49 @@ def test_eval_prints_results_for_machines(tiny_package: Compiled, capsys: Captur
         stepped, prefill = (rows[task, method, "nll"] for task in ("nll_decode", "nll_prefill"))
         assert stepped["value"] == pytest.approx(prefill["value"], abs=2e-3)
     assert rows["nll", "moac", "nll"]["value"] != rows["nll", "dense", "nll"]["value"]
+    for row in found["differences"]:
+        ours, theirs = (
+            rows[row["task"], "moac", row["metric"]],
+            rows[row["task"], row["than"], row["metric"]],
+        )
+        assert row["value"] == pytest.approx(ours["value"] - theirs["value"], abs=1e-9)
+        assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
+        assert (row["length"], row["n"]) == (640, 2)
+    assert (
+        {(row["task"], row["than"], row["metric"]) for row in found["differences"]}
+        == {(task, than, metric) for task, than, metric in rows if than != "moac"}
+        == {
+            (task, than, metric)
+            for than in ("dense", "uniform")
+            for task, metric in (
+                ("passkey", "exact_match"),
+                ("passkey", "nll"),
+                ("nll", "nll"),
+                ("nll_decode", "nll"),
+                ("nll_prefill", "nll"),
+            )
+        }
+    )
     depths = [row["depth"] for row in found["results"] if row.get("depth") is not None]
     assert set(depths) == {0.3, 0.7}
     assert found["seed"] == 0
     assert found["command"].startswith("moac eval ")
     assert {"machine", "versions", "density", "intervals"} <= set(found)
+
+
+def test_differences_pair_the_same_cases() -> None:
+    """Cases differ by far more than plans do: pairing is what makes a small difference tell."""
+    dense = [Outcome(None, nll) for nll in (1.0, 2.0, 3.0, 4.0)]
+    own = [
+        Outcome(None, o.nll + rise) for o, rise in zip(dense, (0.1, 0.2, 0.1, 0.2), strict=True)
+    ]
+    (found,) = compare("nll", 64, {"moac": own, "dense": dense})
+    assert found.value == pytest.approx(0.15)
+    assert found.ci95 is not None
+    assert 0.05 < found.ci95[0] < 0.15 < found.ci95[1] < 0.25
+    (alone,) = compare("nll", 64, {"moac": own[:1], "dense": dense[:1]})
+    assert alone.ci95 is None
+    assert list(compare("nll", 64, {"moac": own})) == []
 
 
 def test_eval_compares_with_a_plan_file(tiny_package: Compiled, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ DEPTH_BINS = 5
 INTERVALS = {
     EXACT_MATCH: "Wilson, 95 %; conservative where a score is a recall between 0 and 1",
     NLL: "Student, 95 %; over cases",
+    "differences": "Student, 95 %; over the differences of the same cases",
 }
 
 
@@ -59,13 +60,36 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more a figure is under the package's plan than under another, case by case.
+
+    `ci95` is that of the mean of the cases' differences, None for a single case.
+    """
+
+    task: str
+    length: int
+    than: str
+    metric: str
+    value: float
+    ci95: Interval | None
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"task", "length", "than", "metric", "value", "ci95", "n"}`."""
+        found = {name: getattr(self, name) for name in ("task", "length", "than", "metric")}
+        ci95 = None if self.ci95 is None else list(self.ci95)
+        return {**found, "value": self.value, "ci95": ci95, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`results`, and the `record` of how they came about.
+    """`results`, the plan's `differences` to the others, and the `record` of how they came about.
 
     `density[method][length]`: KV bytes held over dense KV bytes.
     """
 
     results: tuple[Result, ...]
+    differences: tuple[Difference, ...]
     density: Mapping[str, Mapping[int, float]]
     record: Mapping[str, Any]
 
@@ -73,6 +97,7 @@ class Evaluation:
         """Everything as JSON values."""
         return {
             "results": [result.to_json() for result in self.results],
+            "differences": [difference.to_json() for difference in self.differences],
             "density": {
                 method: {str(length): value for length, value in row.items()}
                 for method, row in self.density.items()
@@ -108,6 +133,24 @@ def _figures(
     yield Result(task, length, method, NLL, fmean(losses), mean_interval(losses), n, depth)
 
 
+def compare(
+    task: str, length: int, outcomes: Mapping[str, Sequence[Outcome]]
+) -> Iterable[Difference]:
+    """The first of the methods of `outcomes` beside every other; their cases are the same."""
+    (_, own), *others = outcomes.items()
+    for than, theirs in others:
+        pairs = list(zip(own, theirs, strict=True))
+        scores = [
+            a.score - b.score for a, b in pairs if a.score is not None and b.score is not None
+        ]
+        losses = [a.nll - b.nll for a, b in pairs]
+        for metric, found in ((EXACT_MATCH, scores), (NLL, losses)):
+            if found:
+                yield Difference(
+                    task, length, than, metric, fmean(found), mean_interval(found), len(found)
+                )
+
+
 def evaluation_text(found: Evaluation) -> str:
     """One row for each task, length and metric, one column for each method; then by depth."""
     methods = list(found.density)
@@ -115,6 +158,8 @@ def evaluation_text(found: Evaluation) -> str:
     header = ["density", "length", *methods]
     rows = [["", n, *(f"{found.density[m][n]:.3f}" for m in methods)] for n in lengths]
     parts = [table(header, rows), _figure_table(found.results, methods)]
+    if found.differences:
+        parts.append(_difference_table(found.differences, methods))
     deep = [r for r in found.results if r.depth is not None and r.metric == EXACT_MATCH]
     if deep:
         parts.append(_depth_table(deep, methods))
@@ -138,6 +183,21 @@ def _figure_table(results: Sequence[Result], methods: Sequence[str]) -> str:
     )
 
 
+def _difference_table(differences: Sequence[Difference], methods: Sequence[str]) -> str:
+    own, *others = methods
+    rows: dict[tuple[str, int, str], dict[str, Difference]] = {}
+    for difference in differences:
+        key = (difference.task, difference.length, difference.metric)
+        rows.setdefault(key, {})[difference.than] = difference
+    return table(
+        [f"{own} less another", "length", "metric", "n", *others],
+        [
+            [task, length, metric, row[others[0]].n, *(_cell(row[m], signed=True) for m in others)]
+            for (task, length, metric), row in rows.items()
+        ],
+    )
+
+
 def _depth_table(results: Sequence[Result], methods: Sequence[str]) -> str:
     rows: dict[tuple[str, int, float | None], dict[str, Result]] = {}
     for result in results:
@@ -151,10 +211,11 @@ def _depth_table(results: Sequence[Result], methods: Sequence[str]) -> str:
     )
 
 
-def _cell(result: Result) -> str:
-    digits = 2 if result.metric == EXACT_MATCH else 3
-    shown = f"{result.value:.{digits}f}"
+def _cell(result: Result | Difference, *, signed: bool = False) -> str:
+    digits = 2 if result.metric == EXACT_MATCH else 4 if signed else 3
+    form = f"{'+' if signed else ''}.{digits}f"
+    shown = f"{result.value:{form}}"
     if result.ci95 is None:
         return shown
     low, high = result.ci95
-    return f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{shown} [{low:{form}}, {high:{form}}]"

@@ -24,7 +24,7 @@ from moac.evaluation.methods import OWN, PlanAt, always, is_plan_file, method_pl
 from moac.evaluation.own_task import own_cases, read_own_task
 from moac.evaluation.passkey import passkey
 from moac.evaluation.request import NLL, RULER, EvalRequest
-from moac.evaluation.results import Evaluation, Outcome, Result, summarise
+from moac.evaluation.results import Difference, Evaluation, Outcome, Result, compare, summarise
 from moac.evaluation.ruler import RULER_TASKS, ruler
 from moac.evaluation.runner import Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
@@ -75,9 +75,10 @@ def evaluate(
         click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
     bench = _Bench(artifact, Runner(sessions), tokenizer, frozenset(checkpoint.eos_token_ids))
     with stage("evaluate") as advance:
-        results = _run(bench, cells, plans, request, advance)
+        results, differences = _run(bench, cells, plans, request, advance)
     return Evaluation(
         results=tuple(results),
+        differences=tuple(differences),
         density={name: {n: plan(n).density(n) for n in lengths} for name, plan in plans.items()},
         record=_record(
             artifact, sessions, request, request.command(Path(package), str(source), lengths)
@@ -177,26 +178,35 @@ def _run(
     plans: dict[str, PlanAt],
     request: EvalRequest,
     advance: Advance,
-) -> list[Result]:
+) -> tuple[list[Result], list[Difference]]:
     total, done = len(plans) * sum(cell.size for cell in cells), 0
-    results: list[Result] = []
-    everything: dict[tuple[int, str], list[Outcome]] = {}
+    measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
     for cell in cells:
         for method, plan in plans.items():
-            outcomes: dict[str, list[Outcome]] = {}
             for size, found in _outcomes(bench, cell, plan, request.batch):
                 done += size
                 advance(done, total)
                 for task, outcome in found:
-                    outcomes.setdefault(task, []).append(outcome)
-            for task, rows in outcomes.items():
-                name = f"{RULER}_{task}" if task in RULER_TASKS else task
-                results += summarise(name, cell.length, method, rows)
-            if cell.task in RULER_TASKS and RULER in request.names:
-                everything.setdefault((cell.length, method), []).extend(outcomes[cell.task])
-    for (length, method), rows in everything.items():
-        results += summarise(RULER, length, method, [_undeep(row) for row in rows])
-    return results
+                    for name, counted in _counted(task, outcome, request):
+                        rows = measured.setdefault((name, cell.length), {})
+                        rows.setdefault(method, []).append(counted)
+    results: list[Result] = []
+    differences: list[Difference] = []
+    for (task, length), by_method in measured.items():
+        for method, outcomes in by_method.items():
+            results += summarise(task, length, method, outcomes)
+        differences += compare(task, length, by_method)
+    return results, differences
+
+
+def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tuple[str, Outcome]]:
+    """The names an outcome counts under: RULER's tasks by their own and, asked for, as a whole."""
+    if task not in RULER_TASKS:
+        yield task, outcome
+        return
+    yield f"{RULER}_{task}", outcome
+    if RULER in request.names:
+        yield RULER, _undeep(outcome)
 
 
 def _undeep(outcome: Outcome) -> Outcome:
