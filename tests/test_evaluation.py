@@ -421,7 +421,8 @@ def test_eval_prints_a_table_and_a_users_own_task(
     assert [line.split()[:4] for line in out.splitlines() if line.startswith("capitals")] == [
         ["capitals", "512", "exact_match", "2"],
         ["capitals", "512", "nll", "2"],
-    ]
+    ] * 2  # the figures, and what they differ by
+    assert "moac less another  length       metric  n" in out
 
 
 @pytest.mark.parametrize(
