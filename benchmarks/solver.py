@@ -148,7 +148,7 @@ RETRIEVAL_WEIGHT = 3.0
 
 
 def _over_domains(tables: Mapping[str, Floats], length: int) -> Objective:
-    """The mean over domains, retrieval by its weight (a compile weighs all alike)."""
+    """The mean over domains, retrieval by a fixed weight: a compile's own may change."""
     domains = [name.split("@")[0] for name in tables if name.endswith(f"@{length}")]
     found = [tables[f"{domain}@{length}"] for domain in domains]
     weights = [RETRIEVAL_WEIGHT if domain == "retrieval" else 1.0 for domain in domains]

@@ -325,15 +325,24 @@ def test_uniform_plan_at_a_round_budget_is_the_plain_ratio():
     assert uniform_plan(make_layout(), budget=0.5, lengths=(256, 512)).rules[0][0] == Rule(0, 0.5)
 
 
-def test_matching_uniform_never_holds_more_and_hardly_less():
+def test_matching_uniform_holds_as_much_to_half_a_block_a_head():
     problem = make_problem(layers=4, windows=(None, 100, None, None))
-    lengths = problem.lengths
     plan = solve_weighted(problem, {"128": 1.0, "256": 1.0}).plan
-    uniform = matching_uniform(plan, lengths=lengths)
-    assert len({rule for layer in uniform.rules for rule in layer}) == 1
-    for length in lengths:
-        assert uniform.held_tokens(length) <= plan.held_tokens(length)
-    assert any(plan.density(n) - uniform.density(n) < BLOCK / n for n in lengths)
+    half = problem.layout.num_heads * BLOCK / 2
+    for length in problem.lengths:
+        uniform = matching_uniform(plan, lengths=(length,))
+        assert len({rule for layer in uniform.rules for rule in layer}) == 1
+        assert -half <= uniform.held_tokens(length) - plan.held_tokens(length) <= half
+
+
+def test_matching_uniform_of_a_plan_just_under_its_budget_is_the_budgets():
+    layout = make_layout()
+    half = layout.uniform(Rule(0, 0.5))
+    spans = [list(layer) for layer in half.rules]
+    spans[0][0] = Rule(-BLOCK, 0.5)
+    short = layout.plan(spans)
+    assert short.density(512) < half.density(512)
+    assert matching_uniform(short, lengths=(512,)).density(512) == half.density(512)
 
 
 def test_largest_density_between_looks_at_every_capacity():

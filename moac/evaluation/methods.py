@@ -48,7 +48,7 @@ def _dense(artifact: Artifact) -> PlanAt:
 def _uniform(artifact: Artifact) -> PlanAt:
     """Every head the same sink and recent tokens, as many as the package's plan holds in all.
 
-    Matched at each length by itself, so that rounding to blocks never favours the package.
+    Matched at each length by itself, to the nearest block a head.
     """
     return lambda length: matching_uniform(artifact.plan, lengths=(length,))
 

@@ -24,8 +24,14 @@ def uniform_plan(layout: Layout, *, budget: float, lengths: Sequence[int]) -> Pl
 
 
 def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
-    """The uniform plan that holds as much as `plan` at every length, and never more."""
-    return _fullest(Layout.of(plan), {n: plan.held_tokens(n) for n in lengths})
+    """The uniform plan that holds as much as `plan` at every length, to the nearest block a head.
+
+    Equal spans move in blocks: rounded down, the baseline of a plan one block short of its budget
+    would hold a block a head less than the budget gives it.
+    """
+    layout = Layout.of(plan)
+    half = layout.num_heads * layout.block // 2
+    return _fullest(layout, {n: plan.held_tokens(n) + half for n in lengths})
 
 
 def largest_density_between(plan: Plan, shortest: int, longest: int) -> tuple[float, int]:
