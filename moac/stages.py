@@ -163,7 +163,7 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
             rows.append(measure(bench, samples, f"plan {number}", plan))
             advance(number, total)
         best = min(range(len(plans)), key=lambda i: rows[i].loss)
-        uniform = matching_uniform(plans[best], lengths=lengths.planned)
+        uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
         rows.append(measure(bench, samples, "uniform", uniform))
         advance(total - 1, total)
         rows.append(measure(bench, samples, "dense", None))
