@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moac.packaging.cpu_kernels import built_library, cpu_obstacle
 from moac.packaging.fuse import pack_weights
-from moac.workspace import code_digest
+from moac.workspace import code_digest, unwritable
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import sources_digest
 from moac_runtime.arrays import Array
@@ -111,6 +111,8 @@ def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
         return None
     try:
         return built_library(kept, sets[0])
+    except OSError as error:
+        raise unwritable(kept, error) from error
     except BuildError as error:
         click.echo(f"note: {error}; the checkpoint is read by torch, which is slower", err=True)
         return None

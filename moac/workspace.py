@@ -100,10 +100,7 @@ class _Replacing:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.target.parent, prefix=".partial-")
         except OSError as error:
-            raise MoacError(
-                f"cannot write to the work folder {self.target.parent}: {error.strerror}; "
-                "name another with --work-dir"
-            ) from error
+            raise unwritable(self.target.parent, error) from error
         os.close(handle)
         self.path = Path(name)
         return self
@@ -118,6 +115,13 @@ class _Replacing:
                 f"cannot write to the work folder {self.target.parent}: {error.strerror}; "
                 "free some space or name another with --work-dir"
             ) from error
+
+
+def unwritable(folder: Path, error: OSError) -> MoacError:
+    """What to tell where nothing can be written to the work folder."""
+    return MoacError(
+        f"cannot write to the work folder {folder}: {error.strerror}; name another with --work-dir"
+    )
 
 
 def peak_memory_bytes() -> int:
