@@ -218,7 +218,7 @@ def test_every_system_has_its_plan(tiny_package: Compiled) -> None:
     densities = {name: plan_of(name, tiny_package).density(CAPACITY) for name in SYSTEMS}
     assert plan_of("moac", tiny_package) == own
     assert all(densities[name] == 1 for name in ("hf", "hf-static", "dense", "llamacpp"))
-    assert abs(densities["uniform"] - densities["moac"]) <= own.block / 2 / CAPACITY
+    assert abs(densities["uniform"] - densities["moac"]) <= own.block / 2 / CAPACITY + 1e-9
     assert densities["moac"] < 1
     assert len({rule for layer in plan_of("uniform", tiny_package).rules for rule in layer}) == 1
 
