@@ -27,8 +27,6 @@ from torch import Tensor
 from moac.calibration import build_calibration
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.methods import method_plans
-from moac.evaluation.runner import Runner
-from moac.evaluation.sessions import open_sessions
 from moac.planner import open_bench
 from moac.planning import (
     Layout,
@@ -229,15 +227,8 @@ def main() -> None:
     for way in WAYS:
         plans[way.name] = plan_of(way, tables, layout, options.length, options.budget)
     plans[LARGEST] = least_largest(tables, layout, options.length, options.budget)
-    show(
-        Runner(open_sessions(artifact)),
-        plans,
-        checkpoint.load_tokenizer(),
-        frozenset(checkpoint.eos_token_ids),
-        options.length,
-        options.cases,
-        options.texts,
-    )
+    sizes = {"length": options.length, "cases": options.cases, "texts": options.texts}
+    show(artifact, checkpoint, plans, **sizes)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from moac.calibration import plain_text_windows
+from moac.checkpoint import Checkpoint
 from moac.evaluation.passkey import passkey
 from moac.evaluation.runner import Runner
+from moac.evaluation.sessions import open_sessions
+from moac_runtime.artifact import Artifact
 from moac_runtime.plan import Plan
 
 SEED, TEXT_SEED = 77, 78
 
 
 def show(
-    runner: Runner, plans: Mapping[str, Plan], tokenizer: Any, eos: frozenset[int], length: int,
-    cases: int, texts: int,
-) -> None:  # fmt: skip
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    plans: Mapping[str, Plan],
+    *,
+    length: int,
+    cases: int,
+    texts: int,
+) -> None:
     """Pass keys found, the mean loss of their values, and text's loss beside the first plan's.
 
     `plans`: the uniform one first. `cases`, `texts`: how many, by other seeds than moac eval's.
     """
+    runner, tokenizer = Runner(open_sessions(artifact)), checkpoint.load_tokenizer()
+    eos = frozenset(checkpoint.eos_token_ids)
     asked = [passkey(tokenizer, length, SEED, i, (i + 0.5) / cases) for i in range(cases)]
     windows = plain_text_windows(tokenizer, length, texts, TEXT_SEED)
     print("| plan | density | pass keys found | loss of their values | text loss | to uniform's |")

@@ -23,8 +23,6 @@ from judging import show
 
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
-from moac.evaluation.runner import Runner
-from moac.evaluation.sessions import open_sessions
 from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Layout, uniform_plan
 from moac.planning.objectives import ANSWERS, COUNTING
@@ -131,15 +129,8 @@ def main() -> None:
         "the solver's": plan_of(layout, before),
         "after the search": plan_of(layout, after),
     }
-    show(
-        Runner(open_sessions(artifact)),
-        plans,
-        checkpoint.load_tokenizer(),
-        frozenset(checkpoint.eos_token_ids),
-        options.length,
-        options.cases,
-        options.texts,
-    )
+    sizes = {"length": options.length, "cases": options.cases, "texts": options.texts}
+    show(artifact, checkpoint, plans, **sizes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The checkpoint on this project's runtime, before there is a package: it answers, and measures.
 
 The same function as transformers computes; on a CPU by the native kernels where they can be built
-and run, which read four times as fast as torch's operators (BENCHMARKS.md).
+and run, which read several times as fast as torch's operators.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moac.calibration.answers import Reading as Answering
 from moac.packaging.cpu_kernels import built_library, cpu_obstacle
 from moac.packaging.fuse import pack_weights
 from moac.workspace import code_digest, unwritable
@@ -35,11 +36,9 @@ if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
 
-class Reading(Protocol):
+class Reading(Answering, Protocol):
     """One sequence being read; logits are float32 arrays of torch or numpy."""
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Array: ...
-    def decode(self, tokens: Sequence[int]) -> Array: ...
     def extend_at(
         self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
     ) -> Sequence[Array]: ...
@@ -120,5 +119,5 @@ def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
 
 def _digest() -> str:
     """What a reader's numbers follow from beside the weights."""
-    parts: Any = (code_digest("moac_runtime"), sources_digest())
+    parts = (code_digest("moac_runtime"), sources_digest())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
