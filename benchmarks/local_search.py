@@ -24,7 +24,7 @@ from judging import show
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
 from moac.planner import open_bench, prepare, sample_counts
-from moac.planning import Layout, uniform_plan
+from moac.planning import Layout, matching_uniform
 from moac.planning.objectives import ANSWERS, COUNTING
 from moac.progress import stage
 from moac.request import CompileRequest
@@ -114,7 +114,7 @@ def main() -> None:
     bench = open_bench(checkpoint, layout, request, options.work_dir)
     made = calibrate(bench, sample_counts(lengths, request.samples))
     samples = [s for s in made if s.length == options.length and s.domain != "documents"]
-    uniform = uniform_plan(layout, budget=request.budget, lengths=(options.length,))
+    uniform = matching_uniform(artifact.plan, lengths=(options.length,))
     before = [[head.size for head in layer] for layer in artifact.plan.spans(options.length)]
     after, course = search(
         layout, before, options.length, Losses(bench, samples, uniform), options.steps
