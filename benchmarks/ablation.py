@@ -19,7 +19,7 @@ from moac.plan_file import identity, sealed, write_plan_file
 from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Problem, SolverOptions, layerwise_plan
 from moac.request import CompileRequest
-from moac.stages import best_weighted, calibrate, planning_problem, profile
+from moac.stages import best_weighted, calibrate, halves, profile, refined_problem
 from moac_runtime.span import Rule
 
 
@@ -42,9 +42,9 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     lengths, layout = prepare(checkpoint, request)
     bench = open_bench(checkpoint, layout, request, options.work_dir)
-    samples = calibrate(bench, sample_counts(lengths, request.samples))
+    samples, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
     tables = profile(bench, samples)
-    problem = proportional(planning_problem(bench, samples, tables, lengths, options.budget))
+    problem = proportional(refined_problem(bench, samples, tables, later, lengths, options.budget))
     plans = {
         "layer": layerwise_plan(problem, options=SolverOptions(gap=1e-2)),
         "head": best_weighted(bench, problem).plan,

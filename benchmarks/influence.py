@@ -6,15 +6,17 @@ Every way plans for one length at the same budget and runs through the package's
 pass keys found, the mean loss of their values, and the loss of running text with its difference to
 the uniform plan's on the same windows (95 %). What differs: the form of influence (joint over what
 a span masks, as the paper's formula sums it entry by entry, the reference's absolute entries), how
-samples are aggregated, how much domains weigh or whether the largest of them decides, and whether
-retrieval samples ask one question or many.
+samples are aggregated, whether what answers lose together counts, how much domains weigh or
+whether the largest of them decides, and whether retrieval samples ask one question or many, and
+count by the value or by the whole answer. All are profiled around the dense model; `moac plan`
+profiles every second retrieval sample around drafts of the plan.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -45,7 +47,7 @@ from moac.request import CompileRequest
 from moac_runtime.artifact import open_artifact
 from moac_runtime.plan import Plan
 
-SAMPLES = {"retrieval": 9, "documents": 2, "text": 2, "quiz": 3}
+SAMPLES = {"retrieval": 9, "whole": 9, "documents": 2, "text": 2, "quiz": 3}
 FORMS = ("joint", "entry by entry", "absolute entries")
 
 Aggregate = Callable[[Tensor], Tensor]
@@ -74,6 +76,7 @@ class Way:
     form: str = "joint"
     aggregate: str = "root mean square"
     retrieval: str = "retrieval"
+    gain: float = ANSWERS.gain
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"retrieval": ANSWERS.weight, **OTHERS}
     )
@@ -84,7 +87,7 @@ class Way:
 
 def first_powers(name: str, weights: Mapping[str, float], **more: str) -> Way:
     """No squares, and the domains weighed by `weights`."""
-    return Way(name, weights=weights, powers={}, **more)
+    return Way(name, weights=weights, powers={}, gain=0.0, **more)
 
 
 WAYS = (
@@ -94,6 +97,8 @@ WAYS = (
     *(Way(name, aggregate=name) for name in AGGREGATES if name != "root mean square"),
     Way("all squared", powers=dict.fromkeys(ALIKE, 2)),
     Way("many questions a sample", retrieval="quiz"),
+    Way("whole answers", retrieval="whole"),
+    *(Way(f"gain {gain:g}", gain=gain) for gain in (0, 1, 4)),
     first_powers("first powers, all alike", ALIKE),
     first_powers("first powers, all alike, many questions", ALIKE, retrieval="quiz"),
     first_powers("first powers, 2, 0.25, 1", {"retrieval": 2, "documents": 0.25, "text": 1}),
@@ -116,8 +121,8 @@ class _Forms(influence_attention._SpanSums):
         self.forms[:, torch.isinf(self.total)] = float("inf")
         self.made.append(self.forms)
 
-    def add(self, weights: Tensor, flows: Tensor) -> None:
-        super().add(weights, flows)
+    def add(self, weights: Tensor, flows: Tensor, left: Tensor | None) -> None:
+        super().add(weights, flows, left)
         entries = -flows / (1 - weights).clamp_min(influence_attention._LEAST_MASS_LEFT)
         first = self.sink // self.block + 1
         for form, tile in zip(self.forms, (entries, entries.abs()), strict=True):
@@ -136,9 +141,11 @@ def profile(options: argparse.Namespace, layout: Layout) -> dict[tuple[str, str]
             bench.reader,
             bench.tokenizer,
             samples_per_length={options.length: count},
-            domains=(kind,),
+            domains=("retrieval" if kind == "whole" else kind,),
         )
         for sample in samples:
+            if kind == "whole":
+                sample = replace(sample, values=())
             _Forms.made.clear()
             with patch.object(influence_attention, "_SpanSums", _Forms):
                 joint = sample_influence(bench.model, checkpoint.spec, sample, layout)
@@ -191,7 +198,10 @@ def costs_of(
         cost = AGGREGATES[way.aggregate](tables[way.form, kind].double()).numpy()
         rising = np.maximum.accumulate(cost[..., ::-1], axis=-1)[..., ::-1]
         cost = rising ** way.powers.get(domain, 1)
-        found[domain] = cost / plan_losses(uniform, [Objective("", length, cost)])[0]
+        unit = plan_losses(uniform, [Objective("", length, cost)])[0]
+        if domain == "retrieval":
+            cost = cost + way.gain * tables[way.form, kind].double().mean(0).numpy()
+        found[domain] = cost / unit
     return found
 
 

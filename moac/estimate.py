@@ -23,7 +23,7 @@ from moac.plan_file import check_plan_target, read_plan_file
 from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes
 from moac.request import CompileRequest
-from moac.stages import VALIDATION_SAMPLES
+from moac.stages import DRAFTS, VALIDATION_SAMPLES
 from moac.workspace import pick_device
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
@@ -84,9 +84,20 @@ def _planning(
     base = weights + _LIBRARIES_BYTES
     counts = sample_counts(lengths, request.samples)
     lines = [n for n, kinds in counts.items() for _ in range(sum(kinds.values()))]
+    later = [n for n, kinds in counts.items() for _ in range(kinds["retrieval"] // 2)]
+    if request.max_loss is not None:
+        later = []
     checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
     plans = request.plans + 2
     working = max(_working_bytes(spec, n, dtype) for n in lengths.profiled)
+    refine = (
+        StageEstimate(
+            "refine",
+            f"{len(later)} samples around {DRAFTS} drafts of the plan",
+            3 * _forward(spec, later) / rate + _SOLVE_SECONDS,
+            base + working,
+        ),
+    )
     return [
         StageEstimate(
             "calibrate",
@@ -97,8 +108,8 @@ def _planning(
         ),
         StageEstimate(
             "profile",
-            f"{len(lines)} samples at {', '.join(map(str, lengths.profiled))} tokens",
-            3 * _forward(spec, lines) / rate,
+            f"{len(lines) - len(later)} samples at {', '.join(map(str, lengths.profiled))} tokens",
+            3 * (_forward(spec, lines) - _forward(spec, later)) / rate,
             base + working,
         ),
         StageEstimate(
@@ -107,6 +118,7 @@ def _planning(
             LADDER_PLANS * _forward(spec, checked) / rate + _SOLVE_SECONDS,
             base + working // 4,
         ),
+        *(refine if later else ()),
         StageEstimate("optimise", f"{request.plans} plans", _SOLVE_SECONDS, base),
         StageEstimate(
             "validate",

@@ -27,9 +27,11 @@ from moac.stages import (
     Bench,
     Measured,
     calibrate,
+    halves,
     optimise,
     planning_problem,
     profile,
+    refined_problem,
     validate,
 )
 from moac.workspace import Workspace, default_work_dir, peak_memory_bytes, pick_device
@@ -202,6 +204,8 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     cap = KvCap.of(bench.checkpoint, request)
     with clock("calibrate"):
         samples = calibrate(bench, sample_counts(lengths, request.samples))
+    if request.max_loss is None:
+        samples, later = halves(samples)
     with clock("profile"):
         tables = profile(bench, samples)
 
@@ -210,11 +214,14 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
 
     with clock("predict"):
         model = learn(bench, samples, tables, lengths, problem_at)
-    with clock("optimise"):
-        if request.max_loss is None:
-            problem = problem_at(_budget(request, cap, bench.layout, lengths))
+    if request.max_loss is None:
+        budget = _budget(request, cap, bench.layout, lengths)
+        with clock("refine"):
+            problem = refined_problem(bench, samples, tables, later, lengths, budget)
+        with clock("optimise"):
             front = optimise(bench, problem)
-        else:
+    else:
+        with clock("optimise"):
             problem, front = smallest_within(bench, lengths, problem_at, model, request.max_loss)
     with clock("validate"):
         best, measured = validate(bench, [point.plan for point in front], lengths)

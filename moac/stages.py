@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
-from moac.planning.objectives import length_objectives
+from moac.planning.objectives import COUNTING, length_objectives
+from moac.planning.prediction import student
 from moac.profiling.influence import sample_influence
 from moac.progress import Advance, stage
 from moac.reading import Reader
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
 VALIDATION_SAMPLES = 2
+DRAFTS = 3
 _FRONT_GAP = 1e-2
 _SECONDS_A_SOLVE = 5.0
 _UNSEEN_SEED = 1_000_003
@@ -97,7 +100,7 @@ def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
     tables = []
     with stage("profile") as advance:
         for done, sample in enumerate(samples, start=1):
-            tables.append(_sample_table(bench, sample))
+            tables.append(_sample_table(bench, sample, None))
             advance(done, len(samples))
     return tables
 
@@ -128,13 +131,59 @@ def planning_problem(
     )
 
 
+def halves(
+    samples: Sequence[CalibrationSample],
+) -> tuple[list[CalibrationSample], list[CalibrationSample]]:
+    """Samples to profile around the dense model, and those to profile around a draft.
+
+    The latter are every second one, of each length, of the samples whose answers stand at one
+    place: what a plan does to them all heads do together.
+    """
+    first: list[CalibrationSample] = []
+    later: list[CalibrationSample] = []
+    met: dict[tuple[int, str], int] = {}
+    for sample in samples:
+        group = (sample.length, sample.domain)
+        met[group] = met.get(group, 0) + 1
+        answers = sample.domain not in COUNTING
+        (later if answers and met[group] % 2 == 0 else first).append(sample)
+    return first, later
+
+
+def refined_problem(
+    bench: Bench,
+    samples: Sequence[CalibrationSample],
+    tables: Sequence[Tensor],
+    later: Sequence[CalibrationSample],
+    lengths: Lengths,
+    budget: float,
+) -> Problem:
+    """The choice of rules by `samples` and by those `later` profiled around drafts of the plan.
+
+    Around the dense model influence is a gradient where nothing is dropped yet; what heads do
+    together shows around the plan, and a mean of both ends is right to the second order. Each
+    draft is made of all that was profiled before, so that drafts settle.
+    """
+    known, found = list(samples), list(tables)
+    with stage("refine") as advance:
+        for number in range(DRAFTS):
+            draft = best_weighted(bench, planning_problem(bench, known, found, lengths, budget))
+            for sample in later[number::DRAFTS]:
+                known.append(sample)
+                found.append(_sample_table(bench, sample, draft.plan))
+                advance(len(known) - len(samples), len(later))
+    return planning_problem(bench, known, found, lengths, budget)
+
+
 def optimise(bench: Bench, problem: Problem) -> list[FrontPoint]:
-    """The Pareto front over the profiled lengths."""
-    options = _solver_options(bench.request)
+    """The plan that loses least over all lengths together, then others of the Pareto front."""
+    request = bench.request
     with stage("optimise") as advance:
-        front = pareto_front(problem, points=bench.request.plans, options=options)
+        balanced = best_weighted(bench, problem)
+        front = pareto_front(problem, points=request.plans, options=_solver_options(request))
+        others = [point for point in front if point.plan != balanced.plan]
         advance(1, 1)
-    return front
+    return [balanced, *others[: request.plans - 1]]
 
 
 def best_weighted(bench: Bench, problem: Problem) -> FrontPoint:
@@ -150,10 +199,12 @@ def _solver_options(request: CompileRequest) -> SolverOptions:
 
 
 def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int, list[Measured]]:
-    """Which of `plans` has the lowest loss at the unseen length, and the whole table.
+    """Which of `plans` to take, and what each loses at the unseen length.
 
-    Dense and a uniform plan of the winner's density stand in the table for comparison. The
-    samples are ones that no profile has seen.
+    The first, unless another loses less by more than chance: the extremes of a front lose most at
+    the lengths they gave up, and a few samples of one length cannot tell. Dense and a uniform plan
+    of the winner's density stand in the table for comparison. The samples are ones that no profile
+    has seen.
     """
     samples = unseen_samples(bench, lengths)
     with stage("validate") as advance:
@@ -162,13 +213,27 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
         for number, plan in enumerate(plans, start=1):
             rows.append(measure(bench, samples, f"plan {number}", plan))
             advance(number, total)
-        best = min(range(len(plans)), key=lambda i: rows[i].loss)
+        best = min(
+            (
+                i
+                for i, plan in enumerate(plans)
+                if i == 0 or _better(bench, samples, plan, plans[0])
+            ),
+            key=lambda i: rows[i].loss,
+        )
         uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
         rows.append(measure(bench, samples, "uniform", uniform))
         advance(total - 1, total)
         rows.append(measure(bench, samples, "dense", None))
         advance(total, total)
     return best, rows
+
+
+def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, other: Plan) -> bool:
+    """Whether `plan` loses less than `other` on these samples, by more than chance (95 %)."""
+    gains = [sample_loss(bench, s, other) - sample_loss(bench, s, plan) for s in samples]
+    error = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
+    return float(np.mean(gains)) > student(len(gains) - 1) * error
 
 
 def unseen_samples(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
@@ -249,21 +314,25 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
         token_ids=tuple(data["token_ids"]),
         answer_spans=tuple((start, end) for start, end in data["answer_spans"]),
         correct=tuple(data["correct"]),
+        values=tuple((start, end) for start, end in data["values"]),
     )
 
 
-def _sample_table(bench: Bench, sample: CalibrationSample) -> Tensor:
+def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) -> Tensor:
     name = bench.key(
         "moac.profiling",
         stage="profile",
         sample=asdict(sample),
         sink=bench.layout.sink,
         block=bench.layout.block,
+        around=None if around is None else around.to_json(),
     )
     kept = bench.workspace.load_tensors("profile", name)
     if kept is None:
         kept = {
-            "influence": sample_influence(bench.model, bench.checkpoint.spec, sample, bench.layout)
+            "influence": sample_influence(
+                bench.model, bench.checkpoint.spec, sample, bench.layout, around
+            )
         }
         bench.workspace.save_tensors("profile", name, kept)
         release_memory()

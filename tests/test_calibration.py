@@ -240,6 +240,26 @@ def test_a_profile_learns_from_first_answers_that_are_right(tokenizer: Any) -> N
     for sample in build(right, tokenizer, samples_per_length={2048: 4}, domains=["retrieval"]):
         assert sample.domain == "retrieval"
         assert sample.correct == (True,)
+    assert given_up.values == ()
+    assert given_up.decisive == given_up.answer_spans
+
+
+def test_the_value_stands_where_it_is_told(tokenizer: Any) -> None:
+    class Teller(Reader):
+        @staticmethod
+        def find(text: str) -> str:
+            return f"It is {Reader.find(text)}"
+
+    made = build(Teller(tokenizer), tokenizer, samples_per_length={2048: 4}, domains=["retrieval"])
+    for sample in made:
+        ((start, end),) = sample.values
+        ((first, last),) = sample.answer_spans
+        assert tokenizer.decode(sample.token_ids[first:start]) == "It is"
+        assert tokenizer.decode(sample.token_ids[end:last]) == "."
+        assert sample.decisive == sample.values
+    quoting = Reader(tokenizer, reply="Once.")
+    (quote,) = build(quoting, tokenizer, samples_per_length={2048: 1}, domains=["documents"])
+    assert quote.values == ()
 
 
 def test_samples_depend_on_the_seed_alone_and_not_on_the_count(

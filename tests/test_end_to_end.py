@@ -51,17 +51,21 @@ def out(tmp_path: Path) -> Path:
 
 
 class Profiler:
-    """Stands before the real one: notes the domains that are profiled, and may be interrupted."""
+    """Stands before the real one: notes what is profiled, and may be interrupted.
+
+    `domains` around the dense model, `drafts` around a draft of the plan.
+    """
 
     def __init__(self) -> None:
         self.domains: list[str] = []
+        self.drafts: list[str] = []
         self.interrupt_at: int | None = None
 
-    def __call__(self, model: Any, spec: Any, sample: Any, layout: Any) -> Any:
+    def __call__(self, model: Any, spec: Any, sample: Any, layout: Any, around: Any) -> Any:
         if len(self.domains) == self.interrupt_at:
             raise KeyboardInterrupt
-        self.domains.append(sample.domain)
-        return sample_influence(model, spec, sample, layout)
+        (self.domains if around is None else self.drafts).append(sample.domain)
+        return sample_influence(model, spec, sample, layout, around)
 
 
 @pytest.fixture
@@ -229,7 +233,8 @@ def test_the_users_own_samples_are_profiled(
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     result = recompile(tiny_package, out, calibration=file)
-    assert profiler.domains == ["user", "user"]
+    assert profiler.domains == ["user"]
+    assert profiler.drafts.count("user") == 1
     assert result.record["budget"] == 0.5
 
 
@@ -273,8 +278,10 @@ def test_an_interrupted_compile_goes_on_where_it_stopped(
 
     profiler.interrupt_at = None
     assert moac_command(*command) == 0
-    # text and documents once at each of two lengths, retrieval three times and twice
-    assert len(profiler.domains) == 9
+    # text and documents once at each of two lengths; retrieval three times and twice, every
+    # second one around a draft
+    assert len(profiler.domains) == 7
+    assert profiler.drafts == ["retrieval"] * 2
     assert rules_of(out) == rules_of(tiny_package.package)
 
 
@@ -315,6 +322,7 @@ def test_another_budget_reuses_the_profile(
 ) -> None:
     plan = recompile(tiny_package, out, budget=0.3).plan
     assert profiler.domains == []
+    assert set(profiler.drafts) == {"retrieval"}
     assert all(plan.density(length) <= 0.3 for length in (512, 768, 1536))
 
 
@@ -340,7 +348,8 @@ def test_a_dry_run_writes_nothing(
     assert moac_command(*command, "--json") == 0
     stages_told = json.loads(capsys.readouterr().out)
     names = [stage["name"] for stage in stages_told]
-    assert names == ["calibrate", "profile", "predict", "optimise", "validate", "emit"]
+    planning = ["calibrate", "profile", "predict", "refine", "optimise", "validate"]
+    assert names == [*planning, "emit"]
     assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 for stage in stages_told)
     assert not out.exists()
 

@@ -138,7 +138,7 @@ def test_a_plan_on_the_command_line(
 def test_what_a_plan_would_do(planning: list[object], tmp_path: Path, capsys: Capture) -> None:
     assert moac_command(*planning, "--dry-run", "--json") == 0
     stages = [stage["name"] for stage in json.loads(capsys.readouterr().out)]
-    assert stages == ["calibrate", "profile", "predict", "optimise", "validate"]
+    assert stages == ["calibrate", "profile", "predict", "refine", "optimise", "validate"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +182,7 @@ def test_a_compile_from_a_plan_skips_the_search(
     assert moac_command(*compiling, "--plan", plan_file) == 0
     err = capsys.readouterr().err
     assert "emit: done" in err
-    for stage in ("calibrate", "profile", "predict", "optimise", "validate"):
+    for stage in ("calibrate", "profile", "predict", "refine", "optimise", "validate"):
         assert f"{stage}:" not in err
     assert read(tmp_path / "out" / "plan.json") == read(plan_file)
     origin = open_artifact(tmp_path / "out").provenance["plan"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from moac.planning import Layout
 from moac.planning.objectives import ANSWERS, COUNTING, length_objectives
 from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
-from moac.profiling.influence import sample_influence
+from moac.profiling.influence import _profiled_loss, sample_influence
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.plan import Plan
 from moac_runtime.span import DENSE, HeadSpan, Rule, visible
@@ -104,6 +105,74 @@ def test_influence_is_the_exact_change_of_a_linear_loss() -> None:
     )
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_around_a_plan_influence_is_the_exact_change_of_a_linear_loss(window: int | None) -> None:
+    """Each span against all keys, the other head at its span of the plan."""
+    q, k, v, grad = _qkv(200)
+    held = (96, 144)
+    recorder = InfluenceRecorder(SINK, BLOCK, (window,), held=[held])
+    around = influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder)
+    gradients = torch.autograd.grad(around, (q, k, v), grad)
+
+    def attend(sizes: tuple[int, ...]) -> Tensor:
+        i, j, seen = _masks(200, window)
+        near = torch.stack([seen & ((i - j < size - SINK) | (j < SINK)) for size in sizes])
+        mask = near.repeat_interleave(GROUP, 0)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True
+        )
+
+    expected = attend(held)
+    torch.testing.assert_close(around, expected, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(
+        gradients, torch.autograd.grad(expected, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    everything = 200 + SINK
+    for head in range(KV_HEADS):
+        sizes = list(held)
+        sizes[head] = everything
+        full = (attend(tuple(sizes)) * grad).sum()
+        for entry in (3, 5, 9, 12):
+            sizes[head] = entry * BLOCK
+            change = (attend(tuple(sizes)) * grad).sum() - full
+            found = recorder.tables[0][head, entry]
+            torch.testing.assert_close(found, change.double(), atol=2e-3, rtol=1e-3)
+
+
+def test_around_a_plan_that_drops_nothing_influence_is_that_of_the_dense_model() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    sample, layout = _sample(200), _layout(model)
+    dense = sample_influence(model, _spec(model), sample, layout)
+    around = sample_influence(model, _spec(model), sample, layout, layout.uniform(DENSE))
+    torch.testing.assert_close(around, dense, atol=1e-5, rtol=1e-3)
+    narrow = sample_influence(model, _spec(model), sample, layout, layout.uniform(Rule(64, 0.0)))
+    entry = SINK // BLOCK + 1
+    assert (narrow[..., entry] - dense[..., entry]).abs().max() > 1e-4
+
+
+def test_a_planted_value_carries_the_loss_alone() -> None:
+    """And of its tokens the least sure one most: tokens of the answer's wording change nothing."""
+    model = tiny_model("llama").requires_grad_(False)
+    whole = _sample(200)
+    logits = torch.randn(14, 300, generator=torch.Generator().manual_seed(2))
+    told = replace(whole, values=((182, 185),))
+    assert told.decisive == ((182, 185),)
+    assert whole.decisive == whole.believed
+    odds = [
+        float(_profiled_loss(replace(whole, values=((p, p + 1),)), logits[p - 180][None]))
+        for p in range(182, 185)
+    ]
+    found = float(_profiled_loss(told, logits[2:5]))
+    assert found == pytest.approx(math.log(sum(math.exp(o) for o in odds)), rel=1e-4)
+    assert max(odds) < found < max(odds) + math.log(3)
+    layout = _layout(model)
+    of_value = sample_influence(model, _spec(model), told, layout)
+    of_answers = sample_influence(model, _spec(model), whole, layout)
+    entry = SINK // BLOCK + 1
+    assert (of_value[..., entry] - of_answers[..., entry]).abs().max() > 1e-5
+
+
 def test_sink_off_the_block_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of block"):
         InfluenceRecorder(sink=10, block=16, windows=(None,))
@@ -167,8 +236,31 @@ def test_a_domain_weighs_the_same_however_large_its_loss(domains: tuple[str, str
     torch.testing.assert_close(
         torch.tensor(objective.table), torch.tensor(swapped.table), rtol=1e-6, atol=1e-9
     )
-    # A narrower span never counts as cheaper than a wider one.
+
+
+def test_the_size_of_a_narrower_span_is_never_below_a_wider_ones() -> None:
+    layout = _layout(tiny_model("llama"))
+    (objective,) = length_objectives(*_profiled("text"), _reference(layout))
     assert (objective.table[..., :-1] >= objective.table[..., 1:]).all()
+
+
+def test_what_answers_gain_together_counts_for_a_span() -> None:
+    """Two heads of the same size: one loses in every sample, the other as often wins."""
+    layout = _layout(tiny_model("llama"))
+    samples, (table,) = _profiled("retrieval")
+    first, second = torch.zeros_like(table), torch.zeros_like(table)
+    first[0, 0, :6], second[0, 0, :6] = 1.0, 1.0
+    first[0, 1, :6], second[0, 1, :6] = 1.0, -1.0
+    first[1, 0, :6], second[1, 0, :6] = -1.0, -1.0
+    (objective,) = length_objectives(samples * 2, [first, second], _reference(layout))
+    loses, even, wins = (
+        objective.table[0, 0, 4],
+        objective.table[0, 1, 4],
+        objective.table[1, 0, 4],
+    )
+    assert wins < even < loses
+    assert loses - even == pytest.approx(even - wins)
+    assert loses - even == pytest.approx(ANSWERS.gain * even)
 
 
 def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -> None:
@@ -189,6 +281,8 @@ def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -
         narrower_costs_more = table.double().numpy()[..., ::-1]
         costs = np.maximum.accumulate(narrower_costs_more, axis=-1)[..., ::-1] ** power
         unit = costs[..., 64 // BLOCK].sum()  # every head of the reference has 64 tokens
+        if weight == ANSWERS.weight:
+            costs = costs + ANSWERS.gain * table.double().numpy()
         expected, weights = expected + weight * costs / unit, weights + weight
     np.testing.assert_allclose(objective.table, expected / weights, rtol=1e-9)
     assert ANSWERS.weight > COUNTING["text"].weight > COUNTING["documents"].weight > 0
@@ -211,10 +305,12 @@ def test_profiling_stores_tables_not_matrices(length: int) -> None:
     sizes: list[int] = []
     original = profiled._Backward.tile
 
-    def spying(self: profiled._Backward, start: int, block: int) -> tuple[Tensor, Tensor]:
-        weights, flows = original(self, start, block)
+    def spying(
+        self: profiled._Backward, start: int, block: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weights, flows, left = original(self, start, block)
         sizes.append(weights.numel())
-        return weights, flows
+        return weights, flows, left
 
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (None,))

@@ -53,6 +53,7 @@ class CalibrationSample:
 
     `answer_spans`: `(start, end)` token positions that carry loss, `end` exclusive, in order.
     `correct`: for each span whether it holds the planted value; None where nothing was planted.
+    `values`: the token positions, within spans, that say a planted value.
     """
 
     domain: str
@@ -60,6 +61,7 @@ class CalibrationSample:
     token_ids: tuple[int, ...]
     answer_spans: tuple[tuple[int, int], ...]
     correct: tuple[bool | None, ...]
+    values: tuple[tuple[int, int], ...] = ()
 
     @property
     def believed(self) -> tuple[tuple[int, int], ...]:
@@ -67,6 +69,11 @@ class CalibrationSample:
         judged = zip(self.answer_spans, self.correct, strict=True)
         right = tuple(span for span, correct in judged if correct is not False)
         return right or self.answer_spans
+
+    @property
+    def decisive(self) -> tuple[tuple[int, int], ...]:
+        """Answer tokens that show whether something was found: the rest is in the question."""
+        return self.values or self.believed
 
 
 def build_calibration(
@@ -215,6 +222,7 @@ def converse(
     reader = DenseReader(model, format, capacity=length)
     spans: list[tuple[int, int]] = []
     correct: list[bool | None] = []
+    values: list[tuple[int, int]] = []
     for question in questions:
         turn = format.turn(question.text) if spans else opening
         if spans and len(reader.tokens) + len(turn) + question.limit > length:
@@ -224,7 +232,12 @@ def converse(
         reply = reader.answer(min(question.limit, length - start), sentence=question.sentence)
         spans.append((start, start + len(reply)))
         correct.append(_holds(question.value, format.decode(reply)))
-    return CalibrationSample(domain, length, tuple(reader.tokens), tuple(spans), tuple(correct))
+        if domain == "retrieval" and question.value is not None and correct[-1]:
+            first, end = _place(format, reply, question.value)
+            values.append((start + first, start + end))
+    return CalibrationSample(
+        domain, length, tuple(reader.tokens), tuple(spans), tuple(correct), tuple(values)
+    )
 
 
 def _about(fact: Fact) -> Question:
@@ -233,6 +246,16 @@ def _about(fact: Fact) -> Question:
 
 def _holds(value: str | None, reply: str) -> bool | None:
     return None if value is None else value.lower() in reply.lower()
+
+
+def _place(format: PromptFormat, reply: Sequence[int], value: str) -> tuple[int, int]:
+    """Where in `reply` the value stands, the space before it included: there it is decided."""
+    told = [len(format.decode(reply[:count])) for count in range(len(reply) + 1)]
+    text = format.decode(reply)
+    found = text.lower().index(value.lower())
+    start = len(text[:found].rstrip())
+    first = next(k for k, end in enumerate(told[1:]) if end > start)
+    return first, next(k for k, end in enumerate(told) if end >= found + len(value))
 
 
 def _title(words: Sequence[str]) -> str:

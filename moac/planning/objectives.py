@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Counting:
-    """How a domain's costs enter the plan: raised to `power`, span by span, times `weight`."""
+    """How a domain's costs enter the plan, span by span: `weight * (size ** power + gain * mean)`.
+
+    `size`: the root mean square of influence over samples; `mean`: its mean, which has a sign.
+    """
 
     weight: float
     power: int
+    gain: float = 0.0
 
 
-ANSWERS = Counting(weight=8.0, power=1)
+ANSWERS = Counting(weight=8.0, power=1, gain=2.0)
 """Domains whose answers stand at one place: retrieval, and the user's own samples."""
 
 COUNTING: Mapping[str, Counting] = {
@@ -50,7 +54,9 @@ def length_objectives(
     Text and documents count by the square of influence: a divergence from the dense model grows
     with the square, and a plan that cuts all heads a little, as a uniform one does, loses less
     than the sum of first orders says. For answers the square overrates the few heads with large
-    effects, whose real losses level off (benchmarks/influence.py compares).
+    effects, whose real losses level off; and what all answers lose or gain together counts again,
+    since heads add up: an answer is lost to many small pushes the same way rather than to one
+    (benchmarks/influence.py compares).
     """
     lengths = sorted({sample.length for sample in samples})
     return [_length_objective(n, samples, tables, reference) for n in lengths]
@@ -65,24 +71,28 @@ def _length_objective(
             domains.setdefault(sample.domain, []).append(table)
     counted = [(COUNTING.get(domain, ANSWERS), found) for domain, found in domains.items()]
     total: Floats = np.average(
-        [_in_units_of(reference, length, _typical(found) ** how.power) for how, found in counted],
+        [_costs(how, found, reference, length) for how, found in counted],
         axis=0,
         weights=[how.weight for how, _ in counted],
     )
     return Objective(name=f"{length}", length=length, table=total)
 
 
+def _costs(how: Counting, tables: Sequence[Tensor], reference: Plan, length: int) -> Floats:
+    """In units of what `reference` loses by the size of influence."""
+    sizes = _typical(tables) ** how.power
+    unit = plan_losses(reference, [Objective("unit", length, sizes)])[0]
+    costs = sizes
+    if how.gain:
+        costs = sizes + how.gain * torch.stack(list(tables)).double().mean(0).numpy()
+    return costs / unit if unit > 0 else costs
+
+
 def _typical(tables: Sequence[Tensor]) -> Floats:
     """What each span costs, `[layers, kv_heads, spans]`: the root mean square over samples.
 
-    Signs average out at the dense model, so they are dropped. A narrower span never counts as
-    cheaper than a wider one of the same head.
+    A narrower span never counts as cheaper than a wider one of the same head.
     """
     typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
     widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
     return widest_first[..., ::-1].copy()
-
-
-def _in_units_of(reference: Plan, length: int, table: Floats) -> Floats:
-    unit = plan_losses(reference, [Objective("unit", length, table)])[0]
-    return table / unit if unit > 0 else table

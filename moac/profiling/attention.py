@@ -9,10 +9,15 @@ the set M_i of keys, of mass m_i. Renormalised, the output moves by
 `A_ij (G_ij - dO_i . O_i)` is what flash attention's backward calls dS, so influence costs two
 block sums on tiles the backward pass computes anyway, and no N x N matrix is kept.
 MoA (arXiv 2406.14909, section 4.2) gives the single-entry form; the joint form counts a whole set.
+
+Around a plan, rather than the dense model, row i attends to what its head's span leaves, of mass
+`l_i`, with weights `A_ij / l_i`. Setting the span to another one drops a set of keys, or takes one
+in: the same formula, with those weights and the mass taken in counted negative.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _TILE_ELEMENTS = 1 << 21
+_FORWARD_ROWS = 256
 _LEAST_MASS_LEFT = 1e-3
 
 
@@ -30,17 +36,35 @@ class InfluenceRecorder:
 
     Entry `s` of a table is the loss change, in nats, of giving that KV head a span of
     `s * block` tokens, `sink` of them pinned; spans at or under the sink are infinite.
-    `windows[layer]` is the checkpoint's own sliding window in tokens, or None.
+    `windows[layer]` is the checkpoint's own sliding window in tokens, or None. `held[layer]`: the
+    tokens that each KV head holds, a multiple of `block`, in the plan around which is measured;
+    None is the dense model.
     """
 
     sink: int
     block: int
     windows: tuple[int | None, ...]
+    held: Sequence[Sequence[int]] | None = None
     tables: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sink % self.block:
             raise ValueError(f"sink must be a multiple of block, got {self.sink}, {self.block}")
+
+    def reach(self, layer: int) -> _Reach:
+        """What the heads of `layer` see while the influence is measured."""
+        held = None if self.held is None else tuple(n - self.sink for n in self.held[layer])
+        return _Reach(self.sink, self.windows[layer], held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """The keys a layer's heads see: those of the last `window` tokens, and of those the first
+    `sink` and, head by head, the last `recent`; None is all."""
+
+    sink: int
+    window: int | None
+    recent: tuple[int, ...] | None
 
 
 def influence_attention(
@@ -62,7 +86,7 @@ class _InfluenceAttention(torch.autograd.Function):
         layer: int,
         recorder: InfluenceRecorder,
     ) -> Tensor:
-        out = _causal_attention(q, k, v, scale, recorder.windows[layer])
+        out = _attention(q, k, v, scale, recorder.reach(layer))
         ctx.save_for_backward(q, k, v, out)
         ctx.scale, ctx.layer, ctx.recorder = scale, layer, recorder
         return out
@@ -71,13 +95,21 @@ class _InfluenceAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         recorder: InfluenceRecorder = ctx.recorder
-        grads = _Backward(q, k, v, out, grad_out, ctx.scale, recorder.windows[ctx.layer])
-        spans = _SpanSums(k.shape[1], k.shape[2], recorder.sink, recorder.block, q.device)
+        reach = recorder.reach(ctx.layer)
+        grads = _Backward(q, k, v, out, grad_out, ctx.scale, reach)
+        spans = _SpanSums(k.shape[1], k.shape[2], reach, recorder.block, q.device)
         for start in range(0, q.shape[2], grads.tile_rows(recorder.block)):
-            weights, flows = grads.tile(start, recorder.block)
-            spans.add(weights, flows)
+            spans.add(*grads.tile(start, recorder.block))
         recorder.tables[ctx.layer] = spans.total
         return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: _Reach) -> Tensor:
+    if reach.recent is None:
+        return _causal_attention(q, k, v, scale, reach.window)
+    share = q.shape[1] // k.shape[1]
+    heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, strict=True)
+    return torch.cat([_spanned_attention(*head, scale, reach) for head in heads], dim=1)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -85,12 +117,43 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+    return _seen_attention(q, k, v, scale, window, window, 0)
+
+
+def _spanned_attention(
+    q: Tensor, k: Tensor, v: Tensor, recent: int, scale: float, reach: _Reach
+) -> Tensor:
+    """One KV head's attention to the sink and the last `recent` tokens."""
+    if recent >= q.shape[2] - reach.sink:
+        return _causal_attention(q, k, v, scale, reach.window)
+    return _seen_attention(q, k, v, scale, reach.window, recent, reach.sink)
+
+
+def _seen_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, recent: int, sink: int
+) -> Tensor:
+    """Rows by parts, each against the sink and the newest keys that any of its rows sees."""
     place = torch.arange(q.shape[2], device=q.device)
-    distance = place[:, None] - place[None, :]
-    seen = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    parts = []
+    for rows in place.split(_FORWARD_ROWS):
+        first, stop = int(rows[0]), int(rows[-1]) + 1
+        oldest = max(0, first - recent + 1)
+        keys = torch.cat([place[: min(sink, oldest)], place[oldest:stop]])
+        distance = rows[:, None] - keys
+        seen = (distance >= 0) & ((distance < recent) | (keys < sink))
+        if window is not None:
+            seen &= distance < window
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, first:stop],
+                k[:, :, keys],
+                v[:, :, keys],
+                attn_mask=seen,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return torch.cat(parts, dim=2)
 
 
 class _Backward:
@@ -107,7 +170,7 @@ class _Backward:
         out: Tensor,
         grad_out: Tensor,
         scale: float,
-        window: int | None,
+        reach: _Reach,
     ) -> None:
         batch, heads, length, dim = q.shape
         kv_heads = k.shape[1]
@@ -118,7 +181,9 @@ class _Backward:
         self.keys = k.reshape(batch * kv_heads, length, dim).flip(1)
         self.values = v.reshape(batch * kv_heads, length, dim).flip(1)
         self.scale = scale
-        self.window = window
+        self.window, self.sink = reach.window, reach.sink
+        recent = reach.recent
+        self.recent = None if recent is None else torch.tensor(recent, device=q.device)
         self.dq = torch.zeros_like(self.q)
         self.dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         self.dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
@@ -128,8 +193,11 @@ class _Backward:
         per_row = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         return max(1, _TILE_ELEMENTS // per_row // block) * block
 
-    def tile(self, start: int, block: int) -> tuple[Tensor, Tensor]:
-        """Weights A and flows A (G - dO . O) of one tile, `[K, G, R, keys]`, newest key first."""
+    def tile(self, start: int, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights A and flows A (G - dO . O) of one tile, `[K, G, R, keys]`, newest key first.
+
+        Around a plan also the mass `[K, G, R, 1]` that the spans leave of A.
+        """
         groups, share, length, dim = self.q.shape
         stop = min(start + self.tile_rows(block), length)
         rows = stop - start
@@ -141,12 +209,28 @@ class _Backward:
         weights = scores.softmax(-1)
         flows = (grad_out @ values.mT).float().view(groups, share, rows, stop)
         flows.sub_(self.delta[:, :, start:stop]).mul_(weights)
-        flat_flows = flows.view(groups, share * rows, stop).to(q.dtype)
-        flat_weights = weights.view(groups, share * rows, stop).to(q.dtype)
-        self.dq[:, :, start:stop] = (flat_flows @ keys).view(groups, share, rows, dim) * self.scale
+        near, near_flows, left = weights, flows, None
+        if self.recent is not None:
+            dropped = self._dropped(self.recent, rows, stop)
+            near, near_flows = weights.masked_fill(dropped, 0), flows.masked_fill(dropped, 0)
+            left = near.sum(-1, keepdim=True).clamp_min_(_LEAST_MASS_LEFT**2)
+            flat_left = left.view(groups, share * rows, 1)
+            q, grad_out = (q / flat_left).to(q.dtype), (grad_out / flat_left).to(q.dtype)
+        flat_flows = near_flows.view(groups, share * rows, stop).to(q.dtype)
+        flat_weights = near.view(groups, share * rows, stop).to(q.dtype)
+        dq = (flat_flows @ keys).view(groups, share, rows, dim) * self.scale
+        self.dq[:, :, start:stop] = dq if left is None else dq / left
         self._add(self.dk, (flat_flows.mT @ q).mul_(self.scale), stop)
         self._add(self.dv, flat_weights.mT @ grad_out, stop)
-        return weights, flows
+        return weights, flows, left
+
+    def _dropped(self, recent: Tensor, rows: int, keys: int) -> Tensor:
+        """Keys that the spans leave out, `[K, 1, R, keys]`."""
+        row = torch.arange(rows, device=recent.device)[:, None]
+        column = torch.arange(keys, device=recent.device)
+        far = column - (rows - 1 - row) >= recent[:, None, None, None]
+        dropped = far & (column < keys - self.sink)
+        return dropped.repeat(self.q.shape[0] // len(recent), 1, 1, 1)
 
     def _mask(self, scores: Tensor, rows: int) -> None:
         # In column c of row r the key is c - (rows - 1 - r) tokens back.
@@ -165,23 +249,40 @@ class _SpanSums:
     """Adds up the joint influence of every span, `[kv_heads, spans]`, tile by tile."""
 
     def __init__(
-        self, kv_heads: int, length: int, sink: int, block: int, device: torch.device
+        self, kv_heads: int, length: int, reach: _Reach, block: int, device: torch.device
     ) -> None:
-        self.kv_heads, self.sink, self.block = kv_heads, sink, block
+        self.kv_heads, self.sink, self.block = kv_heads, reach.sink, block
+        self.recent = reach.recent
         spans = -(-length // block) + 1
         self.total = torch.zeros(kv_heads, spans, dtype=torch.float64, device=device)
-        self.total[:, : sink // block + 1] = float("inf")
+        self.total[:, : self.sink // block + 1] = float("inf")
 
-    def add(self, weights: Tensor, flows: Tensor) -> None:
-        """Tiles `[K, G, R, keys]`, newest key first."""
-        mass = self._beyond(weights)
-        flow = self._beyond(flows)
-        joint = -flow / (1 - mass).clamp_min(_LEAST_MASS_LEFT)
+    def add(self, weights: Tensor, flows: Tensor, left: Tensor | None) -> None:
+        """Tiles `[K, G, R, keys]`, newest key first, and the mass `[K, G, R, 1]` that is left."""
+        mass, flow = self._beyond(weights), self._beyond(flows)
+        if left is None:
+            joint = -flow / (1 - mass).clamp_min(_LEAST_MASS_LEFT)
+        else:
+            joint = self._around(mass / left, flow / left)
         change = joint.sum((1, 2), dtype=torch.float64)
         change = change.view(-1, self.kv_heads, change.shape[-1]).sum(0)
         first = self.sink // self.block + 1
         count = min(change.shape[-1] - 1, self.total.shape[1] - first)
         self.total[:, first : first + count] += change[:, 1 : 1 + count]
+
+    def _around(self, mass: Tensor, flow: Tensor) -> Tensor:
+        """What each span loses against all keys, seen from the present spans."""
+        mass_now, flow_now = self._now(mass), self._now(flow)
+        joint = -(flow - flow_now) / (1 + mass_now - mass).clamp_min(_LEAST_MASS_LEFT)
+        return joint - flow_now / (1 + mass_now)
+
+    def _now(self, beyond: Tensor) -> Tensor:
+        """What lies beyond each head's present span, `[K, G, R, 1]`."""
+        found = F.pad(beyond, (0, 1))  # beyond a span that holds the tile's keys lies nothing
+        last = found.shape[-1] - 1
+        places = [min(recent // self.block, last) for recent in self.recent or ()]
+        place = torch.tensor(places, device=beyond.device).repeat(len(found) // len(places))
+        return found.gather(-1, place.view(-1, 1, 1, 1).expand(*found.shape[:-1], 1))
 
     def _beyond(self, tile: Tensor) -> Tensor:
         """Sums `[K, G, R, blocks]` over keys past the sink at least `b * block` tokens back."""

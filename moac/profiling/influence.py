@@ -15,6 +15,7 @@ from moac.attention import INFLUENCE, attention
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
 from moac.profiling.attention import InfluenceRecorder
+from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 RUNNING_TEXT = "text"
@@ -23,14 +24,26 @@ _LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gr
 
 
 def sample_influence(
-    model: PreTrainedModel, spec: ModelSpec, sample: CalibrationSample, layout: Layout
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    sample: CalibrationSample,
+    layout: Layout,
+    plan: Plan | None = None,
 ) -> Tensor:
     """First-order change of one sample's loss, `[layers, kv_heads, spans]` float32.
 
     Entry `s` is that of a span of `s * block` tokens, up to the sample's planned length; spans at
-    or under the sink are infinite.
+    or under the sink are infinite. Measured around the dense model, or around `plan`: there a
+    span's entry is what it loses against a head that sees everything, all other heads at their
+    spans of the plan.
     """
-    recorder = InfluenceRecorder(layout.sink, layout.block, layout.windows)
+    held = None
+    if plan is not None:
+        # A head without a sink drops nothing but what the checkpoint's own window drops.
+        full = sample.length + layout.sink
+        spans = plan.spans(sample.length)
+        held = [[head.size if head.sink else full for head in layer] for layer in spans]
+    recorder = InfluenceRecorder(layout.sink, layout.block, layout.windows, held)
     with attention(model, INFLUENCE), _recomputing(model, spec, sample):
         ids = torch.tensor([sample.token_ids], device=model.device)
         # The weights stay without gradients: only activations carry them.
@@ -49,7 +62,8 @@ def _profiled_loss(sample: CalibrationSample, logits: Tensor) -> Tensor:
     Running text: the log-likelihood of tokens drawn from the model's own prediction, whose
     squared gradient is the Fisher information, the curvature of the divergence from the dense
     model. Answers: the log-odds against the dense model's own tokens, whose gradient does not
-    fade where the model is sure (at probability .99 the likelihood's has lost 99 %).
+    fade where the model is sure (at probability .99 the likelihood's has lost 99 %). Their mean;
+    of a planted value their soft maximum, since one wrong token makes it wrong.
     """
     if sample.domain == RUNNING_TEXT:
         chances = logits.detach().softmax(-1).cpu()
@@ -59,7 +73,7 @@ def _profiled_loss(sample: CalibrationSample, logits: Tensor) -> Tensor:
     answer = _answers(sample, logits.device)[:, None]
     others = logits.scatter(1, answer, float("-inf")).logsumexp(-1)
     odds: Tensor = others - logits.gather(1, answer)[:, 0]
-    return odds.mean()
+    return odds.logsumexp(0) if sample.values else odds.mean()
 
 
 def _generator(sample: CalibrationSample) -> torch.Generator:
@@ -70,13 +84,13 @@ def _generator(sample: CalibrationSample) -> torch.Generator:
 
 def _answer_logits(model: PreTrainedModel, sample: CalibrationSample, **inputs: object) -> Tensor:
     """Float32 logits `[A, V]` that predict each answer token; none are made for the others."""
-    place = torch.cat([torch.arange(*span) for span in sample.believed]).to(model.device)
+    place = torch.cat([torch.arange(*span) for span in sample.decisive]).to(model.device)
     logits: Tensor = model(**inputs, logits_to_keep=place - 1, use_cache=False).logits
     return logits[0].float()
 
 
 def _answers(sample: CalibrationSample, device: torch.device) -> Tensor:
-    tokens = [token for span in sample.believed for token in sample.token_ids[slice(*span)]]
+    tokens = [token for span in sample.decisive for token in sample.token_ids[slice(*span)]]
     return torch.tensor(tokens, device=device)
 
 
@@ -86,7 +100,7 @@ def _recomputing(
 ) -> Iterator[None]:
     """Keep one layer's activations at a time where all layers' would not fit the limit."""
     itemsize = torch.finfo(model.dtype).bits // 8
-    scored = sum(end - start for start, end in sample.believed)
+    scored = sum(end - start for start, end in sample.decisive)
     whole = backward_bytes(spec, len(sample.token_ids), scored, itemsize)
     if whole <= ACTIVATION_BYTES_LIMIT:
         yield

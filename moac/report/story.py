@@ -23,7 +23,17 @@ _KINDS = {
     "text": "the continuation of running text",
 }
 _CURVE_STEPS = 128
-_STAGES = ("load", "calibrate", "profile", "predict", "optimise", "validate", "emit", "verify")
+_STAGES = (
+    "load",
+    "calibrate",
+    "profile",
+    "predict",
+    "refine",
+    "optimise",
+    "validate",
+    "emit",
+    "verify",
+)
 
 
 @dataclass(frozen=True, slots=True)
