@@ -166,9 +166,9 @@ def refined_problem(
     """
     known, found = list(samples), list(tables)
     with stage("refine") as advance:
-        for number in range(DRAFTS):
+        for part in filter(None, (later[number::DRAFTS] for number in range(DRAFTS))):
             draft = best_weighted(bench, planning_problem(bench, known, found, lengths, budget))
-            for sample in later[number::DRAFTS]:
+            for sample in part:
                 known.append(sample)
                 found.append(_sample_table(bench, sample, draft.plan))
                 advance(len(known) - len(samples), len(later))

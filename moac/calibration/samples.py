@@ -7,6 +7,7 @@ answers come from the dense model. Only answer tokens carry loss.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,9 +232,10 @@ def converse(
         start = len(reader.tokens)
         reply = reader.answer(min(question.limit, length - start), sentence=question.sentence)
         spans.append((start, start + len(reply)))
-        correct.append(_holds(question.value, format.decode(reply)))
-        if domain == "retrieval" and question.value is not None and correct[-1]:
-            first, end = _place(format, reply, question.value)
+        found = _said(question.value, format.decode(reply))
+        correct.append(None if question.value is None else found is not None)
+        if domain == "retrieval" and found is not None:
+            first, end = _place(format, reply, found)
             values.append((start + first, start + end))
     return CalibrationSample(
         domain, length, tuple(reader.tokens), tuple(spans), tuple(correct), tuple(values)
@@ -244,18 +246,16 @@ def _about(fact: Fact) -> Question:
     return Question(fact.question, _ANSWER_TOKENS, value=fact.value, sentence=True)
 
 
-def _holds(value: str | None, reply: str) -> bool | None:
-    return None if value is None else value.lower() in reply.lower()
+def _said(value: str | None, reply: str) -> re.Match[str] | None:
+    return None if value is None else re.search(re.escape(value), reply, re.IGNORECASE)
 
 
-def _place(format: PromptFormat, reply: Sequence[int], value: str) -> tuple[int, int]:
-    """Where in `reply` the value stands, the space before it included: there it is decided."""
+def _place(format: PromptFormat, reply: Sequence[int], said: re.Match[str]) -> tuple[int, int]:
+    """The tokens of `reply` that say it, the space before included: there it is decided."""
     told = [len(format.decode(reply[:count])) for count in range(len(reply) + 1)]
-    text = format.decode(reply)
-    found = text.lower().index(value.lower())
-    start = len(text[:found].rstrip())
+    start = len(said.string[: said.start()].rstrip())
     first = next(k for k, end in enumerate(told[1:]) if end > start)
-    return first, next(k for k, end in enumerate(told) if end >= found + len(value))
+    return first, next(k for k, end in enumerate(told) if end >= said.end())
 
 
 def _title(words: Sequence[str]) -> str:
