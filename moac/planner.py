@@ -192,7 +192,7 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
         n: {
             "retrieval": round(3 * samples * (base / n) ** 0.6),
             "documents": max(1, int(0.6 * samples * base / n)),
-            "text": max(min(2, samples), round(samples * base / n)),
+            "text": max(min(2, samples), round(samples * (base / n) ** 0.6)),
         }
         for n in lengths.profiled
     }

@@ -177,6 +177,23 @@ def test_facts_have_different_questions_and_one_pass_key_at_most() -> None:
         assert sum("pass key" in fact.question for fact in facts) <= 1
 
 
+def test_a_classic_draw_starts_with_a_number_and_mostly_says_it_twice() -> None:
+    firsts = [draw_facts(random.Random(seed), 2, classic=True)[0] for seed in range(100)]
+    assert all(fact.value.isdigit() for fact in firsts)
+    assert sum(fact.needle.count(fact.value) == 2 for fact in firsts) > 80
+    assert len({re.sub(r"\d+", "", fact.needle) for fact in firsts}) > 5
+
+
+def test_of_four_retrieval_samples_two_hide_in_filler_in_either_half(
+    checkpoint: tuple[Any, Any],
+) -> None:
+    """Every second sample is profiled around a draft: those and the others meet both."""
+    samples = build(*checkpoint, samples_per_length={512: 4}, domains=["retrieval"])
+    texts = [checkpoint[1].decode(sample.token_ids) for sample in samples]
+    filler = [text.count("The grass is green.") > 3 for text in texts]
+    assert sorted(filler[::2]) == sorted(filler[1::2]) == [False, True]
+
+
 @pytest.mark.parametrize("domain", [*DOMAINS, "quiz"])
 def test_samples_fill_their_length_and_never_pass_it(
     checkpoint: tuple[Any, Any], domain: str

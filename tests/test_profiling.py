@@ -288,6 +288,23 @@ def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -
     assert ANSWERS.weight > COUNTING["text"].weight > COUNTING["documents"].weight > 0
 
 
+def test_text_weighs_more_at_longer_lengths() -> None:
+    """The same influence at both lengths, of which retrieval and text ask for other heads."""
+    layout = _layout(tiny_model("llama"))
+    samples, tables = _profiled("retrieval", "text")
+    longer = [replace(sample, length=4 * sample.length) for sample in samples]
+    short, long = length_objectives([*samples, *longer], [*tables, *tables], _reference(layout))
+    weight, times = COUNTING["text"].weight, 4 ** COUNTING["text"].growth
+    text, answers = (
+        length_objectives([sample], [table], _reference(layout))[0].table
+        for sample, table in reversed(list(zip(samples, tables, strict=True)))
+    )
+    for objective, share in ((short, weight), (long, weight * times)):
+        expected = (ANSWERS.weight * answers + share * text) / (ANSWERS.weight + share)
+        np.testing.assert_allclose(objective.table, expected, rtol=1e-9)
+    assert times > 1
+
+
 def _profiled(*domains: str) -> tuple[list[CalibrationSample], list[Tensor]]:
     """A sample of each domain at 160 tokens, and influence as large as one would have it."""
     generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ _MOST_FACTS = 8
 _SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
 _PLANTED = (1, 1, 2)  # facts that one question is asked about
 _TRIES = 4
-_FILLER_SHARE = 0.4
+_CLASSIC_EVERY = 3  # of the retrieval samples, so many ask for a number said twice
 _DOCUMENT_TOKENS = 400
 
 TEXT_TOKENS = 1024
@@ -107,37 +107,46 @@ def build_calibration(
     samples = []
     for done, (length, domain, index) in enumerate(wanted, start=1):
         rng = random.Random(f"{seed}/{domain}/{length}/{index}")
-        samples.append(_MAKERS[domain](model, PromptFormat(tokenizer), length, rng))
+        samples.append(_MAKERS[domain](model, PromptFormat(tokenizer), length, rng, index))
         if progress is not None:
             progress(done, len(wanted))
     return samples
 
 
 def retrieval_sample(
-    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random, index: int
 ) -> CalibrationSample:
     """A fact or two at uniform depths of a haystack, and one question.
+
+    Two of four in a row hide in filler, and every third asks for a number said twice: left to
+    chance, a few samples of a length may hardly tell of either, and plans lose there first.
 
     An answer earlier in the conversation would show how to answer, and heads that find out what
     is asked would look idle. Made anew where the dense model answers wrong, up to four times: a
     wrong answer tells nothing of where the right one was found.
     """
+    filler = index // 2 % 2 == 1
     for _ in range(_TRIES):
-        facts = draw_facts(rng, rng.choice(_PLANTED))
-        sample = _hidden(model, format, length, rng, facts, [_about(facts[0])], spare=0)
+        facts = draw_facts(rng, rng.choice(_PLANTED), classic=index % _CLASSIC_EVERY == 0)
+        sample = _hidden(
+            *(model, format, length, rng, facts, [_about(facts[0])]), spare=0, filler=filler
+        )
         if sample.correct[0]:
             break
     return sample
 
 
 def quiz_sample(
-    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random, index: int
 ) -> CalibrationSample:
     """Facts at uniform depths of a haystack, then one question and answer after another."""
     facts = _affordable(format, draw_facts(rng, _MOST_FACTS), length)
     questions = [_about(fact) for fact in facts]
     rng.shuffle(questions)
-    return _hidden(model, format, length, rng, facts, questions, spare=_SPARE_FACTS)
+    filler = index % 2 == 1
+    return _hidden(
+        *(model, format, length, rng, facts, questions), spare=_SPARE_FACTS, filler=filler
+    )
 
 
 def _hidden(
@@ -149,16 +158,17 @@ def _hidden(
     questions: Sequence[Question],
     *,
     spare: int,
+    filler: bool,
 ) -> CalibrationSample:
     """`facts` in a haystack and `questions` about them, room reserved for all but `spare`."""
     needles = [Needle(fact.needle, rng.random()) for fact in facts]
     introduction, closing = rng.choice(INTRODUCTIONS), rng.choice(CLOSINGS)
-    filler = rng.random() < _FILLER_SHARE
     words = haystack_words(calibration_text(), rng, length, filler=filler)
 
     def render(count: int) -> list[int]:
         haystack = hide(words[:count], needles)
-        return format.opening(f"{introduction}\n\n{haystack}\n\n{closing} {questions[0].text}")
+        question = f"{closing} {questions[0].text}".lstrip()
+        return format.opening(f"{introduction}\n\n{haystack}\n\n{question}")
 
     reserved = questions[: max(1, len(questions) - spare)]
     opening = _longest(format, render, length, reserved, "retrieval")
@@ -166,7 +176,7 @@ def _hidden(
 
 
 def documents_sample(
-    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random, index: int
 ) -> CalibrationSample:
     """Several numbered passages with titles, then quotes and summaries of some of them."""
     number = max(2, min(8, length // _DOCUMENT_TOKENS))
@@ -187,7 +197,7 @@ def documents_sample(
 
 
 def text_sample(
-    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random
+    model: AnswersModel, format: PromptFormat, length: int, rng: random.Random, index: int
 ) -> CalibrationSample:
     """Running text of exactly `length` tokens; the last ones, most of all, carry loss.
 
@@ -202,7 +212,7 @@ def text_sample(
 
 
 _MAKERS: Mapping[
-    str, Callable[[AnswersModel, PromptFormat, int, random.Random], CalibrationSample]
+    str, Callable[[AnswersModel, PromptFormat, int, random.Random, int], CalibrationSample]
 ] = {
     "retrieval": retrieval_sample,
     "quiz": quiz_sample,

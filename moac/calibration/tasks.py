@@ -48,6 +48,7 @@ CLOSINGS = (
     "That is the end of the text. Now answer a question about the facts you memorized.",
     "Now answer a question about it with one short sentence.",
     "End of the text. Here is a question about one of the facts in it.",
+    "",
 )
 
 
@@ -67,6 +68,7 @@ CITIES = _words("Lisbon Vienna Oslo Cairo Lima Dublin Prague Athens Madrid Warsa
 FRUITS = _words("apricot banana coconut grape kiwi lemon mango melon orange pear plum papaya")
 ADJECTIVES = _words("brave calm clever eager fancy gentle happy jolly kind lively proud silly")
 NOUNS = _words("badger canyon falcon forest harbor island meadow panther river rocket tiger")
+NUMBERED = ("locker number", "serial number", "account number", "gate code", "parcel number")
 
 
 def _number(rng: random.Random) -> str:
@@ -91,6 +93,15 @@ def _passkey(rng: random.Random) -> Fact:
         ),
     )
     return Fact(*rng.choice(wordings), key)
+
+
+def _stated_number(rng: random.Random) -> Fact:
+    thing, key = rng.choice(NUMBERED), _number(rng)
+    return Fact(
+        f"The {thing} is {key}. Remember it. {key} is the {thing}.",
+        f"What is the {thing}?",
+        key,
+    )
 
 
 def _magic_number(rng: random.Random) -> Fact:
@@ -155,6 +166,7 @@ def _home(rng: random.Random) -> Fact:
 
 _KINDS: tuple[Callable[[random.Random], Fact], ...] = (
     _passkey,
+    _stated_number,
     _magic_number,
     _access_code,
     _telephone,
@@ -164,28 +176,35 @@ _KINDS: tuple[Callable[[random.Random], Fact], ...] = (
     _home,
     _register,
 )
+_CLASSIC = (_passkey, _stated_number)
 _REGISTER_SHARE = 1 / 3  # small models misread registers, and then repeat their own mistake
 
 
 def _repeated(fact: Fact, rng: random.Random) -> Fact:
     """Every second fact is said twice, as the classic pass key is."""
-    if "pass key" in fact.question or rng.random() < 0.5:
+    if fact.needle.count(fact.value) > 1 or rng.random() < 0.5:
         return fact
     return Fact(f"{fact.needle} Remember it. {fact.needle}", fact.question, fact.value)
 
 
-def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts in random order, at most one pass key, no two with the same question."""
+def draw_facts(rng: random.Random, count: int, *, classic: bool = False) -> list[Fact]:
+    """`count` facts in random order, at most one pass key, no two with the same question.
+
+    `classic`: the first is a number said twice, as the field's pass key is.
+    """
     facts: dict[str, Fact] = {}
     drawn = _KINDS if rng.random() < _REGISTER_SHARE else _KINDS[:-1]
     kinds = rng.sample(drawn, len(drawn))
+    if classic:
+        kinds.insert(0, kinds.pop(min(kinds.index(kind) for kind in _CLASSIC)))
     while len(facts) < count:
         kind = kinds[len(facts) % len(kinds)]
         if kind is _passkey and len(facts) >= len(kinds):
             kind = _access_code
         fact = _repeated(kind(rng), rng)
         facts.setdefault(fact.question, fact)
-    return rng.sample(list(facts.values()), count)
+    found = list(facts.values())
+    return found if classic else rng.sample(found, count)
 
 
 def document_questions(rng: random.Random, openings: list[str]) -> list[Question]:

@@ -22,11 +22,13 @@ class Counting:
     """How a domain's costs enter the plan, span by span: `weight * (size ** power + gain * mean)`.
 
     `size`: the root mean square of influence over samples; `mean`: its mean, which has a sign.
+    The weight grows with `length ** growth`, from the shortest length on.
     """
 
     weight: float
     power: int
     gain: float = 0.0
+    growth: float = 0.0
 
 
 ANSWERS = Counting(weight=8.0, power=1, gain=2.0)
@@ -34,12 +36,13 @@ ANSWERS = Counting(weight=8.0, power=1, gain=2.0)
 
 COUNTING: Mapping[str, Counting] = {
     "documents": Counting(weight=0.25, power=2),
-    "text": Counting(weight=1.0, power=2),
+    "text": Counting(weight=1.0, power=2, growth=0.5),
 }
 """Every other domain.
 
 Chosen on SmolLM2 (benchmarks/influence.py): so much that running text loses no more than under a
-uniform plan; and what retrieval and text ask for serves documents too.
+uniform plan, of which squares tell too much at the shortest length and too little at the longest;
+and what retrieval and text ask for serves documents too.
 """
 
 
@@ -59,12 +62,17 @@ def length_objectives(
     (benchmarks/influence.py compares).
     """
     lengths = sorted({sample.length for sample in samples})
-    return [_length_objective(n, samples, tables, reference) for n in lengths]
+    return [_length_objective(n, n / lengths[0], samples, tables, reference) for n in lengths]
 
 
 def _length_objective(
-    length: int, samples: Sequence[CalibrationSample], tables: Sequence[Tensor], reference: Plan
+    length: int,
+    times: float,
+    samples: Sequence[CalibrationSample],
+    tables: Sequence[Tensor],
+    reference: Plan,
 ) -> Objective:
+    """`times`: how often the length holds the shortest one."""
     domains: dict[str, list[Tensor]] = {}
     for sample, table in zip(samples, tables, strict=True):
         if sample.length == length:
@@ -73,7 +81,7 @@ def _length_objective(
     total: Floats = np.average(
         [_costs(how, found, reference, length) for how, found in counted],
         axis=0,
-        weights=[how.weight for how, _ in counted],
+        weights=[how.weight * times**how.growth for how, _ in counted],
     )
     return Objective(name=f"{length}", length=length, table=total)
 
