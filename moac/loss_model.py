@@ -121,7 +121,7 @@ def learn(
     problem_at: ProblemAt,
 ) -> LossModel:
     """Measure planned plans of several densities, and fit losses to scores."""
-    held_out = unseen_samples(bench, lengths)
+    held_out = unseen_samples(bench, lengths.unseen)
     costs = SpanCosts.of(samples, tables)
     with stage("predict") as advance:
         dense = measure(bench, held_out, "dense", None)

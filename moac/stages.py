@@ -201,12 +201,12 @@ def _solver_options(request: CompileRequest) -> SolverOptions:
 def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int, list[Measured]]:
     """Which of `plans` to take, and what each loses at the unseen length.
 
-    The first, unless another loses less by more than chance: the extremes of a front lose most at
-    the lengths they gave up, and a few samples of one length cannot tell. Dense and a uniform plan
-    of the winner's density stand in the table for comparison. The samples are ones that no profile
-    has seen.
+    The first, unless another loses less by more than chance, here and at the longest length: the
+    extremes of a front lose most at the lengths they gave up. Dense and a uniform plan of the
+    winner's density stand in the table for comparison. The samples are ones that no profile has
+    seen.
     """
-    samples = unseen_samples(bench, lengths)
+    samples = unseen_samples(bench, lengths.unseen)
     with stage("validate") as advance:
         total = len(plans) + 2
         rows: list[Measured] = []
@@ -214,11 +214,7 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
             rows.append(measure(bench, samples, f"plan {number}", plan))
             advance(number, total)
         best = min(
-            (
-                i
-                for i, plan in enumerate(plans)
-                if i == 0 or _better(bench, samples, plan, plans[0])
-            ),
+            (i for i, plan in enumerate(plans) if i == 0 or _wins(bench, plan, plans[0], lengths)),
             key=lambda i: rows[i].loss,
         )
         uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
@@ -229,6 +225,14 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
     return best, rows
 
 
+def _wins(bench: Bench, plan: Plan, other: Plan, lengths: Lengths) -> bool:
+    """Whether `plan` is better than `other` at the unseen length, and at the longest too."""
+    return all(
+        _better(bench, unseen_samples(bench, length), plan, other)
+        for length in (lengths.unseen, lengths.profiled[-1])
+    )
+
+
 def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, other: Plan) -> bool:
     """Whether `plan` loses less than `other` on these samples, by more than chance (95 %)."""
     gains = [sample_loss(bench, s, other) - sample_loss(bench, s, plan) for s in samples]
@@ -236,9 +240,9 @@ def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, othe
     return float(np.mean(gains)) > student(len(gains) - 1) * error
 
 
-def unseen_samples(bench: Bench, lengths: Lengths) -> list[CalibrationSample]:
-    """Samples that no profile has seen, at a length that none was made for."""
-    counts = {lengths.unseen: dict.fromkeys(MEASURED_KINDS, VALIDATION_SAMPLES)}
+def unseen_samples(bench: Bench, length: int) -> list[CalibrationSample]:
+    """Samples of `length` tokens that no profile has seen."""
+    counts = {length: dict.fromkeys(MEASURED_KINDS, VALIDATION_SAMPLES)}
     return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
 
 

@@ -63,9 +63,32 @@ def test_another_plan_is_taken_only_where_it_loses_less_by_more_than_chance(
 
     monkeypatch.setattr(stages, "sample_loss", loss)
     monkeypatch.setattr(stages, "unseen_samples", lambda *_: samples)
-    lengths: Any = SimpleNamespace(unseen=1536)
+    lengths: Any = SimpleNamespace(unseen=1536, profiled=(1024, 4096))
     bench: Any = None
     best, rows = validate(bench, plans, lengths)
     assert best == chosen
     assert [row.name for row in rows][-2:] == ["uniform", "dense"]
     assert rows[0].loss == pytest.approx(1)
+
+
+def test_a_plan_that_gives_up_the_longest_length_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = _plans(2)
+    extreme = plans[1]
+
+    def loss(bench: Any, sample: CalibrationSample, plan: Plan | None) -> float:
+        better = plan is extreme and sample.length < 4096
+        return (0.5 if better else 1.0) + 0.01 * len(sample.domain)
+
+    monkeypatch.setattr(stages, "sample_loss", loss)
+    monkeypatch.setattr(
+        stages,
+        "unseen_samples",
+        lambda _, length: [_sample(d, length) for d in ("retrieval", "text") * 3],
+    )
+    lengths: Any = SimpleNamespace(unseen=1536, profiled=(1024, 4096))
+    bench: Any = None
+    best, rows = validate(bench, plans, lengths)
+    assert best == 0
+    assert rows[1].loss < rows[0].loss
