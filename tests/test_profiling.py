@@ -289,20 +289,44 @@ def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -
 
 
 def test_text_weighs_more_at_longer_lengths() -> None:
-    """The same influence at both lengths, of which retrieval and text ask for other heads."""
     layout = _layout(tiny_model("llama"))
-    samples, tables = _profiled("retrieval", "text")
+    samples, tables = _profiled("documents", "text")
     longer = [replace(sample, length=4 * sample.length) for sample in samples]
     short, long = length_objectives([*samples, *longer], [*tables, *tables], _reference(layout))
     weight, times = COUNTING["text"].weight, 4 ** COUNTING["text"].growth
-    text, answers = (
+    documents, text = (
         length_objectives([sample], [table], _reference(layout))[0].table
-        for sample, table in reversed(list(zip(samples, tables, strict=True)))
+        for sample, table in zip(samples, tables, strict=True)
     )
+    given = COUNTING["documents"].weight
     for objective, share in ((short, weight), (long, weight * times)):
-        expected = (ANSWERS.weight * answers + share * text) / (ANSWERS.weight + share)
+        expected = (given * documents + share * text) / (given + share)
         np.testing.assert_allclose(objective.table, expected, rtol=1e-9)
     assert times > 1
+
+
+def test_answers_of_other_lengths_count_for_spans_of_the_same_share() -> None:
+    """A short sample's answer needs half of its length: so may a long one's, most of the way."""
+    layout = _layout(tiny_model("llama"))
+    samples, (table,) = _profiled("retrieval")
+    short, long = torch.zeros_like(table), torch.zeros(2, 2, 2 * 160 // BLOCK + 1)
+    short[0, 0, :5] = 1.0
+    long[1, 1, :9] = 1.0
+    both = [samples[0], replace(samples[0], length=320)]
+    tables = [short, long]
+    objectives = length_objectives(both, tables, _reference(layout))
+    alone = [
+        length_objectives([s], [t], _reference(layout))[0].table
+        for s, t in zip(both, tables, strict=True)
+    ]
+    assert (alone[1][0, 0] == 0).all()
+    assert (objectives[1].table[0, 0, :9] > 0).all()
+    assert (objectives[1].table[0, 0, 10:] == 0).all()
+    assert (objectives[0].table[1, 1, :5] > 0).all()
+    assert (objectives[0].table[1, 1, 5:] == 0).all()
+    heads = (((0, 0), (1, 1)), ((1, 1), (0, 0)))
+    for objective, (mine, lent) in zip(objectives, heads, strict=True):
+        assert 1 < objective.table[mine][4] / objective.table[lent][4] < 1 / ANSWERS.lent
 
 
 def _profiled(*domains: str) -> tuple[list[CalibrationSample], list[Tensor]]:

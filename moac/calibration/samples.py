@@ -39,7 +39,7 @@ _MOST_FACTS = 8
 _SPARE_FACTS = 2  # planted beyond the room reserved: asked where short answers leave room
 _PLANTED = (1, 1, 2)  # facts that one question is asked about
 _TRIES = 4
-_CLASSIC_EVERY = 3  # of the retrieval samples, so many ask for a number said twice
+_CLASSIC_EVERY = 3  # of the retrieval samples, one asks for a pass key or its like
 _DOCUMENT_TOKENS = 400
 
 TEXT_TOKENS = 1024
@@ -118,7 +118,7 @@ def retrieval_sample(
 ) -> CalibrationSample:
     """A fact or two at uniform depths of a haystack, and one question.
 
-    Two of four in a row hide in filler, and every third asks for a number said twice: left to
+    Two of four in a row hide in filler, and every third asks for a pass key or its like: left to
     chance, a few samples of a length may hardly tell of either, and plans lose there first.
 
     An answer earlier in the conversation would show how to answer, and heads that find out what

@@ -190,7 +190,7 @@ def _repeated(fact: Fact, rng: random.Random) -> Fact:
 def draw_facts(rng: random.Random, count: int, *, classic: bool = False) -> list[Fact]:
     """`count` facts in random order, at most one pass key, no two with the same question.
 
-    `classic`: the first is a number said twice, as the field's pass key is.
+    `classic`: the first is a pass key or a number hidden the same way.
     """
     facts: dict[str, Fact] = {}
     drawn = _KINDS if rng.random() < _REGISTER_SHARE else _KINDS[:-1]

@@ -22,21 +22,23 @@ class Counting:
     """How a domain's costs enter the plan, span by span: `weight * (size ** power + gain * mean)`.
 
     `size`: the root mean square of influence over samples; `mean`: its mean, which has a sign.
-    The weight grows with `length ** growth`, from the shortest length on.
+    The weight grows with `length ** growth`, from the shortest length on. The samples of every
+    other length count too, all of them `lent` as much as the length's own.
     """
 
     weight: float
     power: int
     gain: float = 0.0
     growth: float = 0.0
+    lent: float = 0.0
 
 
-ANSWERS = Counting(weight=8.0, power=1, gain=2.0)
+ANSWERS = Counting(weight=8.0, power=1, gain=4.0, lent=0.5)
 """Domains whose answers stand at one place: retrieval, and the user's own samples."""
 
 COUNTING: Mapping[str, Counting] = {
     "documents": Counting(weight=0.25, power=2),
-    "text": Counting(weight=1.0, power=2, growth=0.5),
+    "text": Counting(weight=1.0, power=2, growth=0.75),
 }
 """Every other domain.
 
@@ -62,45 +64,76 @@ def length_objectives(
     (benchmarks/influence.py compares).
     """
     lengths = sorted({sample.length for sample in samples})
-    return [_length_objective(n, n / lengths[0], samples, tables, reference) for n in lengths]
+    found: dict[str, dict[int, Floats]] = {}
+    for domain in dict.fromkeys(sample.domain for sample in samples):
+        found[domain] = {}
+        for n in lengths:
+            group = [
+                table
+                for sample, table in zip(samples, tables, strict=True)
+                if (sample.length, sample.domain) == (n, domain)
+            ]
+            if group:
+                found[domain][n] = torch.stack(group).double().numpy()
+    return [_length_objective(n, n / lengths[0], found, reference) for n in lengths]
 
 
 def _length_objective(
     length: int,
     times: float,
-    samples: Sequence[CalibrationSample],
-    tables: Sequence[Tensor],
+    found: Mapping[str, Mapping[int, Floats]],
     reference: Plan,
 ) -> Objective:
-    """`times`: how often the length holds the shortest one."""
-    domains: dict[str, list[Tensor]] = {}
-    for sample, table in zip(samples, tables, strict=True):
-        if sample.length == length:
-            domains.setdefault(sample.domain, []).append(table)
-    counted = [(COUNTING.get(domain, ANSWERS), found) for domain, found in domains.items()]
+    """`times`: how often the length holds the shortest one.
+
+    `found[domain][length]`: influence `[samples, layers, kv_heads, spans]`.
+    """
+    counted = [
+        (COUNTING.get(domain, ANSWERS), tables)
+        for domain, tables in found.items()
+        if length in tables
+    ]
     total: Floats = np.average(
-        [_costs(how, found, reference, length) for how, found in counted],
+        [_costs(how, tables, reference, length) for how, tables in counted],
         axis=0,
         weights=[how.weight * times**how.growth for how, _ in counted],
     )
     return Objective(name=f"{length}", length=length, table=total)
 
 
-def _costs(how: Counting, tables: Sequence[Tensor], reference: Plan, length: int) -> Floats:
-    """In units of what `reference` loses by the size of influence."""
-    sizes = _typical(tables) ** how.power
+def _costs(how: Counting, tables: Mapping[int, Floats], reference: Plan, length: int) -> Floats:
+    """`[layers, kv_heads, spans]`, in units of what `reference` loses by the size of influence."""
+    pooled = [(1.0, tables[length])]
+    if how.lent:
+        spans = tables[length].shape[-1]
+        pooled += [
+            (how.lent, _stretched(other, spans, length / n))
+            for n, other in tables.items()
+            if n != length
+        ]
+    weights = [weight for weight, _ in pooled]
+    squares = np.average([np.square(found).mean(0) for _, found in pooled], 0, weights)
+    sizes = _monotone(np.sqrt(squares)) ** how.power
     unit = plan_losses(reference, [Objective("unit", length, sizes)])[0]
     costs = sizes
     if how.gain:
-        costs = sizes + how.gain * torch.stack(list(tables)).double().mean(0).numpy()
+        mean = np.average([found.mean(0) for _, found in pooled], 0, weights)
+        costs = sizes + how.gain * mean
     return costs / unit if unit > 0 else costs
 
 
-def _typical(tables: Sequence[Tensor]) -> Floats:
-    """What each span costs, `[layers, kv_heads, spans]`: the root mean square over samples.
+def _stretched(tables: Floats, spans: int, times: float) -> Floats:
+    """Influence at a length `times` as long: of a span, what as large a share of the length had.
 
-    A narrower span never counts as cheaper than a wider one of the same head.
+    `tables[..., spans]`; spans that no plan may take, which are infinite, stand for none.
     """
-    typical: Floats = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
-    widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
+    finite = int(np.isfinite(tables).reshape(-1, tables.shape[-1]).all(0).argmax())
+    places = np.clip(np.rint(np.arange(spans) / times).astype(int), finite, tables.shape[-1] - 1)
+    stretched: Floats = tables[..., places]
+    return stretched
+
+
+def _monotone(sizes: Floats) -> Floats:
+    """A narrower span never counts as cheaper than a wider one of the same head."""
+    widest_first = np.maximum.accumulate(sizes[..., ::-1], axis=-1)
     return widest_first[..., ::-1].copy()
