@@ -19,7 +19,7 @@ from moac.plan_file import identity, sealed, write_plan_file
 from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Problem, SolverOptions, layerwise_plan
 from moac.request import CompileRequest
-from moac.stages import best_weighted, calibrate, halves, profile, refined_problem
+from moac.stages import best_weighted, calibrate, halves, planning_problem, profile, refine
 from moac_runtime.span import Rule
 
 
@@ -45,7 +45,8 @@ def main() -> None:
     bench = open_bench(checkpoint, layout, request, options.work_dir)
     samples, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
     tables = profile(bench, samples)
-    problem = proportional(refined_problem(bench, samples, tables, later, lengths, options.budget))
+    samples, tables = refine(bench, samples, tables, later, lengths, options.budget)
+    problem = proportional(planning_problem(bench, samples, tables, lengths, options.budget))
     plans = {
         "layer": layerwise_plan(problem, options=SolverOptions(gap=1e-2)),
         "head": best_weighted(bench, problem).plan,

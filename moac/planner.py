@@ -31,7 +31,7 @@ from moac.stages import (
     optimise,
     planning_problem,
     profile,
-    refined_problem,
+    refine,
     validate,
 )
 from moac.workspace import Workspace, default_work_dir, peak_memory_bytes, pick_device
@@ -217,8 +217,9 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     if request.max_loss is None:
         budget = _budget(request, cap, bench.layout, lengths)
         with clock("refine"):
-            problem = refined_problem(bench, samples, tables, later, lengths, budget)
+            samples, tables = refine(bench, samples, tables, later, lengths, budget)
         with clock("optimise"):
+            problem = problem_at(budget)
             front = optimise(bench, problem)
     else:
         with clock("optimise"):

@@ -150,15 +150,15 @@ def halves(
     return first, later
 
 
-def refined_problem(
+def refine(
     bench: Bench,
     samples: Sequence[CalibrationSample],
     tables: Sequence[Tensor],
     later: Sequence[CalibrationSample],
     lengths: Lengths,
     budget: float,
-) -> Problem:
-    """The choice of rules by `samples` and by those `later` profiled around drafts of the plan.
+) -> tuple[list[CalibrationSample], list[Tensor]]:
+    """`samples` and those `later`, which are profiled around drafts of the plan, and their tables.
 
     Around the dense model influence is a gradient where nothing is dropped yet; what heads do
     together shows around the plan, and a mean of both ends is right to the second order. Each
@@ -172,7 +172,7 @@ def refined_problem(
                 known.append(sample)
                 found.append(_sample_table(bench, sample, draft.plan))
                 advance(len(known) - len(samples), len(later))
-    return planning_problem(bench, known, found, lengths, budget)
+    return known, found
 
 
 def optimise(bench: Bench, problem: Problem) -> list[FrontPoint]:

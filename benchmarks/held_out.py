@@ -1,0 +1,164 @@
+"""Ways from influence to costs, told apart by answers that the plan was not made of.
+
+    python benchmarks/held_out.py .cache/smollm2-135m-instruct --samples 20 --work-dir .cache/moac
+
+profiles as `moac plan` does, then draws the retrieval samples of every length into two halves,
+makes a plan of one and scores it on the other: the summed influence of a sample is how much the
+log-odds of its value fall, to first order. No plan is run, so that a way takes seconds, and what
+first order misses is not told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from torch import Tensor
+
+from moac.calibration import CalibrationSample
+from moac.checkpoint import open_checkpoint
+from moac.planner import open_bench, prepare, sample_counts
+from moac.planning import objectives
+from moac.planning.objectives import ANSWERS, COUNTING, Counting, length_objectives
+from moac.planning.problem import Objective, plan_losses
+from moac.planning.uniform import uniform_plan
+from moac.request import CompileRequest
+from moac.stages import best_weighted, calibrate, halves, planning_problem, profile, refine
+from moac_runtime.plan import Plan
+
+Profiled = Sequence[tuple[CalibrationSample, Tensor]]
+
+TEXT = COUNTING["text"]
+WAYS: Mapping[str, tuple[Counting, Counting]] = {
+    "in use": (ANSWERS, TEXT),
+    "no samples lent": (replace(ANSWERS, lent=0.0), TEXT),
+    "all samples lent in full": (replace(ANSWERS, lent=1.0), TEXT),
+    "gain 0": (replace(ANSWERS, gain=0.0), TEXT),
+    "gain 2": (replace(ANSWERS, gain=2.0), TEXT),
+    "gain 8": (replace(ANSWERS, gain=8.0), TEXT),
+    "text as heavy at every length": (ANSWERS, replace(TEXT, growth=0.0)),
+    "before: gain 2, none lent, growth 0": (
+        replace(ANSWERS, gain=2.0, lent=0.0),
+        replace(TEXT, growth=0.0),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--samples", type=int, default=CompileRequest().samples)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    request = CompileRequest(budget=options.budget, samples=options.samples)
+    checkpoint = open_checkpoint(options.model)
+    lengths, layout = prepare(checkpoint, request)
+    bench = open_bench(checkpoint, layout, request, options.work_dir)
+    samples, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
+    tables = profile(bench, samples)
+    around_dense = len(samples)
+    samples, tables = refine(bench, samples, tables, later, lengths, options.budget)
+    profiled = list(zip(samples, tables, strict=True))
+    text = text_objectives(
+        profiled, uniform_plan(layout, budget=options.budget, lengths=lengths.planned)
+    )
+    rows = {}
+    for name, (answers, running) in WAYS.items():
+        with (
+            patch.object(objectives, "ANSWERS", answers),
+            patch.dict(objectives.COUNTING, {"text": running}),
+        ):
+            draws = []
+            for number in range(options.draws):
+                made, kept = drawn(profiled, around_dense, random.Random(number))
+                problem = planning_problem(
+                    bench, [s for s, _ in made], [t for _, t in made], lengths, options.budget
+                )
+                plan = best_weighted(bench, problem).plan
+                draws.append(
+                    {
+                        "made of": falls(plan, made, lengths.profiled),
+                        "held out": falls(plan, kept, lengths.profiled),
+                        "text": [plan_losses(plan, (table,))[0] for table in text],
+                    }
+                )
+        rows[name] = {
+            what: np.mean([d[what] for d in draws], axis=0).tolist() for what in draws[0]
+        }
+        told = "  ".join(
+            f"{what} " + " ".join(f"{value:+.3f}" for value in values)
+            for what, values in rows[name].items()
+        )
+        print(f"{name:36s} {told}", flush=True)
+    if options.json:
+        record = {
+            "command": f"python benchmarks/held_out.py MODEL --budget {options.budget:g} "
+            f"--samples {options.samples} --draws {options.draws}",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("moac", "torch", "transformers")},
+            "fingerprint": checkpoint.fingerprint,
+            "lengths": list(lengths.profiled),
+            "ways": {name: [asdict(how) for how in way] for name, way in WAYS.items()},
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def text_objectives(profiled: Profiled, uniform: Plan) -> list[Objective]:
+    """What running text loses to first order, in units of `uniform`'s; one for each length."""
+    found = [(sample, table) for sample, table in profiled if sample.domain == "text"]
+    return length_objectives([s for s, _ in found], [t for _, t in found], uniform)
+
+
+def drawn(profiled: Profiled, around_dense: int, rng: random.Random) -> tuple[Profiled, Profiled]:
+    """Halves of the retrieval samples, alike in length and in what they were profiled around.
+
+    The first holds every sample of the other domains too. The first `around_dense` of `profiled`
+    were profiled around the dense model, the others around drafts.
+    """
+    groups: dict[tuple[int, bool], list[tuple[CalibrationSample, Tensor]]] = {}
+    made: list[tuple[CalibrationSample, Tensor]] = []
+    kept: list[tuple[CalibrationSample, Tensor]] = []
+    for number, (sample, table) in enumerate(profiled):
+        if sample.domain == "retrieval":
+            key = (sample.length, number < around_dense)
+            groups.setdefault(key, []).append((sample, table))
+        else:
+            made.append((sample, table))
+    for group in groups.values():
+        rng.shuffle(group)
+        made += group[::2]
+        kept += group[1::2]
+    return made, kept
+
+
+def falls(plan: Plan, profiled: Profiled, lengths: Sequence[int]) -> list[float]:
+    """How far a value's log-odds fall under `plan`, to first order, on mean at each length."""
+    return [
+        float(
+            np.mean(
+                [
+                    plan_losses(plan, (Objective("sample", n, table.double().numpy()),))[0]
+                    for sample, table in profiled
+                    if sample.domain == "retrieval" and sample.length == n
+                ]
+            )
+        )
+        for n in lengths
+    ]
+
+
+if __name__ == "__main__":
+    main()
