@@ -38,6 +38,7 @@ from moac.reading import Reader
 from moac.request import CompileRequest
 from moac.workspace import Workspace, code_digest, key, release_memory
 from moac_runtime.plan import Plan
+from moac_runtime.span import DENSE, Rule
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
@@ -112,15 +113,21 @@ def planning_problem(
     lengths: Lengths,
     budget: float,
 ) -> Problem:
-    """The choice of rules that `budget` leaves at the planned lengths."""
+    """The choice of rules that `budget` leaves at the planned lengths.
+
+    Within a budget of 1 nothing has to be dropped, so nothing may, whatever first order says that
+    answers would gain.
+    """
     request, layout = bench.request, bench.layout
     uniform = uniform_plan(layout, budget=budget, lengths=lengths.planned)
-    rules = candidate_rules(
-        lengths.profiled,
-        block=request.block,
-        min_span=request.min_span,
-        extrapolated=[n for n in lengths.planned if n not in lengths.profiled],
-    )
+    rules: tuple[Rule, ...] = (DENSE,)
+    if budget < 1:
+        rules = candidate_rules(
+            lengths.profiled,
+            block=request.block,
+            min_span=request.min_span,
+            extrapolated=[n for n in lengths.planned if n not in lengths.profiled],
+        )
     return Problem(
         layout=layout,
         rules=rules,
