@@ -14,12 +14,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from moac.checkpoint import open_checkpoint
+from profiled import profiled
+
 from moac.plan_file import identity, sealed, write_plan_file
-from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Problem, SolverOptions, layerwise_plan
 from moac.request import CompileRequest
-from moac.stages import best_weighted, calibrate, halves, planning_problem, profile, refine
+from moac.stages import best_weighted
 from moac_runtime.span import Rule
 
 
@@ -39,23 +39,21 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
 
-    request = CompileRequest(budget=options.budget, samples=options.samples)
-    checkpoint = open_checkpoint(options.model)
-    lengths, layout = prepare(checkpoint, request)
-    bench = open_bench(checkpoint, layout, request, options.work_dir)
-    samples, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
-    tables = profile(bench, samples)
-    samples, tables = refine(bench, samples, tables, later, lengths, options.budget)
-    problem = proportional(planning_problem(bench, samples, tables, lengths, options.budget))
+    found = profiled(
+        options.model, budget=options.budget, samples=options.samples, work_dir=options.work_dir
+    )
+    problem = proportional(found.problem(found.pairs))
     plans = {
         "layer": layerwise_plan(problem, options=SolverOptions(gap=1e-2)),
-        "head": best_weighted(bench, problem).plan,
+        "head": best_weighted(found.bench, problem).plan,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     for name, plan in plans.items():
-        record = sealed(plan, {"model": identity(checkpoint), "budget": options.budget})
+        record = sealed(
+            plan, {"model": identity(found.bench.checkpoint), "budget": options.budget}
+        )
         write_plan_file(options.output / f"{name}.json", plan, record, force=True)
-        densities = ", ".join(f"{plan.density(n):.3f} at {n}" for n in lengths.planned)
+        densities = ", ".join(f"{plan.density(n):.3f} at {n}" for n in found.lengths.planned)
         print(f"{name}: density {densities}")
 
 

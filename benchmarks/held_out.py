@@ -21,20 +21,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from profiled import Pairs, Profiled, profiled
 from torch import Tensor
 
 from moac.calibration import CalibrationSample
-from moac.checkpoint import open_checkpoint
-from moac.planner import open_bench, prepare, sample_counts
-from moac.planning import objectives
+from moac.planning import objectives, uniform_plan
 from moac.planning.objectives import ANSWERS, COUNTING, Counting, length_objectives
 from moac.planning.problem import Objective, plan_losses
-from moac.planning.uniform import uniform_plan
 from moac.request import CompileRequest
-from moac.stages import best_weighted, calibrate, halves, planning_problem, profile, refine
+from moac.stages import best_weighted
 from moac_runtime.plan import Plan
-
-Profiled = Sequence[tuple[CalibrationSample, Tensor]]
 
 TEXT = COUNTING["text"]
 WAYS: Mapping[str, tuple[Counting, Counting]] = {
@@ -62,17 +58,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    request = CompileRequest(budget=options.budget, samples=options.samples)
-    checkpoint = open_checkpoint(options.model)
-    lengths, layout = prepare(checkpoint, request)
-    bench = open_bench(checkpoint, layout, request, options.work_dir)
-    samples, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
-    tables = profile(bench, samples)
-    around_dense = len(samples)
-    samples, tables = refine(bench, samples, tables, later, lengths, options.budget)
-    profiled = list(zip(samples, tables, strict=True))
+    found = profiled(
+        options.model, budget=options.budget, samples=options.samples, work_dir=options.work_dir
+    )
+    lengths = found.lengths
     text = text_objectives(
-        profiled, uniform_plan(layout, budget=options.budget, lengths=lengths.planned)
+        found.pairs,
+        uniform_plan(found.bench.layout, budget=options.budget, lengths=lengths.planned),
     )
     rows = {}
     for name, (answers, running) in WAYS.items():
@@ -82,11 +74,8 @@ def main() -> None:
         ):
             draws = []
             for number in range(options.draws):
-                made, kept = drawn(profiled, around_dense, random.Random(number))
-                problem = planning_problem(
-                    bench, [s for s, _ in made], [t for _, t in made], lengths, options.budget
-                )
-                plan = best_weighted(bench, problem).plan
+                made, kept = drawn(found, random.Random(number))
+                plan = best_weighted(found.bench, found.problem(made)).plan
                 draws.append(
                     {
                         "made of": falls(plan, made, lengths.profiled),
@@ -108,7 +97,7 @@ def main() -> None:
             f"--samples {options.samples} --draws {options.draws}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in ("moac", "torch", "transformers")},
-            "fingerprint": checkpoint.fingerprint,
+            "fingerprint": found.bench.checkpoint.fingerprint,
             "lengths": list(lengths.profiled),
             "ways": {name: [asdict(how) for how in way] for name, way in WAYS.items()},
             "rows": rows,
@@ -116,24 +105,23 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def text_objectives(profiled: Profiled, uniform: Plan) -> list[Objective]:
+def text_objectives(pairs: Pairs, uniform: Plan) -> list[Objective]:
     """What running text loses to first order, in units of `uniform`'s; one for each length."""
-    found = [(sample, table) for sample, table in profiled if sample.domain == "text"]
-    return length_objectives([s for s, _ in found], [t for _, t in found], uniform)
+    text = [(sample, table) for sample, table in pairs if sample.domain == "text"]
+    return length_objectives([s for s, _ in text], [t for _, t in text], uniform)
 
 
-def drawn(profiled: Profiled, around_dense: int, rng: random.Random) -> tuple[Profiled, Profiled]:
+def drawn(found: Profiled, rng: random.Random) -> tuple[Pairs, Pairs]:
     """Halves of the retrieval samples, alike in length and in what they were profiled around.
 
-    The first holds every sample of the other domains too. The first `around_dense` of `profiled`
-    were profiled around the dense model, the others around drafts.
+    The first holds every sample of the other domains too.
     """
     groups: dict[tuple[int, bool], list[tuple[CalibrationSample, Tensor]]] = {}
     made: list[tuple[CalibrationSample, Tensor]] = []
     kept: list[tuple[CalibrationSample, Tensor]] = []
-    for number, (sample, table) in enumerate(profiled):
+    for number, (sample, table) in enumerate(found.pairs):
         if sample.domain == "retrieval":
-            key = (sample.length, number < around_dense)
+            key = (sample.length, number < found.around_dense)
             groups.setdefault(key, []).append((sample, table))
         else:
             made.append((sample, table))
@@ -144,14 +132,14 @@ def drawn(profiled: Profiled, around_dense: int, rng: random.Random) -> tuple[Pr
     return made, kept
 
 
-def falls(plan: Plan, profiled: Profiled, lengths: Sequence[int]) -> list[float]:
+def falls(plan: Plan, pairs: Pairs, lengths: Sequence[int]) -> list[float]:
     """How far a value's log-odds fall under `plan`, to first order, on mean at each length."""
     return [
         float(
             np.mean(
                 [
                     plan_losses(plan, (Objective("sample", n, table.double().numpy()),))[0]
-                    for sample, table in profiled
+                    for sample, table in pairs
                     if sample.domain == "retrieval" and sample.length == n
                 ]
             )

@@ -98,7 +98,7 @@ WAYS = (
     Way("all squared", powers=dict.fromkeys(ALIKE, 2)),
     Way("many questions a sample", retrieval="quiz"),
     Way("whole answers", retrieval="whole"),
-    *(Way(f"gain {gain:g}", gain=gain) for gain in (0, 1, 4)),
+    *(Way(f"gain {gain:g}", gain=gain) for gain in (0, 1, 2)),
     first_powers("first powers, all alike", ALIKE),
     first_powers("first powers, all alike, many questions", ALIKE, retrieval="quiz"),
     first_powers("first powers, 2, 0.25, 1", {"retrieval": 2, "documents": 0.25, "text": 1}),

@@ -220,24 +220,17 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
         for number, plan in enumerate(plans, start=1):
             rows.append(measure(bench, samples, f"plan {number}", plan))
             advance(number, total)
-        best = min(
-            (i for i, plan in enumerate(plans) if i == 0 or _wins(bench, plan, plans[0], lengths)),
-            key=lambda i: rows[i].loss,
-        )
+        rivals = [i for i in range(1, len(plans)) if _better(bench, samples, plans[i], plans[0])]
+        if rivals:
+            longest = unseen_samples(bench, lengths.profiled[-1])
+            rivals = [i for i in rivals if _better(bench, longest, plans[i], plans[0])]
+        best = min([0, *rivals], key=lambda i: rows[i].loss)
         uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
         rows.append(measure(bench, samples, "uniform", uniform))
         advance(total - 1, total)
         rows.append(measure(bench, samples, "dense", None))
         advance(total, total)
     return best, rows
-
-
-def _wins(bench: Bench, plan: Plan, other: Plan, lengths: Lengths) -> bool:
-    """Whether `plan` is better than `other` at the unseen length, and at the longest too."""
-    return all(
-        _better(bench, unseen_samples(bench, length), plan, other)
-        for length in (lengths.unseen, lengths.profiled[-1])
-    )
 
 
 def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, other: Plan) -> bool:

@@ -7,8 +7,12 @@ so that no one wording decides which heads look important.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+_T = TypeVar("_T")
+_Draw: TypeAlias = Callable[[random.Random], _T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,45 +99,62 @@ def _passkey(rng: random.Random) -> Fact:
     return Fact(*rng.choice(wordings), key)
 
 
-def _stated_number(rng: random.Random) -> Fact:
-    thing, key = rng.choice(NUMBERED), _number(rng)
-    return Fact(
-        f"The {thing} is {key}. Remember it. {key} is the {thing}.",
-        f"What is the {thing}?",
-        key,
-    )
+def _about(names: Sequence[str], value: _Draw[str], needle: str, question: str) -> _Draw[Fact]:
+    """Facts of one wording: one of `names` and a `value` of it, as `{name}` and `{value}`."""
+
+    def draw(rng: random.Random) -> Fact:
+        name, told = rng.choice(names), value(rng)
+        return Fact(needle.format(name=name, value=told), question.format(name=name), told)
+
+    return draw
 
 
-def _magic_number(rng: random.Random) -> Fact:
-    city, key = rng.choice(CITIES), _number(rng)
-    return Fact(
-        f"One of the special magic numbers for {city} is: {key}.",
-        f"What is the special magic number for {city}?",
-        key,
-    )
+def _one_of(words: Sequence[str]) -> _Draw[str]:
+    return lambda rng: rng.choice(words)
 
 
-def _access_code(rng: random.Random) -> Fact:
-    name, key = rng.choice(NAMES), _number(rng)
-    return Fact(f"The access code of {name} is {key}.", f"What is the access code of {name}?", key)
-
-
-def _telephone(rng: random.Random) -> Fact:
-    name, key = rng.choice(NAMES), _number(rng)
-    return Fact(
-        f"The telephone number of Doctor {name} is {key}.",
-        f"What is the telephone number of Doctor {name}?",
-        key,
-    )
-
-
-def _box(rng: random.Random) -> Fact:
-    colour, key = rng.choice(COLOURS), _number(rng)
-    return Fact(
-        f"The number on the {colour} box is {key}.",
-        f"What is the number on the {colour} box?",
-        key,
-    )
+_stated_number = _about(
+    NUMBERED,
+    _number,
+    "The {name} is {value}. Remember it. {value} is the {name}.",
+    "What is the {name}?",
+)
+_magic_number = _about(
+    CITIES,
+    _number,
+    "One of the special magic numbers for {name} is: {value}.",
+    "What is the special magic number for {name}?",
+)
+_access_code = _about(
+    NAMES, _number, "The access code of {name} is {value}.", "What is the access code of {name}?"
+)
+_telephone = _about(
+    NAMES,
+    _number,
+    "The telephone number of Doctor {name} is {value}.",
+    "What is the telephone number of Doctor {name}?",
+)
+_box = _about(
+    COLOURS,
+    _number,
+    "The number on the {name} box is {value}.",
+    "What is the number on the {name} box?",
+)
+_kept_place = _about(
+    OBJECTS, _one_of(PLACES), "The {name} is kept in the {value}.", "Where is the {name} kept?"
+)
+_favourite_fruit = _about(
+    FIRST_NAMES,
+    _one_of(FRUITS),
+    "The favourite fruit of {name} is {value}.",
+    "What is the favourite fruit of {name}?",
+)
+_home = _about(
+    FIRST_NAMES,
+    _one_of(CITIES),
+    "The home town of {name} is {value}.",
+    "What is the home town of {name}?",
+)
 
 
 def _register(rng: random.Random) -> Fact:
@@ -145,26 +166,7 @@ def _register(rng: random.Random) -> Fact:
     )
 
 
-def _kept_place(rng: random.Random) -> Fact:
-    thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
-    return Fact(f"The {thing} is kept in the {place}.", f"Where is the {thing} kept?", place)
-
-
-def _favourite_fruit(rng: random.Random) -> Fact:
-    name, fruit = rng.choice(FIRST_NAMES), rng.choice(FRUITS)
-    return Fact(
-        f"The favourite fruit of {name} is {fruit}.",
-        f"What is the favourite fruit of {name}?",
-        fruit,
-    )
-
-
-def _home(rng: random.Random) -> Fact:
-    name, city = rng.choice(FIRST_NAMES), rng.choice(CITIES)
-    return Fact(f"The home town of {name} is {city}.", f"What is the home town of {name}?", city)
-
-
-_KINDS: tuple[Callable[[random.Random], Fact], ...] = (
+_KINDS: tuple[_Draw[Fact], ...] = (
     _passkey,
     _stated_number,
     _magic_number,

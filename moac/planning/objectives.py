@@ -63,19 +63,22 @@ def length_objectives(
     since heads add up: an answer is lost to many small pushes the same way rather than to one
     (benchmarks/influence.py compares).
     """
+    found = stacked(samples, tables)
     lengths = sorted({sample.length for sample in samples})
-    found: dict[str, dict[int, Floats]] = {}
-    for domain in dict.fromkeys(sample.domain for sample in samples):
-        found[domain] = {}
-        for n in lengths:
-            group = [
-                table
-                for sample, table in zip(samples, tables, strict=True)
-                if (sample.length, sample.domain) == (n, domain)
-            ]
-            if group:
-                found[domain][n] = torch.stack(group).double().numpy()
     return [_length_objective(n, n / lengths[0], found, reference) for n in lengths]
+
+
+def stacked(
+    samples: Sequence[CalibrationSample], tables: Sequence[Tensor]
+) -> dict[str, dict[int, Floats]]:
+    """Influence `[samples, layers, kv_heads, spans]` by domain, then by length, shortest first."""
+    found: dict[str, dict[int, list[Tensor]]] = {}
+    for sample, table in zip(samples, tables, strict=True):
+        found.setdefault(sample.domain, {}).setdefault(sample.length, []).append(table)
+    return {
+        domain: {n: torch.stack(group).double().numpy() for n, group in sorted(by_length.items())}
+        for domain, by_length in found.items()
+    }
 
 
 def _length_objective(
@@ -113,7 +116,7 @@ def _costs(how: Counting, tables: Mapping[int, Floats], reference: Plan, length:
         ]
     weights = [weight for weight, _ in pooled]
     squares = np.average([np.square(found).mean(0) for _, found in pooled], 0, weights)
-    sizes = _monotone(np.sqrt(squares)) ** how.power
+    sizes = monotone(np.sqrt(squares)) ** how.power
     unit = plan_losses(reference, [Objective("unit", length, sizes)])[0]
     costs = sizes
     if how.gain:
@@ -133,7 +136,7 @@ def _stretched(tables: Floats, spans: int, times: float) -> Floats:
     return stretched
 
 
-def _monotone(sizes: Floats) -> Floats:
+def monotone(sizes: Floats) -> Floats:
     """A narrower span never counts as cheaper than a wider one of the same head."""
     widest_first = np.maximum.accumulate(sizes[..., ::-1], axis=-1)
     return widest_first[..., ::-1].copy()

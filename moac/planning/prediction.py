@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from moac.planning.objectives import monotone, stacked
 from moac.planning.problem import Floats, Objective, plan_losses
 from moac_runtime.plan import Plan
 
@@ -44,16 +44,12 @@ class SpanCosts:
     @classmethod
     def of(cls, samples: Sequence[CalibrationSample], tables: Sequence[Tensor]) -> SpanCosts:
         """Root mean squares over samples, since signs average out at the dense model."""
-        found: dict[str, dict[int, list[Tensor]]] = {}
-        for sample, table in zip(samples, tables, strict=True):
-            found.setdefault(sample.domain, {}).setdefault(sample.length, []).append(table)
         return cls(
             {
                 domain: tuple(
-                    Objective(domain, length, _costs(group))
-                    for length, group in sorted(by_length.items())
+                    Objective(domain, length, _costs(group)) for length, group in by_length.items()
                 )
-                for domain, by_length in found.items()
+                for domain, by_length in stacked(samples, tables).items()
             }
         )
 
@@ -141,9 +137,7 @@ def _scaled(power: float, scores: Floats, losses: Floats) -> tuple[float, Curve]
     return float(np.square(y - slope * x).sum()), Curve(slope**2, power)
 
 
-def _costs(tables: Sequence[Tensor]) -> Floats:
+def _costs(tables: Floats) -> Floats:
     """What each span adds to the score, `[layers, kv_heads, spans]`; a wider one never more."""
-    typical = torch.stack(list(tables)).double().square().mean(0).sqrt().numpy()
-    widest_first = np.maximum.accumulate(typical[..., ::-1], axis=-1)
-    costs: Floats = np.power(widest_first[..., ::-1], _EXPONENT)
+    costs: Floats = monotone(np.sqrt(np.square(tables).mean(0))) ** _EXPONENT
     return costs
