@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -32,19 +33,27 @@ from moac.request import CompileRequest
 from moac.stages import best_weighted
 from moac_runtime.plan import Plan
 
+
+class Way(NamedTuple):
+    """How answers and text count, and which share of the answers a plan is made of."""
+
+    answers: Counting = ANSWERS
+    text: Counting = COUNTING["text"]
+    share: float = 1.0
+
+
 TEXT = COUNTING["text"]
-WAYS: Mapping[str, tuple[Counting, Counting]] = {
-    "in use": (ANSWERS, TEXT),
-    "no samples lent": (replace(ANSWERS, lent=0.0), TEXT),
-    "all samples lent in full": (replace(ANSWERS, lent=1.0), TEXT),
-    "gain 0": (replace(ANSWERS, gain=0.0), TEXT),
-    "gain 2": (replace(ANSWERS, gain=2.0), TEXT),
-    "gain 8": (replace(ANSWERS, gain=8.0), TEXT),
-    "text as heavy at every length": (ANSWERS, replace(TEXT, growth=0.0)),
-    "before: gain 2, none lent, growth 0": (
-        replace(ANSWERS, gain=2.0, lent=0.0),
-        replace(TEXT, growth=0.0),
-    ),
+WAYS: Mapping[str, Way] = {
+    "in use": Way(),
+    "half as many answers": Way(share=0.5),
+    "no samples lent": Way(replace(ANSWERS, lent=0.0)),
+    "all samples lent in full": Way(replace(ANSWERS, lent=1.0)),
+    "gain 0": Way(replace(ANSWERS, gain=0.0)),
+    "gain 2": Way(replace(ANSWERS, gain=2.0)),
+    "gain 8": Way(replace(ANSWERS, gain=8.0)),
+    "gain 2, none lent": Way(replace(ANSWERS, gain=2.0, lent=0.0)),
+    "text half as heavy": Way(text=replace(TEXT, weight=TEXT.weight / 2)),
+    "text twice as heavy": Way(text=replace(TEXT, weight=TEXT.weight * 2)),
 }
 
 
@@ -67,14 +76,14 @@ def main() -> None:
         uniform_plan(found.bench.layout, budget=options.budget, lengths=lengths.planned),
     )
     rows = {}
-    for name, (answers, running) in WAYS.items():
+    for name, way in WAYS.items():
         with (
-            patch.object(objectives, "ANSWERS", answers),
-            patch.dict(objectives.COUNTING, {"text": running}),
+            patch.object(objectives, "ANSWERS", way.answers),
+            patch.dict(objectives.COUNTING, {"text": way.text}),
         ):
             draws = []
             for number in range(options.draws):
-                made, kept = drawn(found, random.Random(number))
+                made, kept = drawn(found, random.Random(number), way.share)
                 plan = best_weighted(found.bench, found.problem(made)).plan
                 draws.append(
                     {
@@ -99,7 +108,10 @@ def main() -> None:
             "versions": {name: version(name) for name in ("moac", "torch", "transformers")},
             "fingerprint": found.bench.checkpoint.fingerprint,
             "lengths": list(lengths.profiled),
-            "ways": {name: [asdict(how) for how in way] for name, way in WAYS.items()},
+            "ways": {
+                name: {"answers": asdict(w.answers), "text": asdict(w.text), "share": w.share}
+                for name, w in WAYS.items()
+            },
             "rows": rows,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -111,10 +123,10 @@ def text_objectives(pairs: Pairs, uniform: Plan) -> list[Objective]:
     return length_objectives([s for s, _ in text], [t for _, t in text], uniform)
 
 
-def drawn(found: Profiled, rng: random.Random) -> tuple[Pairs, Pairs]:
+def drawn(found: Profiled, rng: random.Random, share: float) -> tuple[Pairs, Pairs]:
     """Halves of the retrieval samples, alike in length and in what they were profiled around.
 
-    The first holds every sample of the other domains too.
+    Of the first only this share is kept; it holds every sample of the other domains too.
     """
     groups: dict[tuple[int, bool], list[tuple[CalibrationSample, Tensor]]] = {}
     made: list[tuple[CalibrationSample, Tensor]] = []
@@ -127,7 +139,8 @@ def drawn(found: Profiled, rng: random.Random) -> tuple[Pairs, Pairs]:
             made.append((sample, table))
     for group in groups.values():
         rng.shuffle(group)
-        made += group[::2]
+        half = group[::2]
+        made += half[: max(1, round(share * len(half)))]
         kept += group[1::2]
     return made, kept
 

@@ -288,23 +288,6 @@ def test_domains_count_by_their_weights_and_powers_in_units_of_the_reference() -
     assert ANSWERS.weight > COUNTING["text"].weight > COUNTING["documents"].weight > 0
 
 
-def test_text_weighs_more_at_longer_lengths() -> None:
-    layout = _layout(tiny_model("llama"))
-    samples, tables = _profiled("documents", "text")
-    longer = [replace(sample, length=4 * sample.length) for sample in samples]
-    short, long = length_objectives([*samples, *longer], [*tables, *tables], _reference(layout))
-    weight, times = COUNTING["text"].weight, 4 ** COUNTING["text"].growth
-    documents, text = (
-        length_objectives([sample], [table], _reference(layout))[0].table
-        for sample, table in zip(samples, tables, strict=True)
-    )
-    given = COUNTING["documents"].weight
-    for objective, share in ((short, weight), (long, weight * times)):
-        expected = (given * documents + share * text) / (given + share)
-        np.testing.assert_allclose(objective.table, expected, rtol=1e-9)
-    assert times > 1
-
-
 def test_answers_of_other_lengths_count_for_spans_of_the_same_share() -> None:
     """A short sample's answer needs half of its length: so may a long one's, most of the way."""
     layout = _layout(tiny_model("llama"))

@@ -22,14 +22,12 @@ class Counting:
     """How a domain's costs enter the plan, span by span: `weight * (size ** power + gain * mean)`.
 
     `size`: the root mean square of influence over samples; `mean`: its mean, which has a sign.
-    The weight grows with `length ** growth`, from the shortest length on. The samples of every
-    other length count too, all of them `lent` as much as the length's own.
+    The samples of every other length count too, all of them `lent` as much as the length's own.
     """
 
     weight: float
     power: int
     gain: float = 0.0
-    growth: float = 0.0
     lent: float = 0.0
 
 
@@ -38,13 +36,12 @@ ANSWERS = Counting(weight=8.0, power=1, gain=4.0, lent=0.5)
 
 COUNTING: Mapping[str, Counting] = {
     "documents": Counting(weight=0.25, power=2),
-    "text": Counting(weight=1.0, power=2, growth=0.75),
+    "text": Counting(weight=2.5, power=2),
 }
 """Every other domain.
 
 Chosen on SmolLM2 (benchmarks/influence.py): so much that running text loses no more than under a
-uniform plan, of which squares tell too much at the shortest length and too little at the longest;
-and what retrieval and text ask for serves documents too.
+uniform plan; and what retrieval and text ask for serves documents too.
 """
 
 
@@ -65,7 +62,7 @@ def length_objectives(
     """
     found = stacked(samples, tables)
     lengths = sorted({sample.length for sample in samples})
-    return [_length_objective(n, n / lengths[0], found, reference) for n in lengths]
+    return [_length_objective(n, found, reference) for n in lengths]
 
 
 def stacked(
@@ -83,14 +80,10 @@ def stacked(
 
 def _length_objective(
     length: int,
-    times: float,
     found: Mapping[str, Mapping[int, Floats]],
     reference: Plan,
 ) -> Objective:
-    """`times`: how often the length holds the shortest one.
-
-    `found[domain][length]`: influence `[samples, layers, kv_heads, spans]`.
-    """
+    """`found[domain][length]`: influence `[samples, layers, kv_heads, spans]`."""
     counted = [
         (COUNTING.get(domain, ANSWERS), tables)
         for domain, tables in found.items()
@@ -99,7 +92,7 @@ def _length_objective(
     total: Floats = np.average(
         [_costs(how, tables, reference, length) for how, tables in counted],
         axis=0,
-        weights=[how.weight * times**how.growth for how, _ in counted],
+        weights=[how.weight for how, _ in counted],
     )
     return Objective(name=f"{length}", length=length, table=total)
 
