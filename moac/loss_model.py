@@ -160,8 +160,8 @@ def smallest_within(
                 low = middle
             advance(step + 1, steps)
     problem = problem_at(high)
-    others = [other for other in optimise(bench, problem) if other.plan != point.plan]
-    return problem, [point, *(other for other in others if _keeps(model, other, limit))]
+    first, *others = optimise(bench, problem, lengths, point)
+    return problem, [first, *(other for other in others if _keeps(model, other, limit))]
 
 
 def _keeps(model: LossModel, point: FrontPoint, limit: float) -> bool:

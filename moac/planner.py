@@ -221,7 +221,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
             samples, tables = refine(bench, samples, tables, later, lengths, budget)
         with clock("optimise"):
             problem = problem_at(budget)
-            front = optimise(bench, problem)
+            front = optimise(bench, problem, lengths)
     else:
         with clock("optimise"):
             problem, front = smallest_within(bench, lengths, problem_at, model, request.max_loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
+from moac.planning.beyond import spend_beyond
 from moac.planning.objectives import COUNTING, length_objectives
 from moac.planning.prediction import student
 from moac.profiling.influence import sample_influence
@@ -182,15 +183,25 @@ def refine(
     return known, found
 
 
-def optimise(bench: Bench, problem: Problem) -> list[FrontPoint]:
-    """The plan that loses least over all lengths together, then others of the Pareto front."""
+def optimise(
+    bench: Bench, problem: Problem, lengths: Lengths, first: FrontPoint | None = None
+) -> list[FrontPoint]:
+    """`first`, or the plan that loses least over all lengths together, then others of the front.
+
+    What they leave of the budget beyond the profiled lengths is spent.
+    """
     request = bench.request
+    options = _solver_options(request)
+    kept = sorted({*lengths.profiled, lengths.unseen})
     with stage("optimise") as advance:
-        balanced = best_weighted(bench, problem)
-        front = pareto_front(problem, points=request.plans, options=_solver_options(request))
-        others = [point for point in front if point.plan != balanced.plan]
-        advance(1, 1)
-    return [balanced, *others[: request.plans - 1]]
+        first = first or best_weighted(bench, problem)
+        front = pareto_front(problem, points=request.plans, options=options)
+        others = [point for point in front if point.plan != first.plan]
+        points = [first, *others[: request.plans - 1]]
+        advance(1, 2)
+        spent = [spend_beyond(problem, point.plan, kept, options=options) for point in points]
+        advance(2, 2)
+    return [replace(point, plan=plan) for point, plan in zip(points, spent, strict=True)]
 
 
 def best_weighted(bench: Bench, problem: Problem) -> FrontPoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import highspy
 import numpy as np
@@ -25,6 +26,7 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
+from moac.planning.beyond import spend_beyond
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.plan import Plan
 from moac_runtime.span import DENSE, Rule, span_tokens
@@ -310,6 +312,58 @@ def test_weights_must_name_objectives():
 
 
 # --- baselines
+
+
+BEYOND_RULES = (Rule(32, 0.0), Rule(0, 0.5), Rule(128, 0.0), Rule(256, 0.0), DENSE)
+
+
+def spent_at(problem: Problem, plan: Plan, length: int) -> float:
+    """What `plan` loses at a length where shares count as at the longest known length."""
+    known = problem.objectives[-1]
+    total = 0.0
+    for layer, heads in enumerate(plan.spans(length)):
+        for kv_head, head in enumerate(heads):
+            least = int(np.isfinite(known.table).all(axis=(0, 1)).argmax())
+            entry = max(round(head.size * known.length / length / BLOCK), least)
+            total += known.table[layer, kv_head, entry]
+    return total
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_left_beyond_is_spent_as_brute_force_would(seed, limit):
+    problem = make_problem(seed=seed, rules=BEYOND_RULES, limit=limit, budget=0.6)
+    found = solve_weighted(problem, {"128": 1.0, "256": 1.0}, options=EXACT).plan
+    kept = (128, 192, 256)
+    spent = spend_beyond(problem, found, kept, options=EXACT)
+    assert_meets(problem, spent)
+    alike = [
+        plan
+        for plan, _ in every_plan(problem)
+        if all(plan.spans(n) == found.spans(n) for n in kept)
+    ]
+    assert spent in alike
+    least = min(spent_at(problem, plan, 512) for plan in alike)
+    assert spent_at(problem, spent, 512) == pytest.approx(least, abs=1e-6)
+
+
+def test_a_head_that_keeps_everything_keeps_it_at_longer_lengths_too():
+    problem = make_problem(rules=BEYOND_RULES, budget=0.6, extrapolated=(512,))
+    keeps, few = Rule(256, 0.0), Rule(32, 0.0)
+    plan = problem.layout.plan(((keeps, few), (few, few)))
+    falling = tuple(
+        replace(objective, table=np.broadcast_to(np.linspace(1, 0, width), (2, 2, width)).copy())
+        for objective in problem.objectives
+        for width in [objective.table.shape[-1]]
+    )
+    spent = spend_beyond(replace(problem, objectives=falling), plan, (128, 256), options=EXACT)
+    assert spent == problem.layout.plan(((DENSE, few), (few, few)))
+
+
+def test_nothing_is_spent_where_every_planned_length_is_known():
+    problem = make_problem(rules=BEYOND_RULES, extrapolated=())
+    plan = problem.layout.uniform(Rule(0, 0.5))
+    assert spend_beyond(problem, plan, (128, 256), options=EXACT) is plan
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.3, 0.5, 0.77, 1.0])

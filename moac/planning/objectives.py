@@ -103,7 +103,7 @@ def _costs(how: Counting, tables: Mapping[int, Floats], reference: Plan, length:
     if how.lent:
         spans = tables[length].shape[-1]
         pooled += [
-            (how.lent, _stretched(other, spans, length / n))
+            (how.lent, stretched(other, spans, length / n))
             for n, other in tables.items()
             if n != length
         ]
@@ -118,7 +118,7 @@ def _costs(how: Counting, tables: Mapping[int, Floats], reference: Plan, length:
     return costs / unit if unit > 0 else costs
 
 
-def _stretched(tables: Floats, spans: int, times: float) -> Floats:
+def stretched(tables: Floats, spans: int, times: float) -> Floats:
     """Influence at a length `times` as long: of a span, what as large a share of the length had.
 
     `tables[..., spans]`; spans that no plan may take, which are infinite, stand for none.

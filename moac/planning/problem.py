@@ -151,6 +151,21 @@ def plan_losses(plan: Plan, objectives: Sequence[Objective]) -> tuple[float, ...
     return tuple(_plan_loss(plan, objective) for objective in objectives)
 
 
+def table_shape(layout: Layout, length: int) -> tuple[int, int, int]:
+    """Of a loss table of that length: layers, KV heads, spans."""
+    return layout.num_layers, layout.num_kv_heads, math.ceil(length / layout.block) + 1
+
+
+def span_entries(plan: Plan, length: int) -> Ints:
+    """Where a loss table of that length holds the plan's spans, `[layers, kv_heads]`."""
+    return np.array(
+        [
+            [_entry(head.size, length, window, plan.block) for head in heads]
+            for heads, window in zip(plan.spans(length), plan.windows, strict=True)
+        ]
+    )
+
+
 def smallest_budget(layout: Layout, lengths: Sequence[int]) -> tuple[float, int]:
     """The lowest density every length can meet, and the length that needs it.
 
@@ -223,8 +238,7 @@ def _round_up(density: float) -> float:
 
 
 def _check_table(objective: Objective, layout: Layout) -> None:
-    spans = math.ceil(objective.length / layout.block) + 1
-    expected = (layout.num_layers, layout.num_kv_heads, spans)
+    expected = table_shape(layout, objective.length)
     if objective.table.shape != expected:
         raise ValueError(
             f"the loss table of {objective.name} must have shape {expected} "
@@ -251,13 +265,8 @@ def _rule_losses(objective: Objective, problem: Problem) -> Floats:
 
 
 def _plan_loss(plan: Plan, objective: Objective) -> float:
-    total = 0.0
-    for layer, heads in enumerate(plan.spans(objective.length)):
-        for kv_head, head in enumerate(heads):
-            window = plan.windows[layer]
-            entry = _entry(head.size, objective.length, window, plan.block)
-            total += float(objective.table[layer, kv_head, entry])
-    return total
+    entries = span_entries(plan, objective.length)[..., None]
+    return float(np.take_along_axis(objective.table, entries, axis=-1).sum())
 
 
 def _entry(size: int, length: int, window: int | None, block: int) -> int:
