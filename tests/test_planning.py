@@ -311,7 +311,7 @@ def test_weights_must_name_objectives():
         solve_weighted(make_problem(), {"128": 0.0})
 
 
-# --- baselines
+# --- beyond the known lengths
 
 
 BEYOND_RULES = (Rule(32, 0.0), Rule(0, 0.5), Rule(128, 0.0), Rule(256, 0.0), DENSE)
@@ -364,6 +364,9 @@ def test_nothing_is_spent_where_every_planned_length_is_known():
     problem = make_problem(rules=BEYOND_RULES, extrapolated=())
     plan = problem.layout.uniform(Rule(0, 0.5))
     assert spend_beyond(problem, plan, (128, 256), options=EXACT) is plan
+
+
+# --- baselines
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.3, 0.5, 0.77, 1.0])
