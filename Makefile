@@ -8,12 +8,13 @@ PACKAGE := out
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format types clean
+.PHONY: help quickstart test test-slow test-race lint format types clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
 	@echo 'make test         install, run the tests that take no real model'
 	@echo 'make test-slow    run the tests on the small model (minutes)'
+	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
 	@echo 'make lint types   check style and types'
 	@echo 'make format       write the style'
 	@echo 'make clean        remove what the tools leave, and the environment'
@@ -28,6 +29,9 @@ test: $(INSTALLED)
 
 test-slow: $(MODEL)/config.json
 	MOAC_CACHE=$(CURDIR)/.cache/moac $(BIN)/pytest -q -m slow
+
+test-race: $(INSTALLED)
+	$(BIN)/pytest -q tests/test_team.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -579,18 +579,10 @@ template <class T> struct Engine {
   }
 
   void serve(int64_t index) {
-    for (uint64_t seen = 0;;) {
-      team.wait(&team.step, seen + 1, IDLE_SPINS);
-      if (__atomic_load_n(&team.closing, __ATOMIC_ACQUIRE)) return;
-      seen = __atomic_load_n(&team.step, __ATOMIC_ACQUIRE);
-      run(index, seen);
-    }
+    for (uint64_t seen = 0; (seen = team.follow(seen)) != CLOSED;) run(index, seen);
   }
 
-  void close() {
-    __atomic_store_n(&team.closing, true, __ATOMIC_RELEASE);
-    team.begin();  // a step of no tasks
-  }
+  void close() { team.close(); }
 };
 
 struct Handle {

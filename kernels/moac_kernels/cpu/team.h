@@ -1,8 +1,9 @@
-// Threads that share a step's tasks. A step is a row of phases, each a number of tasks; a phase
-// begins when every task of the one before it has ended. Nobody waits for a thread, only for
-// tasks: one that the system put aside while it had none costs nothing, and finds out later what
-// went on without it. So what belongs to a step is read with a task in hand, and never without.
-// The threads themselves come from Python.
+// Threads that share a step's tasks. A step is a row of phases, each a number of tasks, some of
+// none; a phase begins when every task of the one before it has ended. Nobody waits for a thread,
+// only for tasks: one that the system put aside while it had none costs nothing, and finds out
+// later what went on without it. So what belongs to a step is read with a task in hand, and never
+// without: a task counts as in hand until it is added to `done`, and for whoever adds the last
+// one until the clock is moved. The threads themselves come from Python.
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -10,11 +11,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-constexpr int PHASE_SPINS = 2000;   // tens of microseconds: most phases are shorter
-constexpr int IDLE_SPINS = 20000;   // between steps Python chooses a token
-constexpr int64_t NONE = -1;
+// How often a waiting thread looks before it sleeps. Tests define less, so that more of them sleep.
+#ifndef PHASE_SPINS
+#define PHASE_SPINS 2000  // tens of microseconds: most phases are shorter
+#define IDLE_SPINS 20000  // between steps Python chooses a token
+#endif
 
-// `open`: the step's number in the high half, tasks not yet claimed in the low half.
+constexpr int64_t NONE = -1;
+constexpr uint64_t CLOSED = 0;  // the first step is 1
+
+// `open`: the step's number in the high half, tasks not yet claimed in the low half. The high half
+// has 32 bits of it: a thread would have to be put aside for as many steps to take one for another.
 struct alignas(64) Phase {
   uint64_t open;
   int64_t total, done;
@@ -30,7 +37,7 @@ struct Team {
   alignas(64) int32_t bell = 0;
   alignas(64) int32_t sleepers = 0;
 
-  // Make ready phase p of the next step; nobody works meanwhile.
+  // Make ready phase p of the next step; nobody has a task in hand meanwhile.
   void prepare(int64_t p, int64_t tasks) {
     phases[p].total = tasks;
     phases[p].done = 0;
@@ -38,9 +45,32 @@ struct Team {
   }
 
   void begin() {
-    __atomic_store_n(&clock, (step + 1) * num_phases, __ATOMIC_RELEASE);
+    const uint64_t number = step + 1;
+    advance(number, 0);  // before anybody can end a phase, which moves the clock further
+    __atomic_store_n(&step, number, __ATOMIC_SEQ_CST);
+    ring();
+  }
+
+  // The phases of a step before `phase` have ended, and so have those of no tasks that follow. Only
+  // for whoever ended the last of them: nobody else can move the clock until it has moved.
+  void advance(uint64_t number, int64_t phase) {
+    while (phase < num_phases && !phases[phase].total) phase++;
+    __atomic_store_n(&clock, number * num_phases + phase, __ATOMIC_SEQ_CST);
+  }
+
+  // Send everybody home, once the last step has ended.
+  void close() {
+    __atomic_store_n(&closing, true, __ATOMIC_SEQ_CST);
     __atomic_store_n(&step, step + 1, __ATOMIC_SEQ_CST);
     ring();
+  }
+
+  // Wait for a step after `seen`: the newest then, or CLOSED.
+  uint64_t follow(uint64_t seen) {
+    wait(&step, seen + 1, IDLE_SPINS);
+    const uint64_t newest = __atomic_load_n(&step, __ATOMIC_SEQ_CST);
+    // after the step: whoever sees that of close(), which nobody ends, sees this too
+    return __atomic_load_n(&closing, __ATOMIC_SEQ_CST) ? CLOSED : newest;
   }
 
   void ring() {
@@ -86,8 +116,9 @@ struct Walk {
   // The task claimed last has ended.
   void finish() {
     Phase &at = team.phases[phase];
-    if (__atomic_add_fetch(&at.done, 1, __ATOMIC_ACQ_REL) < at.total) return;
-    __atomic_store_n(&team.clock, step * team.num_phases + phase + 1, __ATOMIC_SEQ_CST);
+    const int64_t total = at.total;  // once its task is counted, a later step may stand here
+    if (__atomic_add_fetch(&at.done, 1, __ATOMIC_ACQ_REL) < total) return;
+    team.advance(step, phase + 1);
     team.ring();
   }
 
