@@ -35,6 +35,7 @@ from moac.stages import (
     validate,
 )
 from moac.workspace import Workspace, default_work_dir, peak_memory_bytes, pick_device
+from moac_runtime.cores import set_torch_threads
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
 
@@ -158,6 +159,7 @@ def open_bench(
     checkpoint: Checkpoint, layout: Layout, request: CompileRequest, work_dir: str | Path | None
 ) -> Bench:
     """Load the dense model, on the GPU if there is one, for calibration and measurement."""
+    set_torch_threads()
     device = pick_device()
     dtype = measuring_dtype(checkpoint, device)
     workspace = Workspace(Path(work_dir) if work_dir is not None else default_work_dir())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.cores import set_torch_threads
 from moac_runtime.cpu.library import runnable_sets
 from moac_runtime.cpu.opening import open_cpu
 from moac_runtime.cpu.session import CpuSession
@@ -66,6 +67,7 @@ def verify(
     alike, and by a limit of its own against the original as it is. Nothing follows a failed
     check of the files. Raises ArtifactError where there is no package at all.
     """
+    set_torch_threads()
     try:
         artifact = open_artifact(path)
     except ArtifactError as error:

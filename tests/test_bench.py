@@ -357,6 +357,11 @@ def test_mapped_weights_are_not_counted(tiny_package: Compiled) -> None:
     assert memory.available_bytes("cpu") > 0
 
 
+def test_memory_is_what_the_control_groups_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_limit", lambda: 2**20)
+    assert memory.available_bytes("cpu") == 2**20
+
+
 def test_the_default_is_what_can_run_here(tiny_package: Compiled) -> None:
     request = BenchRequest(package=tiny_package.package)
     assert choose_systems(request) == ("moac", "dense", "uniform")

@@ -400,7 +400,8 @@ def test_cuda_is_chosen_where_there_is_a_device_for_it(monkeypatch: pytest.Monke
     [
         ({"backend": "tpu"}, "no backend 'tpu'"),
         ({"dtype": "int8"}, "no dtype 'int8'; choose from float32, bfloat16, float16"),
-        ({"threads": 0}, "threads must be >= 1, got 0"),
+        ({"threads": 0}, "threads must be 1 to 1024, got 0"),
+        ({"threads": 1025}, "threads must be 1 to 1024, got 1025"),
     ],
 )
 def test_load_refuses_a_wrong_request_before_it_looks(options: dict[str, Any], match: str) -> None:

@@ -75,10 +75,16 @@ def write_sources(folder: Path, shape: KernelShape) -> None:
 
 
 def build_kernels(
-    folder: Path, shape: KernelShape, capabilities: Sequence[int], *, names: Sequence[str] = ()
+    folder: Path,
+    shape: KernelShape,
+    capabilities: Sequence[int],
+    *,
+    names: Sequence[str] = (),
+    workers: int | None = None,
 ) -> list[Built]:
     """Write sources and build every kernel (or those named) for every capability and the PTX.
 
+    `workers`: architectures built at once, None is one a CPU.
     The same shape, architectures and Triton give the same bytes. Raises BuildError where the
     compiler fails or a kernel needs more shared memory than the architecture has.
     """
@@ -86,7 +92,7 @@ def build_kernels(
     archs = [(f"sm_{capability}", capability) for capability in capabilities]
     archs.append((PORTABLE, 80))
     kernels = [kernel for kernel in KERNELS if not names or kernel.name in names]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         made = [pool.submit(_build_arch, folder, shape, *arch, kernels) for arch in archs]
         return [built for group in made for built in group.result()]
 

@@ -15,6 +15,7 @@ from moac_kernels.build import build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS
 from moac_runtime.artifact import open_artifact
+from moac_runtime.cores import default_threads
 from moac_runtime.cuda.binaries import read_folder
 from moac_runtime.cuda.decoder import CudaDecoder
 from moac_runtime.cuda.opening import CudaModel, current_device, open_cuda, open_kernels
@@ -39,7 +40,7 @@ def open_subject(subject: Subject, weights: dict[str, torch.Tensor] | None) -> C
 def _built(shape: KernelShape, architectures: tuple[int, ...]) -> TemporaryDirectory[str]:
     """A folder with the shape's kernels, there until the process ends."""
     folder = TemporaryDirectory(prefix="moac-bench-")
-    build_kernels(Path(folder.name) / "kernels", shape, architectures)
+    build_kernels(Path(folder.name) / "kernels", shape, architectures, workers=default_threads())
     return folder
 
 

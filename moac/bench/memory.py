@@ -10,6 +10,7 @@ import torch
 
 from moac.bench.system import Subject
 from moac.bench.worker import Load
+from moac_runtime.cgroup import memory_limit
 from moac_runtime.errors import MoacError
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.weights import expected_tensors
@@ -51,7 +52,8 @@ def available_bytes(device: str) -> int | None:
     if not meminfo.exists():
         return None
     lines = meminfo.read_text(encoding="ascii").splitlines()
-    return next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    return min(free, memory_limit() or free)
 
 
 def _weight_bytes(name: str, subject: Subject, itemsize: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moac_runtime.cores import MOST_THREADS
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import DTYPE_BYTES
 
@@ -23,8 +24,8 @@ class BenchRequest:
     `against`: systems beside `moac`, None for all that can run here. `context`: tokens prefilled;
     a session's capacity is context + tokens. `repeats`: whole measurements, each with its own
     prefill. `dtype`: None is the package's, bfloat16 for a shape. `backend`: of our own rows, None
-    is the best of the package here, torch for a shape. `threads`: None is each system's own
-    choice. `sequential`: one system at a time, where all at once do not fit in memory.
+    is the best of the package here, torch for a shape. `threads`: None is every core this
+    process may use. `sequential`: one system at a time, where all at once do not fit in memory.
 
     Raises UsageError where a value or a combination cannot be.
     """
@@ -69,7 +70,8 @@ class BenchRequest:
             _check_positive(name, values)
         _check_positive("--tokens", (self.tokens,))
         _check_positive("--repeats", (self.repeats,))
-        _check_positive("--threads", () if self.threads is None else (self.threads,))
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UsageError(f"--threads must be 1 to {MOST_THREADS}, got {self.threads}")
         if not 0 < self.density <= 1:
             raise UsageError(f"--density must be above 0 and at most 1, got {self.density}")
 

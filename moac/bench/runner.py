@@ -29,6 +29,7 @@ from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
 from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
+from moac_runtime.cores import set_torch_threads
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.generation import choose_backend
 from moac_runtime.plan import Plan
@@ -111,8 +112,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
     model = _open_model(request)
     systems = choose_systems(request)
     click.echo(f"systems: {', '.join(systems)}", err=True)
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    set_torch_threads(request.threads)
     with stage("bandwidth"):
         bandwidth = read_bandwidth_gbs(request.device)
     if request.device == "cuda":

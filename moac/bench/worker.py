@@ -20,6 +20,7 @@ import torch
 
 from moac.bench.machine import peak_bytes
 from moac.bench.system import Subject, System, open_system
+from moac_runtime.cores import set_torch_threads
 from moac_runtime.errors import MoacError
 
 _WARM_TOKENS = 8
@@ -132,8 +133,7 @@ def serve(pipe: Connection, name: str, subject: Subject, load: Load) -> None:
     """The process's side: load, warm up, answer requests until the pipe closes."""
     os.dup2(2, 1)  # what libraries print is no result
     try:
-        if subject.threads is not None:
-            torch.set_num_threads(subject.threads)
+        set_torch_threads(subject.threads)
         running = Running(open_system(name, subject), subject, load)
         pipe.send((True, None))
         while True:

@@ -10,6 +10,7 @@ import torch
 
 from moac_runtime.arrays import Array
 from moac_runtime.artifact import Artifact
+from moac_runtime.cores import set_torch_threads
 from moac_runtime.cpu.engine import obstacle
 from moac_runtime.cpu.opening import host_obstacle, open_cpu
 from moac_runtime.decoder import Decoder
@@ -59,6 +60,7 @@ def open_sessions(artifact: Artifact, backend: str | None = None) -> Sessions:
     Raises UsageError for another backend, MoacError where the one asked for cannot run here.
     """
     check_backend(backend)
+    set_torch_threads()
     reason = host_obstacle(artifact.targets, None) or obstacle(artifact.spec, artifact.dtype)
     if backend == "cpu" or (backend is None and reason is None):
         model = open_cpu(artifact)

@@ -13,6 +13,7 @@ from moac_kernels.build import BuildError, build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import ARCHS
 from moac_runtime.artifact import Artifact
+from moac_runtime.cores import default_threads
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
@@ -69,7 +70,8 @@ def emit_kernels(
     if not archs:
         return
     try:
-        build_kernels(staging / "kernels", require_kernels(spec, plan, dtype), archs)
+        shape = require_kernels(spec, plan, dtype)
+        build_kernels(staging / "kernels", shape, archs, workers=default_threads())
     except BuildError as error:
         raise MoacError(f"{error}; leave cuda out of --target, and report this") from error
 

@@ -104,7 +104,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
-    add("--threads", type=int, metavar="N", help="CPU threads (the backend's own choice)")
+    add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
     add("--capacity", type=int, metavar="N", help="tokens the session holds (prompt + answer)")
     add("--max-batch", type=int, metavar="N", help="prompts that run at once (all of them)")
     add("--json", action="store_true", help="one JSON document on standard output")

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypedDict, Unpack
 
 from moac_runtime.arrays import Array
 from moac_runtime.artifact import Artifact, Opening, start_opening
+from moac_runtime.cores import MOST_THREADS, set_torch_threads
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
 from moac_runtime.spec import ModelSpec
@@ -473,8 +474,9 @@ def load(
     """Open the package at `path`, check it, and read its weights.
 
     `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
-    `threads`: CPU threads, None is the backend's own choice. Raises UsageError, ArtifactError
-    where the package is not whole, and MoacError where the backend asked for cannot run here.
+    `threads`: CPU threads, None is every core this process may use (`cores`). Raises UsageError,
+    ArtifactError where the package is not whole, and MoacError where the backend asked for
+    cannot run here.
     """
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
@@ -519,8 +521,7 @@ def _open_torch(opening: Opening, dtype: str | None, threads: int | None) -> _Re
     from moac_runtime.session import Session
     from moac_runtime.weights import load_weights
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_torch_threads(threads)
     artifact = opening.result()
     precision = dtype or artifact.dtype
     torch_dtype = getattr(torch, precision)
@@ -552,12 +553,9 @@ def _open_onnx(opening: Opening, dtype: str | None, threads: int | None) -> _Rea
 
 
 def _open_cuda(opening: Opening, dtype: str | None, threads: int | None) -> _Ready:
-    import torch
-
     from moac_runtime.cuda.opening import open_cuda
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_torch_threads(threads)
     artifact = opening.result()
     if dtype not in (None, artifact.dtype):
         raise UsageError(
@@ -622,8 +620,8 @@ def _check_request(backend: str | None, dtype: str | None, threads: int | None) 
     """What can be refused before a file is read."""
     _check_choice("backend", backend, BACKENDS)
     _check_choice("dtype", dtype, DTYPE_BYTES)
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads must be >= 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
 
 
 def _check_choice(kind: str, asked: str | None, choices: Collection[str]) -> None:

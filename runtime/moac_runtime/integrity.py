@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from moac_runtime.cores import default_threads
 from moac_runtime.errors import ArtifactError
 
 MANIFEST = "moac.json"
 REMEDY = "copy the package again or recompile it"
 
 _CHUNK = 1 << 20
-_THREADS = min(8, os.cpu_count() or 1)
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,16 @@ class IntegrityCheck:
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     """Size and SHA-256 of each file below `root`. Raises OSError."""
     paths = {name: root / name for name in names}
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         digests = pool.map(sha256, paths.values())
         return {
             name: FileRecord(path.stat().st_size, digest)
             for (name, path), digest in zip(paths.items(), digests, strict=True)
         }
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, default_threads())
 
 
 def package_files(root: Path) -> Iterator[str]:
@@ -145,7 +150,7 @@ def _refuse_stray_code(root: Path, files: Mapping[str, FileRecord]) -> None:
 def _start(
     root: Path, files: Mapping[str, FileRecord], cancelled: threading.Event
 ) -> dict[str, Future[str]]:
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="moac-integrity")
+    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="moac-integrity")
     largest_first = sorted(files, key=lambda name: -files[name].size)
     digests = {name: pool.submit(sha256, root / name, cancelled) for name in largest_first}
     pool.shutdown(wait=False)

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from moac_runtime.artifact import Artifact
+from moac_runtime.cores import default_threads
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
@@ -35,7 +36,8 @@ CHUNK = 256
 class OnnxGraph:
     """A package's graph opened by onnxruntime on the CPU; it holds weights and no state.
 
-    `threads`: None is onnxruntime's own choice. Raises ArtifactError where it refuses the file.
+    `threads`: None is every core this process may use. Raises ArtifactError where it refuses
+    the file.
     """
 
     def __init__(
@@ -50,8 +52,7 @@ class OnnxGraph:
         options.enable_mem_pattern = False
         # its search takes time that grows with the square of the graph's nodes
         options.enable_mem_reuse = False
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or default_threads()
         try:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]

@@ -5,16 +5,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moac_runtime.cpu.library import (
-    LayerStruct,
-    ModelStruct,
-    ScalesStruct,
-    StepStruct,
-    default_threads,
-)
+from moac_runtime.cores import default_threads
+from moac_runtime.cpu.library import LayerStruct, ModelStruct, ScalesStruct, StepStruct
 from moac_runtime.errors import MoacError
 from moac_runtime.spec import ModelSpec
 from moac_runtime.weights import scale_name
@@ -55,7 +50,7 @@ class CpuEngine:
     `addresses`: of the weights by name, in `dtype`, heads in packed order (ARCHITECTURE.md,
     "Package format"); `memory` is what they lie in, and is held. Matrices are int8 where there
     are scales. `threads`: None is every core this process may use. Raises MoacError where memory
-    is short.
+    is short or the system lets no more threads start.
     """
 
     def __init__(
@@ -87,8 +82,7 @@ class CpuEngine:
             )
             for index in range(1, self.threads)
         ]
-        for thread in team:
-            thread.start()
+        _start(team, lambda started: _close(library, self._handle, started))
         weakref.finalize(self, _close, library, self._handle, team)
 
     def run(self, step: StepStruct) -> None:
@@ -96,6 +90,20 @@ class CpuEngine:
         with self._lock:
             if self._library.moac_step(self._handle, ctypes.byref(step)):
                 raise _short_of_memory()
+
+
+def _start(
+    team: Sequence[threading.Thread], give_up: Callable[[Sequence[threading.Thread]], None]
+) -> None:
+    for number, thread in enumerate(team):
+        try:
+            thread.start()
+        except RuntimeError as error:
+            give_up(team[:number])
+            raise MoacError(
+                f"the system lets this process start only {number} of {len(team)} threads more; "
+                "ask for fewer with --threads"
+            ) from error
 
 
 def _close(library: Any, handle: int, team: Sequence[threading.Thread]) -> None:

@@ -6,7 +6,6 @@ The structs mirror `kernels/moac_kernels/cpu/abi.h`. Nothing here needs torch or
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Collection, Iterable
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -155,28 +154,3 @@ def _declare(library: Any) -> None:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-
-
-def default_threads() -> int:
-    """Cores this process may use: hyperthreads of one core count once, a CPU quota is kept."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = {_core(cpu) for cpu in os.sched_getaffinity(0)}
-    return max(1, min(len(cores), _quota() or len(cores)))
-
-
-def _core(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return str(cpu)
-
-
-def _quota() -> int | None:
-    """Whole CPUs that the control group grants, None where it sets no limit."""
-    try:
-        most, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return None if most == "max" else int(most) // int(period)
-    except (OSError, ValueError):
-        return None
