@@ -22,14 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moac.work_dir import default_work_dir as default_work_dir
 from moac_runtime.errors import MoacError
-
-
-def default_work_dir() -> Path:
-    """`$MOAC_CACHE`, else `moac` in the user's cache folder."""
-    stated = os.environ.get("MOAC_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(stated if stated else f"{base}/moac").expanduser()
 
 
 def key(**parts: Any) -> str:

@@ -57,7 +57,7 @@ def build_obstacle() -> str | None:
             f"{sys.platform} on {platform.machine()}"
         )
     if find_compiler() is None:
-        return "CPU kernels need a C++ compiler, and there is none here: install g++"
+        return _no_compiler()
     return None
 
 
@@ -68,6 +68,16 @@ def find_compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def _no_compiler() -> str:
+    asked = os.environ.get("CXX")
+    if asked:
+        return (
+            f"CPU kernels need a C++ compiler, and CXX names {asked!r}, which is no program here: "
+            "set CXX to one, or unset it to use g++"
+        )
+    return "CPU kernels need a C++ compiler, and there is none here: install g++"
+
+
 def build_cpu(folder: Path, instruction_sets: Sequence[str]) -> list[CpuBuilt]:
     """Build the kernels for each instruction set into `folder`, made if need be.
 
@@ -75,14 +85,14 @@ def build_cpu(folder: Path, instruction_sets: Sequence[str]) -> list[CpuBuilt]:
     """
     obstacle, compiler = build_obstacle(), find_compiler()
     if obstacle is not None or compiler is None:
-        raise BuildError(obstacle or "there is no C++ compiler; install g++")
+        raise BuildError(obstacle or _no_compiler())
     folder.mkdir(parents=True, exist_ok=True)
     return [_build(folder, compiler, name) for name in instruction_sets]
 
 
 def build_key(instruction_sets: Sequence[str]) -> str:
     """What a build's bytes follow from, as a short text to keep them under."""
-    parts = (sources_digest(), _version(find_compiler() or ""), _FLAGS, instruction_sets)
+    parts = (sources_digest(), compiler_version(find_compiler() or ""), _FLAGS, instruction_sets)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
@@ -98,24 +108,17 @@ def sources_digest() -> str:
 def _build(folder: Path, compiler: str, instruction_set: str) -> CpuBuilt:
     target = folder / f"{instruction_set}.so"
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
-    done = subprocess.run(
-        # from its own folder, so that no path of this host gets in
-        [compiler, *flags, "-o", str(target.resolve()), "engine.cpp"],
-        cwd=SOURCES,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # from its own folder, so that no path of this host gets in
+    done = _run([compiler, *flags, "-o", str(target.resolve()), "engine.cpp"], SOURCES)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        reason = " ".join((lines or done.stderr.splitlines() or ["no reason given"])[0].split())
         raise BuildError(
-            f"{compiler} cannot build the CPU kernels for {instruction_set}: {reason}"
+            f"{compiler} cannot build the CPU kernels for {instruction_set}: "
+            f"{_reason(done.stderr)}"
         )
     built = CpuBuilt(
         instruction_set=instruction_set,
         library=f"kernels/cpu/{instruction_set}.so",
-        compiler=_version(compiler),
+        compiler=compiler_version(compiler),
         flags=flags,
         sources=sources_digest(),
     )
@@ -130,8 +133,21 @@ def _reason(output: str) -> str:
     return " ".join(next((line for line in lines if "error" in line), lines[0]).split())
 
 
-def _version(compiler: str) -> str:
-    if not compiler:
+def compiler_version(compiler: str) -> str:
+    """The first line a compiler says of itself, "" where it says nothing."""
+    try:
+        return (_run([compiler, "--version"]).stdout.splitlines() or [""])[0]
+    except BuildError:
         return ""
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return (done.stdout.splitlines() or [""])[0]
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler. Raises BuildError where the system cannot start it."""
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise BuildError(
+            f"{command[0]} cannot be started ({error.strerror}); set CXX to a C++ compiler"
+        ) from error

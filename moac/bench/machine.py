@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moac.host import cpu_name
 from moac_runtime.generation import peak_memory_bytes
 
 _BUFFER_BYTES = 1 << 29  # far more than any cache holds
@@ -40,7 +41,7 @@ def read_bandwidth_gbs(device: str, *, buffer_bytes: int = _BUFFER_BYTES) -> flo
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores, threads in use, memory and, where it is the device, the GPU."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -72,10 +73,3 @@ def peak_bytes(device: str) -> int | None:
         return peak_memory_bytes()
     lines = status.read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from moac.bench.system import Subject
 from moac.bench.worker import Load
+from moac.host import memory_bytes
 from moac_runtime.cgroup import memory_limit
 from moac_runtime.errors import MoacError
 from moac_runtime.generation import DTYPE_BYTES
@@ -48,12 +48,8 @@ def available_bytes(device: str) -> int | None:
     """Bytes that processes can still allocate, None where the system does not tell."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = meminfo.read_text(encoding="ascii").splitlines()
-    free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
-    return min(free, memory_limit() or free)
+    bounds = (memory_bytes("MemAvailable"), memory_limit())
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def _weight_bytes(name: str, subject: Subject, itemsize: int) -> int:

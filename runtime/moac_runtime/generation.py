@@ -593,15 +593,18 @@ def choose_backend(asked: str | None, targets: Sequence[str], *, dtype: str | No
         )
     obstacles = []
     for name in runnable:
-        obstacle = _obstacle(name, targets, dtype)
+        obstacle = backend_obstacle(name, targets, dtype)
         if obstacle is None:
             return name
         obstacles.append(obstacle)
     raise MoacError(obstacles[0])
 
 
-def _obstacle(backend: str, targets: Sequence[str], dtype: str | None) -> str | None:
-    """Why a backend cannot run here, and what to do; None where it can."""
+def backend_obstacle(backend: str, targets: Sequence[str], dtype: str | None = None) -> str | None:
+    """Why a backend that a package is built for cannot run here; None where it can.
+
+    `dtype`: asked for, None is the package's own.
+    """
     if backend == "cpu":
         from moac_runtime.cpu.opening import host_obstacle
 

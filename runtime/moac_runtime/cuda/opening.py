@@ -14,6 +14,7 @@ import torch
 from moac_runtime.artifact import Artifact
 from moac_runtime.cuda.binaries import Binaries, Choice, choose, read_binaries
 from moac_runtime.cuda.decoder import CudaDecoder
+from moac_runtime.cuda.host import NO_GPU
 from moac_runtime.cuda.launch import DriverKernels, Kernels
 from moac_runtime.cuda.session import CudaSession
 from moac_runtime.cuda.source import SourceKernels, can_build, load_source
@@ -22,10 +23,6 @@ from moac_runtime.plan import Plan
 from moac_runtime.weights import load_weights
 
 _OLDEST = (8, 0)  # compute capability: what the portable PTX is made for
-_NO_GPU = (
-    "the backend cuda needs an NVIDIA GPU that torch can use, and there is none; "
-    "run with --backend torch, or install torch for CUDA"
-)
 _PROGRAMS = 2  # of decode on a processor, where nothing tells how many it holds
 
 
@@ -71,7 +68,7 @@ def open_cuda(artifact: Artifact) -> CudaModel:
 def device_obstacle(targets: Sequence[str]) -> str | None:
     """Why no package built for `targets` can run here on this backend; None where one may."""
     if not torch.cuda.is_available():
-        return _NO_GPU
+        return NO_GPU
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) >= _OLDEST:
         return None
@@ -85,7 +82,7 @@ def device_obstacle(targets: Sequence[str]) -> str | None:
 def current_device() -> torch.device:
     """The CUDA device in use. Raises MoacError where torch can use none."""
     if not torch.cuda.is_available():
-        raise MoacError(_NO_GPU)
+        raise MoacError(NO_GPU)
     device = torch.device("cuda", torch.cuda.current_device())
     torch.empty(1, device=device)  # makes its context the current one, which the driver asks for
     return device

@@ -1,0 +1,59 @@
+"""Which backends run here, and what a package would run with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moac_runtime.artifact import open_artifact
+from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS, runnable_sets
+from moac_runtime.cuda.host import NO_GPU, has_driver
+from moac_runtime.generation import RUNNABLE, backend_obstacle
+
+
+def backends() -> dict[str, str | None]:
+    """Of each backend, best first, why it cannot run here; None where it can."""
+    found = {name: obstacle(name, [name]) for name in RUNNABLE}
+    if not runnable_sets(CPU_TARGETS):
+        found["cpu"] = f"this processor runs none of {', '.join(INSTRUCTION_SETS)}"
+    return found
+
+
+def package_backends(path: Path) -> dict[str, Any]:
+    """What the package at `path` runs with by default, and why not with each other backend.
+
+    Names and sizes of its files are checked, not their hashes. Raises ArtifactError.
+    """
+    artifact = open_artifact(path, check="sizes")
+    found = {name: _package_obstacle(name, artifact.targets) for name in RUNNABLE}
+    chosen = next((name for name, reason in found.items() if reason is None), None)
+    return {
+        "path": str(path),
+        "targets": list(artifact.targets),
+        "dtype": artifact.dtype,
+        "backend": chosen,
+        "kernels": runnable_sets(artifact.targets)[0] if chosen == "cpu" else None,
+        "backends": found,
+    }
+
+
+def obstacle(name: str, targets: Sequence[str]) -> str | None:
+    """Why a backend cannot run packages built for `targets` here; None where it can."""
+    if name == "cuda" and "torch" not in sys.modules and not has_driver():
+        return NO_GPU  # as torch would say after seconds of loading
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return backend_obstacle(name, targets)
+        except Exception as error:  # a library that is broken raises anything when it loads
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return f"what the backend {name} needs cannot be loaded: {reason}"
+
+
+def _package_obstacle(name: str, targets: Sequence[str]) -> str | None:
+    if name not in {target.partition(":")[0] for target in targets}:
+        return f"the package is not built for it; compile it with --target {name} among others"
+    return obstacle(name, targets)
