@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moac.bench.command import bench_command
+from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
 from moac.options import check_one_goal, given, numbers, planning_options, size, words
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
@@ -61,7 +62,12 @@ def cli() -> None:
     """
 
 
-@cli.command("run", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@cli.command(
+    "run",
+    cls=RunCommand,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(arguments: tuple[str, ...]) -> None:
     """Answer prompts with a package: moac run PACKAGE --prompt TEXT (see moac run --help)."""

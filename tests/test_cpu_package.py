@@ -20,6 +20,7 @@ from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu
 from moac.verify import verify
 from moac_kernels import cpu_build
+from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import build_cpu
 from moac_runtime.artifact import open_artifact
 from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features, runnable_sets
@@ -235,3 +236,17 @@ def test_the_two_lists_of_instruction_sets_agree() -> None:
 
 def test_features_are_read_where_there_are_any() -> None:
     assert isinstance(host_features(), frozenset)
+
+
+@needs_compiler
+def test_a_compiler_that_is_none_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(program))
+    with pytest.raises(BuildError, match=rf"CXX names '{program}', which is no program here"):
+        build_cpu(tmp_path / "out", ["avx2"])
+    program.write_bytes(b"\x7fno program")
+    program.chmod(0o755)
+    with pytest.raises(BuildError, match="cannot be started .*; set CXX to a C"):
+        build_cpu(tmp_path / "out", ["avx2"])

@@ -64,6 +64,11 @@ def _parser(package: Path | None) -> argparse.ArgumentParser:
     return parser
 
 
+def run_parser() -> argparse.ArgumentParser:
+    """What `moac run` takes, for whoever completes or documents it."""
+    return _parser(None)
+
+
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument(
