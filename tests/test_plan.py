@@ -87,7 +87,7 @@ def test_a_plan_is_what_a_compile_would_package(made: Path, tiny_package: Compil
     assert found["predicted_loss"] == packaged["predicted_loss"]
     assert found["model"] == packaged["model"]
     provenance = open_artifact(tiny_package.package).provenance
-    assert found["model"]["fingerprint"] == provenance["fingerprint"]
+    assert found["model"]["identity"] == provenance["identity"]
 
 
 def test_a_plan_tells_its_loss_before_it_is_run(made: Path) -> None:
@@ -245,7 +245,7 @@ def another_shape(data: Data) -> None:
 
 
 def another_model(data: Data) -> None:
-    data["model"]["fingerprint"] = "0" * 64
+    data["model"]["identity"] = "0" * 64
 
 
 def no_identity(data: Data) -> None:
