@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _confirmed(chosen: Sequence[Item], *, yes: bool) -> bool:
     """Whether to go on: asked on a terminal. Raises UsageError elsewhere."""
     if yes:
         return True
-    if not click.get_text_stream("stdin").isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
             f"{_amount(chosen)} would be removed and nobody can be asked here; give --yes to "
             "remove them, or --dry-run"
