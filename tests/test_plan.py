@@ -248,6 +248,10 @@ def another_model(data: Data) -> None:
     data["model"]["identity"] = "0" * 64
 
 
+def older(data: Data) -> None:
+    data["model"]["fingerprint"] = data["model"].pop("identity")
+
+
 def no_identity(data: Data) -> None:
     del data["model"]
 
@@ -277,7 +281,8 @@ def field(name: str, value: object) -> Callable[[Data], None]:
     ("code", "damage", "words"),
     [
         (2, another_shape, "was made for a model with num_kv_heads 8, but"),
-        (2, another_model, "was made for other files of this shape (sha256 0000000000000000)"),
+        (2, another_model, "(identity 0000000000000000), another model of this shape than"),
+        (2, older, "was made by an older version of moac"),
         (1, no_identity, "does not tell which model it was made for"),
         (1, without("rules"), "it has no 'rules'"),
         (1, without("sha256"), "it has no 'sha256'"),
