@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("moac", "moac_runtime", "moac_kernels")
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 def sources(modules: Iterable[str]) -> dict[str, Path]:
@@ -31,7 +32,7 @@ def sources(modules: Iterable[str]) -> dict[str, Path]:
         if path is None:
             raise ValueError(f"{name} must be a module of {', '.join(PACKAGES)}")
         found[name] = path
-        waiting += [other for other in _imported(path) if _file(other) is not None]
+        waiting += [other for other in _imported(path.read_bytes()) if _file(other) is not None]
     return found
 
 
@@ -47,6 +48,7 @@ def files_digest(paths: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
+@cache
 def package_folder(package: str) -> Path:
     """Where the sources of one of `PACKAGES` lie."""
     spec = find_spec(package)
@@ -65,17 +67,23 @@ def _file(module: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _imported(path: Path) -> Iterator[str]:
+@cache
+def _imported(source: bytes) -> tuple[str, ...]:
     """The names of what a source imports: modules, and attributes of modules."""
-    waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
+    found: list[str] = []
+    waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.If) and _is_for_types(node.test):
             waiting += node.orelse
         else:
-            waiting += ast.iter_child_nodes(node)
+            waiting += [n for n in ast.iter_child_nodes(node) if isinstance(n, _STATEMENTS)]
+    return tuple(found)
+
+
+def _is_for_types(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
