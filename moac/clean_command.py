@@ -56,7 +56,7 @@ def clean_command(
     """
     from moac.cleaning import choose, drop, survey
 
-    some = any(value not in (None, False) for value in asked.values())
+    some = any(value is not None and value is not False for value in asked.values())
     if yes and (dry_run or not some):
         reason = "--dry-run removes nothing" if dry_run else "nothing is named to be removed"
         raise UsageError(f"{reason}, so --yes has no meaning; leave it out or name what to remove")
