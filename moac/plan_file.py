@@ -15,6 +15,7 @@ from typing import Any
 from moac.cap import KvCap, kv_token, told_bytes
 from moac.checkpoint import Checkpoint
 from moac.lengths import Lengths
+from moac.origin import told_model
 from moac.packaging.rename import move_new
 from moac.planning import Layout
 from moac.request import CompileRequest
@@ -74,13 +75,13 @@ def refuse_beside_plan(names: Sequence[str]) -> None:
         )
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a plan belongs to: the checkpoint's files as one digest, and the shape of its heads."""
+def made_for(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a plan belongs to: the model by its identity, and the shape of its heads."""
     spec = checkpoint.spec
     return {
-        "source": checkpoint.source if checkpoint.revision else Path(checkpoint.source).name,
+        "source": checkpoint.name,
         "revision": checkpoint.revision,
-        "fingerprint": checkpoint.fingerprint,
+        "identity": checkpoint.identity,
         "family": spec.family,
         "num_layers": spec.num_layers,
         "num_kv_heads": spec.num_kv_heads,
@@ -206,18 +207,23 @@ def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint)
     made = data.get("model")
     if not isinstance(made, dict):
         raise ArtifactError(f"{path} does not tell which model it was made for: {_REMEDY}")
-    ours = identity(checkpoint)
+    ours = made_for(checkpoint)
     for name in ("family", "num_layers", "num_kv_heads", "head_dim"):
         if made.get(name) != ours[name]:
             raise UsageError(
                 f"{path} was made for a model with {name} {made.get(name)}, but "
                 f"{checkpoint.source} has {ours[name]}; plan this model with `moac plan`"
             )
-    if made.get("fingerprint") != ours["fingerprint"]:
+    if "identity" not in made:
         raise UsageError(
-            f"{path} was made for other files of this shape (sha256 "
-            f"{str(made.get('fingerprint'))[:16]}) than {checkpoint.source} "
-            f"({ours['fingerprint'][:16]}); plan this model with `moac plan`"
+            f"{path} was made by an older version of moac, which told models apart by other "
+            "means; write the plan again with `moac plan`"
+        )
+    if made["identity"] != ours["identity"]:
+        raise UsageError(
+            f"{path} was made for {told_model(made)}, another model of this shape than "
+            f"{checkpoint.source} (identity {ours['identity'][:16]}); plan this model with "
+            "`moac plan`"
         )
 
 

@@ -18,7 +18,7 @@ from moac.lengths import Lengths, choose_lengths
 from moac.loss_model import learn, smallest_within
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
-from moac.plan_file import PlanFile, check_plan_target, identity, sealed, write_plan_file
+from moac.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
 from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
 from moac.planning.problem import check_budget
 from moac.reading import open_reader
@@ -34,7 +34,8 @@ from moac.stages import (
     refine,
     validate,
 )
-from moac.workspace import Workspace, default_work_dir, peak_memory_bytes, pick_device
+from moac.work_dir import default_work_dir
+from moac.workspace import Workspace, peak_memory_bytes, pick_device
 from moac_runtime.cores import set_torch_threads
 from moac_runtime.errors import UsageError
 from moac_runtime.plan import Plan
@@ -162,7 +163,9 @@ def open_bench(
     set_torch_threads()
     device = pick_device()
     dtype = measuring_dtype(checkpoint, device)
-    workspace = Workspace(Path(work_dir) if work_dir is not None else default_work_dir())
+    root = Path(work_dir) if work_dir is not None else default_work_dir()
+    workspace = Workspace(root, checkpoint.name, checkpoint.identity)
+    workspace.prepare()
     return Bench(
         checkpoint=checkpoint,
         model=checkpoint.load_model(dtype, device),
@@ -231,7 +234,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
         best, measured = validate(bench, [point.plan for point in front], lengths)
     plan = front[best].plan
     record = {
-        "model": identity(bench.checkpoint),
+        "model": made_for(bench.checkpoint),
         "arguments": request.planning(),
         **planning_record(lengths, problem, front, front[best], measured),
         **model.record(front, plan),

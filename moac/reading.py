@@ -6,7 +6,6 @@ and run, which read several times as fast as torch's operators.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 from moac.calibration.answers import Reading as Answering
 from moac.packaging.cpu_kernels import built_library, cpu_obstacle
 from moac.packaging.fuse import pack_weights
-from moac.workspace import code_digest, unwritable
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import sources_digest
 from moac_runtime.arrays import Array
@@ -48,7 +46,7 @@ class Reading(Answering, Protocol):
 class Reader:
     """A checkpoint's weights, to be read with under any plan.
 
-    `runs`: by what, with the code's digest, for keys of results that follow from it.
+    `runs`: by what, torch or native kernels of which instruction set and sources.
     """
 
     runs: str
@@ -87,7 +85,7 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
     if library is None:
         decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
         return Reader(
-            f"torch {_digest()}",
+            "torch",
             checkpoint.eos_token_ids,
             dense,
             lambda plan, capacity: Session(decoder, plan, order, batch=1, capacity=capacity),
@@ -96,7 +94,7 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
     addresses = {name: t.data_ptr() for name, t in held.items()}
     engine = CpuEngine(open_library(library), spec, addresses, dtype=dtype, memory=held)
     return Reader(
-        f"{library.stem} {_digest()}",
+        f"{library.stem} {sources_digest()}",
         checkpoint.eos_token_ids,
         dense,
         lambda plan, capacity: CpuSession(engine, plan, order, batch=1, capacity=capacity),
@@ -110,14 +108,6 @@ def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
         return None
     try:
         return built_library(kept, sets[0])
-    except OSError as error:
-        raise unwritable(kept, error) from error
     except BuildError as error:
         click.echo(f"note: {error}; the checkpoint is read by torch, which is slower", err=True)
         return None
-
-
-def _digest() -> str:
-    """What a reader's numbers follow from beside the weights."""
-    parts = (code_digest("moac_runtime"), sources_digest())
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moac.calibration import (
@@ -18,6 +17,7 @@ from moac.calibration import (
     read_calibration,
     user_samples,
 )
+from moac.keys import result_key
 from moac.lengths import Lengths
 from moac.planning import (
     FrontPoint,
@@ -37,7 +37,7 @@ from moac.profiling.influence import sample_influence
 from moac.progress import Advance, stage
 from moac.reading import Reader
 from moac.request import CompileRequest
-from moac.workspace import Workspace, code_digest, key, release_memory
+from moac.workspace import Workspace, release_memory
 from moac_runtime.plan import Plan
 from moac_runtime.span import DENSE, Rule
 
@@ -63,16 +63,9 @@ class Bench:
     workspace: Workspace
     request: CompileRequest
 
-    def key(self, code: str, **parts: Any) -> str:
-        """A key that also names the checkpoint and how package `code` computes its numbers."""
-        return key(
-            code=code_digest(code),
-            checkpoint=self.checkpoint.fingerprint,
-            dtype=str(self.model.dtype),
-            device=self.model.device.type,
-            torch=torch.__version__.split("+")[0],
-            **parts,
-        )
+    def key(self, kind: str, **parts: Any) -> str:
+        """The key of a result of `kind` that was measured in this model with `parts`."""
+        return result_key(kind, self.checkpoint, self.model, self.tokenizer, **parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +275,7 @@ def _domain_samples(
     bench: Bench, length: int, domain: str, count: int, seed: int
 ) -> list[CalibrationSample]:
     name = bench.key(
-        "moac.calibration",
+        "calibration",
         stage="calibrate",
         reader=bench.reader.runs,
         length=length,
@@ -308,7 +301,7 @@ def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
     path = bench.request.calibration
     lines = read_calibration(path) if path is not None else []
     name = bench.key(
-        "moac.calibration",
+        "calibration",
         stage="user",
         reader=bench.reader.runs,
         lines=[asdict(line) for line in lines],
@@ -335,8 +328,7 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
 
 def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) -> Tensor:
     name = bench.key(
-        "moac.profiling",
-        stage="profile",
+        "profile",
         sample=asdict(sample),
         sink=bench.layout.sink,
         block=bench.layout.block,
@@ -358,8 +350,7 @@ def sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> f
     """The mean loss in nats of a sample's answer tokens under `plan`; None is the dense model."""
     stated = None if plan is None else plan.to_json()
     name = bench.key(
-        "moac.calibration",
-        stage="validate",
+        "loss",
         reader=bench.reader.runs,
         sample=asdict(sample),
         plan=stated,

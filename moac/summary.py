@@ -7,6 +7,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from moac.inspection import chosen_plan, inspect_package, planned_lengths
+from moac.origin import told_model
 from moac.terminal_map import Look, span_map
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
             f"smallest span {found['min_span']}",
         ),
-        ("source", f"{provenance['source']}, sha256 {provenance['fingerprint'][:16]}"),
+        ("source", told_model(provenance)),
         ("made", f"{provenance['created']} with {versions}"),
     ]
     out = StringIO()

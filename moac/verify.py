@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moac.origin import check_source
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.cores import set_torch_threads
 from moac_runtime.cpu.library import runnable_sets
@@ -18,7 +19,7 @@ from moac_runtime.cpu.session import CpuSession
 from moac_runtime.cuda.opening import device_obstacle, open_cuda
 from moac_runtime.cuda.session import CudaSession
 from moac_runtime.decoder import Decoder
-from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.errors import ArtifactError
 from moac_runtime.golden import GoldenPrompt, load_golden
 from moac_runtime.integrity import MANIFEST
 from moac_runtime.plan import Plan, dense_plan
@@ -65,7 +66,8 @@ def verify(
     With it: logits against the original in transformers under the same masks, in float32, at
     each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
     alike, and by a limit of its own against the original as it is. Nothing follows a failed
-    check of the files. Raises ArtifactError where there is no package at all.
+    check of the files. Raises ArtifactError where there is no package at all, UsageError where
+    `checkpoint` is another model than the package's.
     """
     set_torch_threads()
     try:
@@ -75,6 +77,8 @@ def verify(
             raise
         yield Check("damaged files", False, 1, 0, reason=str(error))
         return
+    if checkpoint is not None:
+        check_source(artifact, checkpoint)
     yield Check("damaged files", True, 0, 0)
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
@@ -227,14 +231,6 @@ def _source_checks(
 ) -> Iterator[Check]:
     from moac.packaging.golden import expected_prompts
 
-    if checkpoint.spec != artifact.spec:
-        raise UsageError(
-            f"{checkpoint.source} is another model than this package's: it is a "
-            f"{checkpoint.spec.family} of {checkpoint.spec.num_layers} layers and width "
-            f"{checkpoint.spec.hidden_size}, and the package one of {artifact.spec.family}, "
-            f"{artifact.spec.num_layers} and {artifact.spec.hidden_size}, or their options "
-            "differ; give the checkpoint it was compiled from"
-        )
     # The package rounds weights to its dtype; everything after that is compared in float32.
     model = checkpoint.load_model(artifact.dtype).float()
     rows = [

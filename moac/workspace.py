@@ -6,115 +6,100 @@ An interrupted compile goes on where it stopped, and another budget reuses the p
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
-import os
+import errno
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moac.work_dir import default_work_dir as default_work_dir
+from moac.atomic import sweep
+from moac.kept import RESULTS, Damaged, Header, mark_used, read_result, write_result
 from moac_runtime.errors import MoacError
-
-
-def key(**parts: Any) -> str:
-    """A short name for everything a result depends on (JSON values)."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-@cache
-def code_digest(package: str) -> str:
-    """SHA-256 over a package's sources: a result also depends on the code that made it."""
-    sources = sorted(Path(str(files(package))).rglob("*.py"))
-    if not sources:
-        raise ValueError(f"{package} must be a package with sources, found none")
-    digest = hashlib.sha256()
-    for path in sources:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Results as files `<root>/<kind>-<key>`, each written whole or not at all."""
+    """Results as files `<root>/<kind>-<key>.<suffix>` (see `kept.py`).
+
+    `source` and `model`: name and identity of the checkpoint whose results are written, which
+    they tell to people.
+    """
 
     root: Path
+    source: str = ""
+    model: str = ""
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what killed runs left half-written. Raises MoacError."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.root, error) from error
+        sweep(self.root)
 
     def load_json(self, kind: str, key: str) -> Any | None:
-        """The stored value, or None."""
-        path = self._path(kind, key, "json")
-        return json.loads(path.read_text()) if path.exists() else None
+        """The stored value; None, with a line that says why, where it is damaged, or absent."""
+        return self._load(kind, key)
 
     def save_json(self, kind: str, key: str, value: Any) -> None:
-        """Store a JSON value."""
-        self._write(self._path(kind, key, "json"), json.dumps(value).encode())
+        """Store a JSON value. Raises MoacError."""
+        self._save(kind, key, value)
 
     def load_tensors(self, kind: str, key: str) -> dict[str, Tensor] | None:
-        """The stored tensors, or None."""
-        path = self._path(kind, key, "safetensors")
-        return load_file(path) if path.exists() else None
+        """The stored tensors; None, with a line that says why, where damaged, or absent."""
+        arrays = self._load(kind, key)
+        if arrays is None:
+            return None
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
     def save_tensors(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store tensors."""
-        path = self._path(kind, key, "safetensors")
-        with self._replacing(path) as staging:
-            save_file(
-                {name: t.contiguous().to("cpu") for name, t in tensors.items()}, staging.path
-            )
+        """Store tensors. Raises MoacError."""
+        self._save(kind, key, {name: t.detach().cpu().numpy() for name, t in tensors.items()})
 
-    def _path(self, kind: str, key: str, suffix: str) -> Path:
-        return self.root / f"{kind}-{key}.{suffix}"
+    def _path(self, kind: str, key: str) -> Path:
+        return self.root / f"{kind}-{key}.{RESULTS[kind]}"
 
-    def _write(self, path: Path, data: bytes) -> None:
-        with self._replacing(path) as staging:
-            staging.path.write_bytes(data)
-
-    def _replacing(self, path: Path) -> _Replacing:
-        return _Replacing(path)
-
-
-class _Replacing:
-    """A temporary file beside `target` that takes its name when all went well."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> _Replacing:
+    def _load(self, kind: str, key: str) -> Any | None:
+        path = self._path(kind, key)
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.target.parent, prefix=".partial-")
-        except OSError as error:
-            raise unwritable(self.target.parent, error) from error
-        os.close(handle)
-        self.path = Path(name)
-        return self
+            _, value = read_result(path)
+        except FileNotFoundError:
+            return None
+        except Damaged as reason:
+            told_damaged(path, reason)
+            return None
+        mark_used(path)
+        return value
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.path.replace(self.target)
-            return
-        self.path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise MoacError(
-                f"cannot write to the work folder {self.target.parent}: {error.strerror}; "
-                "free some space or name another with --work-dir"
-            ) from error
+    def _save(self, kind: str, key: str, value: Any) -> None:
+        path = self._path(kind, key)
+        try:
+            write_result(path, Header(kind, key, self.source, self.model), value)
+        except IsADirectoryError:
+            click.echo(
+                f"note: {path} is a folder, so the result is not kept; move it away", err=True
+            )
+        except OSError as error:
+            raise unwritable(self.root, error) from error
+
+
+def told_damaged(path: Path, reason: Damaged) -> None:
+    """Say on stderr that what is kept at `path` is made again, and why."""
+    click.echo(f"note: {path} {reason}; it is made again", err=True)
 
 
 def unwritable(folder: Path, error: OSError) -> MoacError:
-    """What to tell where nothing can be written to the work folder."""
+    """What to tell where the work folder cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space (`moac clean` tells what is kept)" if full else "check the folder"
     return MoacError(
-        f"cannot write to the work folder {folder}: {error.strerror}; name another with --work-dir"
+        f"cannot write to the work folder {folder}: {error.strerror}; {remedy}, or name another "
+        "with --work-dir"
     )
 
 

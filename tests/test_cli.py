@@ -15,6 +15,7 @@ from families import save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, Compiled, moac_command, options
 
+from moac.checkpoint import Checkpoint
 from moac.packaging.fuse import pack_weights
 
 Make = Callable[..., Path]
@@ -429,13 +430,18 @@ def test_verify_with_another_model(
     assert "is another model than this package's" in capsys.readouterr().err
 
 
-def test_verify_with_a_finetuned_source_exits_3(
-    tiny_package: Compiled, checkpoint: Path, capsys: Capture
+def test_verify_exits_3_where_the_package_does_not_do_what_its_source_does(
+    tiny_package: Compiled, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = load_file(checkpoint / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"] *= 1.1
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    asked = ["verify", tiny_package.package, "--source", checkpoint, "--lengths", "64"]
+    def other(checkpoint: Checkpoint, *asked: Any) -> Any:
+        model = load_model(checkpoint, *asked)
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1.1)
+        return model
+
+    load_model = Checkpoint.load_model
+    monkeypatch.setattr(Checkpoint, "load_model", other)
+    source = tiny_package.checkpoint
+    asked = ["verify", tiny_package.package, "--source", source, "--lengths", "64"]
     capsys.readouterr()
     assert moac_command(*asked, "--json") == 3
     out, err = capsys.readouterr()

@@ -87,7 +87,7 @@ def test_a_plan_is_what_a_compile_would_package(made: Path, tiny_package: Compil
     assert found["predicted_loss"] == packaged["predicted_loss"]
     assert found["model"] == packaged["model"]
     provenance = open_artifact(tiny_package.package).provenance
-    assert found["model"]["fingerprint"] == provenance["fingerprint"]
+    assert found["model"]["identity"] == provenance["identity"]
 
 
 def test_a_plan_tells_its_loss_before_it_is_run(made: Path) -> None:
@@ -245,7 +245,11 @@ def another_shape(data: Data) -> None:
 
 
 def another_model(data: Data) -> None:
-    data["model"]["fingerprint"] = "0" * 64
+    data["model"]["identity"] = "0" * 64
+
+
+def older(data: Data) -> None:
+    data["model"]["fingerprint"] = data["model"].pop("identity")
 
 
 def no_identity(data: Data) -> None:
@@ -277,7 +281,8 @@ def field(name: str, value: object) -> Callable[[Data], None]:
     ("code", "damage", "words"),
     [
         (2, another_shape, "was made for a model with num_kv_heads 8, but"),
-        (2, another_model, "was made for other files of this shape (sha256 0000000000000000)"),
+        (2, another_model, "(identity 0000000000000000), another model of this shape than"),
+        (2, older, "was made by an older version of moac"),
         (1, no_identity, "does not tell which model it was made for"),
         (1, without("rules"), "it has no 'rules'"),
         (1, without("sha256"), "it has no 'sha256'"),

@@ -199,7 +199,7 @@ def test_figures_are_those_of_inspect(page: Page, found: dict[str, Any]) -> None
         assert {check["name"], wording.short(check["value"])} <= table
     for name, seconds in found["provenance"]["seconds"].items():
         assert {name, wording.duration(seconds)} <= table
-    assert found["provenance"]["fingerprint"] in page.words
+    assert found["provenance"]["identity"] in page.words
     for name, version in found["provenance"]["versions"].items():
         assert f"{name} {version}" in page.words
     assert set(found["provenance"]["arguments"]) <= set(
@@ -381,7 +381,7 @@ def evaluation_of(found: dict[str, Any]) -> dict[str, Any]:
         "date": "2026-11-22T00:00:00+00:00",
         "machine": {"processor": "x86_64", "threads": 1, "device": "cpu"},
         "versions": {"moac": "0.1.0"},
-        "package": {"fingerprint": found["provenance"]["fingerprint"]},
+        "package": {"identity": found["provenance"]["identity"]},
     }
     density = {method: {n: plan.density(n) for n in lengths} for method in methods}
     stated = Evaluation(tuple(results), (), density, record).to_json()
@@ -454,7 +454,7 @@ def test_the_command_refuses_to_write_into_the_package(tiny_package):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e["package"].update(fingerprint="0"), "an evaluation of another package"),
+        (lambda e: e["package"].update(identity="0"), "an evaluation of another package"),
         (
             lambda e: e["density"]["moac"].update({"256": 0.123}),
             "an evaluation of another package",

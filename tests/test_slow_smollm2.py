@@ -74,7 +74,7 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="module")
 def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Compiled as `make quickstart` does; stages already in the user's work folder are reused."""
-    from moac.workspace import default_work_dir
+    from moac.work_dir import default_work_dir
 
     made = Compiled(checkpoint, tmp_path_factory.mktemp("smollm2") / "out", default_work_dir())
     compile_model(checkpoint, made.package, request=CompileRequest(budget=0.5))

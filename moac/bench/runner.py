@@ -27,6 +27,7 @@ from moac.bench.request import BenchRequest
 from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
+from moac.origin import check_source
 from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.cores import set_torch_threads
@@ -196,11 +197,7 @@ def _check_source(request: BenchRequest, artifact: Artifact) -> None:
         return
     from moac.checkpoint import open_checkpoint
 
-    if open_checkpoint(request.source).spec != artifact.spec:
-        raise UsageError(
-            f"{request.source} is another model than this package's; give the checkpoint it was "
-            "compiled from"
-        )
+    check_source(artifact, open_checkpoint(request.source))
 
 
 def _measure(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,10 +17,11 @@ from moac.checkpoint.gguf import (
     load_gguf_model,
     open_gguf,
 )
+from moac.checkpoint.identity import gguf_identity, safetensors_identity
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac.checkpoint.served import DTYPES, refuse
 from moac.checkpoint.source import download_settings, download_weights, local_path, read_json
-from moac.checkpoint.tensors import check_tensors
+from moac.checkpoint.tensors import check_tensors, expected_tensors
 from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from moac.checkpoint.weights import SafetensorsWeights, open_weights
 from moac_runtime.errors import CheckpointError, MoacError
@@ -32,17 +31,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-# What a compile depends on beside the weights.
-_SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 class Weights(Protocol):
@@ -80,21 +68,25 @@ class Checkpoint:
         return self.weights.tensor(name)
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 over the config, tokenizer and weight files, whatever folder they lie in."""
-        digest = hashlib.sha256()
-        for path in self._files():
-            stat = path.stat()
-            line = f"{path.name} {_file_sha256(path, stat.st_size, stat.st_mtime_ns)}\n"
-            digest.update(line.encode())
-        return digest.hexdigest()
+    def identity(self) -> str:
+        """What the model is, 64 hex digits: a digest of its spec and its tensors' contents.
 
-    def _files(self) -> list[Path]:
-        if not isinstance(self.weights, SafetensorsWeights):
-            return [self.path]
-        shards = sorted(set(self.weights.files.values()))
-        settings = [self.path / name for name in _SETTINGS if (self.path / name).is_file()]
-        return settings + shards
+        The same wherever and in however many files the weights lie, and whichever library saved
+        them; another for another dtype. Plans, packages and kept results name their model by it.
+        Raises CheckpointError for a file that cannot be read.
+        """
+        if isinstance(self.weights, SafetensorsWeights):
+            return safetensors_identity(
+                self.spec, self.weights.files, tuple(expected_tensors(self.spec))
+            )
+        return gguf_identity(self.spec, self.path)
+
+    @property
+    def name(self) -> str:
+        """What to call it: the hub id, or the last part of a local path."""
+        if self.revision:
+            return self.source
+        return Path(self.source).name or self.path.resolve().name
 
     def load_model(
         self, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
@@ -259,10 +251,3 @@ def _load_directory(folder: Path, dtype: Any) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
-
-
-@cache
-def _file_sha256(path: Path, size: int, modified: int) -> str:
-    """Kept per path, size and time of change, so a fingerprint is paid for once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from moac.evaluation.methods import OWN, method_plans
 from moac.evaluation.sessions import EvalSession, open_sessions
+from moac.evaluation.tokenizer import read_tokenizer, tokenizer_digest
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import Model
-from moac_runtime.text import Tokenizer
 
 _HARNESS_DEVICE = "cuda:0"  # what its command line hands over where nobody named a device
 _ROUND = 64  # tokens: requests of like length share a capacity, whatever batch they come in
@@ -79,12 +79,7 @@ class MoacLM(TemplateLM):
         def open_session(batch: int, size: int) -> EvalSession:
             return sessions.open(plan_at(size), batch, size)
 
-        template = "tokenizer/chat_template.jinja"
-        self._text = Tokenizer.read(
-            artifact.path("tokenizer/tokenizer.json"),
-            artifact.path("tokenizer/generation.json"),
-            artifact.path(template) if template in artifact.files else None,
-        )
+        self._text = read_tokenizer(artifact)
         self._model = Model(
             tokenizer=self._text,
             spec=artifact.spec,
@@ -95,7 +90,7 @@ class MoacLM(TemplateLM):
         )
         self._open: Callable[[int, int], EvalSession] = open_session
         self._asked, self._rows = capacity, int(batch_size)
-        self._fingerprint = str(artifact.provenance.get("fingerprint"))
+        self._tokenizer_files = tokenizer_digest(artifact)
 
     @property
     def eot_token_id(self) -> int:
@@ -110,8 +105,8 @@ class MoacLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's caches: the source checkpoint's fingerprint."""
-        return f"moac-{self._fingerprint}"
+        """Names the tokenizer in the harness's caches: the digest of its files."""
+        return f"moac-{self._tokenizer_files}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The package's template where one is asked for."""

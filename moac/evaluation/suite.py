@@ -28,7 +28,9 @@ from moac.evaluation.results import Difference, Evaluation, Outcome, Result, com
 from moac.evaluation.ruler import RULER_TASKS, ruler
 from moac.evaluation.runner import Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
+from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.inspection import planned_lengths
+from moac.origin import check_source
 from moac.plan_file import read_plan_file
 from moac.progress import Advance, stage
 from moac.request import CompileRequest
@@ -58,22 +60,24 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the package at `package`; `source` is the checkpoint it was compiled from.
 
-    Every method answers the same cases, on the package's weights and in its dtype. Raises
+    Every method answers the same cases, written with the package's own tokenizer and template, on
+    the package's weights and in its dtype. Raises
     UsageError for lengths beyond the capacity or another checkpoint, ArtifactError, and
     CheckFailed where decode steps and prefill disagree on the same text.
     """
     request = request or EvalRequest()
     artifact, checkpoint = open_artifact(package), open_checkpoint(str(source))
-    _check_source(artifact, checkpoint)
+    check_source(artifact, checkpoint)
     lengths = _lengths(artifact, request)
     plans = _plans(artifact, checkpoint, request.against)
-    tokenizer = checkpoint.load_tokenizer()
+    own = read_tokenizer(artifact)
+    tokenizer = in_transformers(own)
     with stage("prepare") as advance:
         cells = _cells(request, tokenizer, lengths, advance)
     sessions = open_sessions(artifact, request.backend)
     if sessions.note is not None:
         click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
-    bench = _Bench(artifact, Runner(sessions), tokenizer, frozenset(checkpoint.eos_token_ids))
+    bench = _Bench(artifact, Runner(sessions), tokenizer, own.eos_token_ids)
     with stage("evaluate") as advance:
         results, differences = _run(bench, cells, plans, request, advance)
     return Evaluation(
@@ -84,16 +88,6 @@ def evaluate(
             artifact, sessions, request, request.command(Path(package), str(source), lengths)
         ),
     )
-
-
-def _check_source(artifact: Artifact, checkpoint: Checkpoint) -> None:
-    if checkpoint.spec != artifact.spec:
-        raise UsageError(
-            f"{checkpoint.source} is another model than this package's (a "
-            f"{checkpoint.spec.family} of {checkpoint.spec.num_layers} layers, the package one of "
-            f"{artifact.spec.family} with {artifact.spec.num_layers}, or their options differ); "
-            "give the checkpoint it was compiled from"
-        )
 
 
 def _plans(
@@ -292,7 +286,7 @@ def _record(
             **{name: version(name) for name in ("moac", "torch", "transformers", "tokenizers")},
         },
         "package": {
-            "fingerprint": artifact.provenance.get("fingerprint"),
+            "identity": artifact.provenance["identity"],
             "dtype": artifact.dtype,
             "capacity": artifact.capacity,
         },

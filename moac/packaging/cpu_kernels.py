@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from moac.kept import KERNELS, Damaged, Header, mark_used, read_folder, write_folder
+from moac.workspace import told_damaged, unwritable
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle
 from moac_runtime.artifact import Artifact
@@ -55,9 +56,13 @@ def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
     A build does not depend on the model, so it is kept below the folder `kept` for the next
     compile. Raises MoacError.
     """
+    folder = staging / "kernels" / "cpu"
     try:
         for name in cpu_sets(targets):
-            _copy(built_library(kept, name).parent, staging / "kernels" / "cpu", name)
+            _, files = _built(kept, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, data in files.items():
+                (folder / file).write_bytes(data)
     except BuildError as error:
         raise MoacError(f"{error}; leave cpu out of --target, and report this") from error
 
@@ -65,12 +70,31 @@ def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
 def built_library(kept: Path, name: str) -> Path:
     """The kernels for an instruction set, below the folder `kept`; built where they are not there.
 
-    Beside them lies their record. Raises BuildError.
+    Beside them lies their record. Raises BuildError, and MoacError where nothing can be written.
     """
-    folder = kept / f"cpu-{build_key([name])}"
-    if not (folder / f"{name}.json").is_file():  # written last
-        build_cpu(folder, [name])
+    folder, _ = _built(kept, name)
     return folder / f"{name}.so"
+
+
+def _built(kept: Path, name: str) -> tuple[Path, dict[str, bytes]]:
+    """The folder of a build and its files, `NAME.so` and `NAME.json`, proven."""
+    key = build_key([name])
+    folder = kept / f"{KERNELS}-{key}"
+    try:
+        _, files = read_folder(folder)
+    except FileNotFoundError:
+        files = None
+    except Damaged as reason:
+        told_damaged(folder, reason)
+        files = None
+    try:
+        if files is None:
+            write_folder(folder, Header(KERNELS, key), lambda place: build_cpu(place, [name]))
+            _, files = read_folder(folder)
+    except OSError as error:
+        raise unwritable(kept, error) from error
+    mark_used(folder)
+    return folder, files
 
 
 def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
@@ -81,9 +105,3 @@ def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
         for name in names
         if name in artifact.files
     ]
-
-
-def _copy(folder: Path, target: Path, name: str) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for suffix in ("so", "json"):
-        shutil.copyfile(folder / f"{name}.{suffix}", target / f"{name}.{suffix}")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moac.atomic import sync, sync_tree
 from moac.packaging.rename import exchange, move_new
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.integrity import MANIFEST
@@ -46,7 +47,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
         with _staging(target) as staging:
             yield staging
             _open_to_read(staging)
-            _sync(staging)
+            sync_tree(staging)
             _publish(staging, target, force=force)
 
 
@@ -137,29 +138,13 @@ def _open_to_read(staging: Path) -> None:
             Path(folder, name).chmod(0o666 & ~mask)
 
 
-def _sync(staging: Path) -> None:
-    """Have every byte and name on the disk before the rename makes them visible."""
-    for folder, _, names in os.walk(staging):
-        for name in names:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _publish(staging: Path, target: Path, *, force: bool) -> None:
     if target.exists():
         check_target(target, force=force)  # it may have appeared while we worked
         exchange(staging, target)
     else:
         move_new(staging, target)
-    _fsync(target.parent)
+    sync(target.parent)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moac.attention import INFLUENCE, attention
-from moac.calibration import CalibrationSample
-from moac.planning import Layout
+from moac.calibration.samples import CalibrationSample
+from moac.planning.problem import Layout
 from moac.profiling.attention import InfluenceRecorder
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec

@@ -154,7 +154,7 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))
         measured = {int(n): share for n, share in evaluation["density"][OWN].items()}
-        source = evaluation["package"]["fingerprint"]
+        source = evaluation["package"]["identity"]
         Quality.of(evaluation)
     except OSError as error:
         raise UsageError(
@@ -166,7 +166,7 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
     plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
     same = all(abs(plan.density(n) - share) < 1e-9 for n, share in measured.items())
-    if source != found["provenance"]["fingerprint"] or not same:
+    if source != found["provenance"].get("identity") or not same:
         raise UsageError(
             f"{path} is an evaluation of another package (its model or its plan differs from "
             "this one's); evaluate this package, or name the one that was evaluated"

@@ -1,0 +1,40 @@
+"""A package's own tokenizer and chat template, as cases are written with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from moac_runtime.artifact import Artifact
+from moac_runtime.text import Tokenizer
+
+_FOLDER = "tokenizer/"
+_TEMPLATE = f"{_FOLDER}chat_template.jinja"
+
+
+def read_tokenizer(artifact: Artifact) -> Tokenizer:
+    """The tokenizer that answers with the package. Raises ArtifactError."""
+    return Tokenizer.read(
+        artifact.path(f"{_FOLDER}tokenizer.json"),
+        artifact.path(f"{_FOLDER}generation.json"),
+        artifact.path(_TEMPLATE) if _TEMPLATE in artifact.files else None,
+    )
+
+
+def in_transformers(tokenizer: Tokenizer) -> Any:
+    """The same for code that is written for transformers' tokenizers, such as `PromptFormat`."""
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = PreTrainedTokenizerFast
+    return made(
+        tokenizer_object=tokenizer.backend,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens,
+    )
+
+
+def tokenizer_digest(artifact: Artifact) -> str:
+    """SHA-256 over the package's tokenizer files."""
+    records = {name: file.sha256 for name, file in artifact.files.items()}
+    lines = [f"{name} {records[name]}\n" for name in sorted(records) if name.startswith(_FOLDER)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
