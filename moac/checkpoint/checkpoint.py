@@ -12,13 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moac.checkpoint.gguf import (
-    GgufWeights,
-    gguf_config,
-    gguf_tokenizer,
-    load_gguf_model,
-    open_gguf,
-)
+from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
+from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac.checkpoint.served import DTYPES, refuse
 from moac.checkpoint.source import download_settings, download_weights, local_path, read_json
@@ -119,7 +114,7 @@ class Checkpoint:
         """The tokenizer in transformers, chat template and all."""
         if self.path.is_dir():
             return load_tokenizer(self.path)
-        return gguf_tokenizer(open_gguf(self.path))
+        return gguf_tokenizer(open_gguf(self.path).fields)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the package's `tokenizer/` files into `folder`, made where it is missing."""
@@ -171,10 +166,10 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
         )
     _check_installed("gguf", "accelerate")
     file = open_gguf(path)
-    config = gguf_config(file)
+    config = file.config()
     spec = model_spec(config)
-    check_tensors(spec, file.shapes, str(path))
-    files, eos = _texts(gguf_tokenizer(file), config, {}, file.end_ids())
+    check_tensors(spec, file.shapes, str(path), config="its header")
+    files, eos = _texts(gguf_tokenizer(file.fields), config, {}, file.end_ids())
     weights = GgufWeights(path, spec)
     return Checkpoint(source, None, path, spec, file.dtype, eos, files, weights)
 
