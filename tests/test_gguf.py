@@ -81,19 +81,20 @@ def test_the_name_of_a_model_does_not_change_its_family(tmp_path: Path, name: st
     check_same(tmp_path / "tiny.gguf", "llama")
 
 
-def test_quantised_tensors_are_widened(tmp_path: Path) -> None:
-    from gguf import GGMLQuantizationType, quantize
+@pytest.mark.parametrize(("kind", "steps"), [("Q8_0", 127), ("Q4_0", 8), ("BF16", 256)])
+def test_quantised_tensors_are_widened(tmp_path: Path, kind: str, steps: int) -> None:
+    from gguf import GGMLQuantizationType
 
     path = tmp_path / "tiny.gguf"
-    state = write_gguf(path, stored_as=GGMLQuantizationType.Q8_0)
+    state = write_gguf(path, stored_as=GGMLQuantizationType[kind])
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.dtype == "bfloat16"
-    name = "model.layers.1.mlp.down_proj.weight"
-    blocks = quantize(state[name].numpy(), GGMLQuantizationType.Q8_0)
-    assert blocks.dtype != state[name].numpy().dtype
+    changed = 0
     for name, tensor in state.items():
-        step = tensor.abs().max() / 127
-        assert (checkpoint.tensor(name) - tensor).abs().max() <= step, name
+        found = checkpoint.tensor(name)
+        assert (found - tensor).abs().max() <= tensor.abs().max() / steps, name
+        changed += not torch.equal(found, tensor)
+    assert changed == sum(tensor.dim() == 2 for tensor in state.values())
     assert checkpoint.load_model().dtype == torch.bfloat16
 
 

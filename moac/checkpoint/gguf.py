@@ -63,7 +63,7 @@ def open_gguf(path: Path) -> GgufFile:
         reader = _reader(path)
         values = {name: value.contents() for name, value in reader.fields.items()}
         shapes = {_hf_name(tensor.name): _shape(tensor) for tensor in reader.tensors}
-        kinds = {tensor.tensor_type.name: tensor for tensor in reader.tensors}
+        kinds = {tensor.tensor_type.name: tensor for tensor in reader.tensors if tensor.data.size}
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is not a whole GGUF file ({' '.join(str(error).split())}); download it again"
@@ -116,12 +116,12 @@ def _dtype(kinds: set[str]) -> str:
 
 
 def _check_kinds(tensors: Mapping[str, Any]) -> None:
-    """Refuse a kind of number that the library does not widen; no row is read for it."""
+    """Refuse a kind of number that the library does not widen, tried on one row of each."""
     from gguf import dequantize
 
     for kind, tensor in tensors.items():
         try:
-            dequantize(tensor.data[:0], tensor.tensor_type)
+            dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError:
             raise refuse(
                 "GGUF tensor type", kind, "float and the types that are usual for weights"
