@@ -56,7 +56,7 @@ class Check:
 
 
 def verify(
-    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] = SOURCE_LENGTHS
+    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] | None = None
 ) -> Iterator[Check]:
     """Yield every check of the package at `path`, one after another.
 
@@ -64,8 +64,13 @@ def verify(
     With it: logits against the original in transformers under the same masks, in float32, at
     each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
     alike, and by a limit of its own against the original as it is. Nothing follows a failed
-    check of the files. Raises ArtifactError where there is no package at all.
+    check of the files. Raises ArtifactError where there is no package at all, and UsageError for
+    lengths that cannot be meant.
     """
+    if lengths is not None and checkpoint is None:
+        raise UsageError("--lengths are those compared with the original model; give --source")
+    if lengths is not None and min(lengths, default=0) < 1:
+        raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
     try:
         artifact = open_artifact(path)
     except ArtifactError as error:
@@ -77,7 +82,7 @@ def verify(
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
     if checkpoint is not None:
-        yield from _source_checks(artifact, checkpoint, lengths)
+        yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
 
 def runtime_logits(
