@@ -14,7 +14,7 @@ from moac.bench.command import bench_command
 from moac.clean_command import clean_command
 from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
-from moac.options import check_one_goal, given, numbers, planning_options, size, words
+from moac.options import given, numbers, planning_options, size, words
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
 
 if TYPE_CHECKING:
@@ -94,11 +94,10 @@ def plan_command(
 
     The stages are those of moac compile, kept in the same work folder.
     """
-    check_one_goal()
     _require_compile_extra()
     from moac.request import CompileRequest
 
-    request = CompileRequest(**choices)
+    request = CompileRequest(**given(choices))
     if dry_run:
         from moac.estimate import estimate_plan
 
@@ -172,15 +171,10 @@ def compile_command(
     Finds out how far back each attention head looks, hands the budget out over the heads, writes
     the package and verifies it.
     """
-    check_one_goal()
     _require_compile_extra()
-    from moac.request import PLANNING, CompileRequest
+    from moac.request import CompileRequest
 
-    if plan is not None:
-        from moac.plan_file import refuse_beside_plan
-
-        refuse_beside_plan(given(PLANNING))
-    request = CompileRequest(**choices)
+    request = CompileRequest(**given(choices))
     if dry_run:
         from moac.estimate import estimate
 
@@ -290,12 +284,8 @@ def verify_command(
     package: Path, source: str | None, lengths: tuple[int, ...] | None, as_json: bool
 ) -> None:
     """Check PACKAGE: its files, its golden logits and, with --source, the original model."""
-    from moac.verify import SOURCE_LENGTHS, verify
+    from moac.verify import verify
 
-    if lengths is not None and source is None:
-        raise UsageError("--lengths are those compared with the original model; give --source")
-    if lengths is not None and min(lengths) < 1:
-        raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
     checkpoint = None
     if source is not None:
         _require_compile_extra()
@@ -303,7 +293,7 @@ def verify_command(
 
         checkpoint = open_checkpoint(source)
     checks = []
-    for check in verify(package, checkpoint=checkpoint, lengths=lengths or SOURCE_LENGTHS):
+    for check in verify(package, checkpoint=checkpoint, lengths=lengths):
         checks.append(check)
         if not as_json:
             word = "ok    " if check.ok else "FAILED"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -215,7 +214,7 @@ def provenance(bench: Bench, planned: Planned) -> dict[str, Any]:
     Of a plan from a file, the file's name and SHA-256; how it was planned stands in `plan.json`.
     """
     checkpoint = bench.checkpoint
-    asked = json.loads(json.dumps(asdict(bench.request), default=str))
+    asked = bench.request.to_json()
     if planned.file is not None:
         asked = {name: value for name, value in asked.items() if name not in PLANNING}
     return {

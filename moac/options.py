@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,19 +40,10 @@ def size(context: click.Context, option: click.Parameter, value: str | None) -> 
         raise click.BadParameter(str(error)) from None
 
 
-def given(names: Collection[str]) -> list[str]:
-    """Those parameters of the running command that stand on its command line."""
-    context = click.get_current_context()
-    stated = click.core.ParameterSource.COMMANDLINE
-    return [name for name in names if context.get_parameter_source(name) is stated]
-
-
-def check_one_goal() -> None:
-    """Raise UsageError where more than one option says how much memory may stay."""
-    found = given(("budget", "max_kv_bytes", "max_loss"))
-    if len(found) > 1:
-        one, other = (f"--{name.replace('_', '-')}" for name in found[:2])
-        raise UsageError(f"{one} and {other} both say how much may stay; give one of them")
+def given(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Those parameters of the running command that someone gave; a request knows the others."""
+    context, default = click.get_current_context(), click.core.ParameterSource.DEFAULT
+    return {n: v for n, v in choices.items() if context.get_parameter_source(n) is not default}
 
 
 def planning_options(command: Command) -> Command:

@@ -148,7 +148,7 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     Rules may have been edited by hand: every one is checked. Raises UsageError for a plan of
     another model or a request that plans for itself, ArtifactError for a file without a plan.
     """
-    refuse_beside_plan(request.planning_changed())
+    refuse_beside_plan(request.planning_given())
     data, digest = _read(path)
     _check_identity(path, data, checkpoint)
     edited = _edited(path, data)

@@ -340,4 +340,4 @@ class Clock:
 
 
 def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:
-    return request.budget if cap is None else cap.budget(layout, lengths.planned)
+    return request.share if cap is None else cap.budget(layout, lengths.planned)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from moac.calibration import read_calibration
 from moac.packaging.cpu_kernels import CPU_NAMES
 from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
+from moac.typed import Default, check_seed, check_types
 from moac_runtime.errors import UsageError
 from moac_runtime.manifest import DTYPES, WEIGHTS
 
@@ -20,6 +22,8 @@ ONNX_DTYPES = ("float32", "float16")
 ONNX_WEIGHTS = ("shared", "int8")
 DEFAULT_BUDGET = 0.5
 
+# Each says how much may stay, and only one of them can.
+GOALS = ("budget", "max_kv_bytes", "max_loss")
 # The choices that decide a plan; the others decide how it is packaged.
 PLANNING = (
     *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
@@ -31,7 +35,7 @@ PLANNING = (
 class CompileRequest:
     """Every choice of a compile. Lengths, spans and blocks in tokens, sizes in bytes.
 
-    How much KV memory may stay is one of three: `budget`, a share of the dense model's;
+    How much KV memory may stay is one of three: `budget`, a share of the dense model's (a half);
     `max_kv_bytes`, for a session of `batch` sequences (1) of `length` tokens (the capacity); or
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
     `weights`: "full", as `dtype` says, or "int8", the matrices in 8 bits.
@@ -42,7 +46,7 @@ class CompileRequest:
     meant.
     """
 
-    budget: float = DEFAULT_BUDGET
+    budget: float | None = None
     max_kv_bytes: int | None = None
     batch: int | None = None
     length: int | None = None
@@ -56,21 +60,17 @@ class CompileRequest:
     onnx_weights: str = "shared"
     rules_per_layer: int | None = None
     calibration: Path | None = None
-    sink: int = 64
-    block: int = 64
-    min_span: int = 128
-    plans: int = 5
-    samples: int = 5
-    seed: int = 0
+    sink: int = Default(64)
+    block: int = Default(64)
+    min_span: int = Default(128)
+    plans: int = Default(5)
+    samples: int = Default(5)
+    seed: int = Default(0)
     max_shard_size: int = DEFAULT_SHARD_SIZE
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise UsageError(
-                f"the budget is {self.budget:g}, expected above 0 and at most 1: the share of "
-                "the dense model's KV memory that may stay"
-            )
+        check_types(self)
         self._check_goal()
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise UsageError("lengths must be positive numbers of tokens, such as 1024,2048")
@@ -83,32 +83,54 @@ class CompileRequest:
                 )
         self._check_weights()
         self._check_onnx()
-        for name in ("block", "plans", "samples"):
+        for name in ("block", "plans", "samples", "max_shard_size"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise UsageError(
+                    f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1"
+                )
+        check_seed(self.seed)
         self._check_spans()
         if self.calibration is not None:
             read_calibration(self.calibration)  # a bad line is named now, not after minutes
 
+    @property
+    def share(self) -> float:
+        """The largest share of the dense model's KV memory that is asked for: `budget`, a half
+        where nothing says how much may stay, all where `max_loss` decides.
+        """
+        if self.budget is not None:
+            return self.budget
+        return DEFAULT_BUDGET if self.max_loss is None else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Every choice as JSON values, the budget that holds where none was given among them."""
+        asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return asked if self._goals() else {**asked, "budget": self.share}
+
     def planning(self) -> dict[str, Any]:
         """The choices that decide a plan, as JSON values."""
-        asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        asked = self.to_json()
         return {name: asked[name] for name in PLANNING}
 
-    def planning_changed(self) -> list[str]:
-        """Which of them are not what they are by default."""
-        default = {field.name: field.default for field in fields(self)}
-        return [name for name in PLANNING if getattr(self, name) != default[name]]
+    def planning_given(self) -> list[str]:
+        """Which of them were given, be it as what they are by default."""
+        left_out = (Default, NoneType)
+        return [name for name in PLANNING if not isinstance(getattr(self, name), left_out)]
+
+    def _goals(self) -> list[str]:
+        return [name for name in GOALS if getattr(self, name) is not None]
 
     def _check_goal(self) -> None:
-        goals = {
-            "a budget": self.budget != DEFAULT_BUDGET,
-            "the most KV bytes": self.max_kv_bytes is not None,
-            "the most loss": self.max_loss is not None,
-        }
-        asked = [name for name, given in goals.items() if given]
+        asked = [f"--{name.replace('_', '-')}" for name in self._goals()]
         if len(asked) > 1:
-            raise UsageError(f"{' and '.join(asked)} were given, expected one of them; choose one")
+            raise UsageError(
+                f"{asked[0]} and {asked[1]} both say how much may stay; give one of them"
+            )
+        if not 0 < self.share <= 1:
+            raise UsageError(
+                f"the budget is {self.share:g}, expected above 0 and at most 1: the share of "
+                "the dense model's KV memory that may stay"
+            )
         for name in ("max_kv_bytes", "batch", "length"):
             found = getattr(self, name)
             if found is not None and found < 1:

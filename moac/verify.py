@@ -19,7 +19,7 @@ from moac_runtime.cpu.session import CpuSession
 from moac_runtime.cuda.opening import device_obstacle, open_cuda
 from moac_runtime.cuda.session import CudaSession
 from moac_runtime.decoder import Decoder
-from moac_runtime.errors import ArtifactError
+from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.golden import GoldenPrompt, load_golden
 from moac_runtime.integrity import MANIFEST
 from moac_runtime.plan import Plan, dense_plan
@@ -58,7 +58,7 @@ class Check:
 
 
 def verify(
-    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] = SOURCE_LENGTHS
+    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] | None = None
 ) -> Iterator[Check]:
     """Yield every check of the package at `path`, one after another.
 
@@ -67,8 +67,12 @@ def verify(
     each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
     alike, and by a limit of its own against the original as it is. Nothing follows a failed
     check of the files. Raises ArtifactError where there is no package at all, UsageError where
-    `checkpoint` is another model than the package's.
+    `checkpoint` is another model than the package's and for lengths that cannot be meant.
     """
+    if lengths is not None and checkpoint is None:
+        raise UsageError("--lengths are those compared with the original model; give --source")
+    if lengths is not None and min(lengths, default=0) < 1:
+        raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
     set_torch_threads()
     try:
         artifact = open_artifact(path)
@@ -83,7 +87,7 @@ def verify(
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
     if checkpoint is not None:
-        yield from _source_checks(artifact, checkpoint, lengths)
+        yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
 
 def runtime_logits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from moac.calibration.samples import DOMAINS
 from moac.calibration.tasks import INTRODUCTIONS, draw_facts
 from moac.calibration.text import ends_clause, running_words, separated_words
 from moac.checkpoint import open_checkpoint
+from moac.evaluation.own_task import read_own_task
 from moac.reading import open_reader
 from moac_runtime.errors import CheckpointError, UsageError
 
@@ -375,9 +377,56 @@ def test_a_bad_user_line_is_named(tmp_path: Path, entry: Any, message: str) -> N
         read_calibration(lines(tmp_path, {"prompt": "fine"}, entry))
 
 
+SEPARATED = "First.\u2028Second.\u2029Third.\x85Fourth."
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_lines_end_at_line_feeds_alone(tmp_path: Path, start: str, end: str) -> None:
+    entries = [{"prompt": SEPARATED, "response": "Red."}, {"prompt": "Last."}]
+    text = start + end.join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    path = tmp_path / "mine.jsonl"
+    for last in ("", end):
+        path.write_bytes((text + last).encode())
+        assert [sample.prompt for sample in read_calibration(path)] == [SEPARATED, "Last."]
+    own = [{"prompt": entry["prompt"], "answer": "Red."} for entry in entries]
+    text = start + end.join(json.dumps(entry, ensure_ascii=False) for entry in own)
+    path.write_bytes(text.encode())
+    assert [line.prompt for line in read_own_task(path)] == [SEPARATED, "Last."]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "caf\xe9"}', "line 2: byte 16 (0xe9) is not UTF-8; save the file as UTF-8"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 2: not valid JSON (the key 'prompt' stands tw"),
+        (b'{"prompt": NaN}', "line 2: not valid JSON (NaN is no JSON number)"),
+        (b'{"prompt": "\\ud83d"}', "line 2: a \\u escape is half of a surrogate pair"),
+        (b'{"prompt": "a"} {"prompt": "b"}', "line 2: not valid JSON (Extra data"),
+        (b'{"prompt": "a\rb"}', "line 2: not valid JSON (Invalid control character"),
+        (b"[" * 100_000, "line 2: not valid JSON"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "line 2: not valid JSON"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n' + line + b"\n")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_calibration(path)
+
+
+def test_a_pipe_is_refused_since_it_is_read_twice(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match="is no regular file"):
+            read_calibration(path)
+
+
 def test_a_user_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the calibration file"):
         read_calibration(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="cannot read the calibration file"):
+        read_calibration(tmp_path / ("long" * 100))
     with pytest.raises(UsageError, match="holds no calibration line"):
         read_calibration(lines(tmp_path, ""))
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import CHAT_TEMPLATE, FAMILIES, ROPES, save_checkpoint, tiny_model, tiny_tokenizer
+from families import CHAT_TEMPLATE, FAMILIES, ROPES, save_checkpoint, tiny_model
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -493,7 +494,7 @@ def test_no_config_value_ends_in_a_traceback(
         ("llama", {"model_type": "qwen2"}, "q_proj.bias and 5 more tensors"),
         ("llama", {"tie_word_embeddings": True}, "but lm_head.weight differs from"),
         ("qwen2", {"tie_word_embeddings": False}, "lacks the tensor lm_head.weight"),
-        ("qwen2", {"model_type": "mistral"}, "that the config has no place for"),
+        ("qwen2", {"model_type": "mistral"}, "that its config.json has no place for"),
         ("qwen3", {"model_type": "llama"}, "k_norm.weight and 3 more tensors"),
     ],
 )
@@ -562,64 +563,6 @@ def test_tokenizer_missing_or_damaged(copy: Callable[..., Path]) -> None:
 # ---- GGUF
 
 
-def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection in llama.cpp's order (pairs beside each other)."""
-    rows = weight.shape[0] // heads
-    return weight.reshape(heads, 2, rows // 2, -1).transpose(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path: Path, *, pre: str = "smollm", **extra: Any) -> dict[str, torch.Tensor]:
-    """A float32 GGUF of the tiny Llama; returns the model's tensors."""
-    from gguf import GGUFWriter
-
-    model = tiny_model("llama")
-    config, state = model.config, model.state_dict()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    for name, value in extra.items():
-        getattr(writer, name)(value)
-    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    vocabulary = sorted(backend["model"]["vocab"].items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_eot_token_id(0)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in state.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        kind = name.split(".")[-2]
-        stored = permuted(tensor, heads[kind]) if kind in heads else tensor
-        writer.add_tensor(gguf_name(name), stored.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return dict(state)
-
-
-def gguf_name(name: str) -> str:
-    from moac.checkpoint.gguf import _NAMES
-
-    theirs = {ours: short for short, ours in _NAMES.items()}
-    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    if block:
-        return f"blk.{block[1]}.{theirs[block[2]]}.weight"
-    return f"{theirs[name.removesuffix('.weight')]}.weight"
-
-
 def test_a_gguf_is_the_same_checkpoint(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     state = write_gguf(path)
@@ -640,9 +583,9 @@ def test_a_gguf_is_the_same_checkpoint(tiny_checkpoint: Make, tmp_path: Path) ->
 def test_gguf_options_that_would_be_dropped(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, add_sliding_window=32)
-    assert refusal(path).startswith("a sliding window in a GGUF file, 32 is not served")
+    assert refusal(path).startswith("llama.attention.sliding_window = 32 is not served")
     write_gguf(path, add_expert_count=4)
-    assert refusal(path).startswith("expert_count 4 is not served")
+    assert refusal(path).startswith("llama.expert_count = 4 is not served")
     write_gguf(path, pre="tekken")
     assert refusal(path).startswith("GGUF pre-tokenizer 'tekken' is not served")
 

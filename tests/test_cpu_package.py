@@ -248,5 +248,5 @@ def test_a_compiler_that_is_none_ends_in_a_sentence(
         build_cpu(tmp_path / "out", ["avx2"])
     program.write_bytes(b"\x7fno program")
     program.chmod(0o755)
-    with pytest.raises(BuildError, match="cannot be started .*; set CXX to a C"):
+    with pytest.raises(BuildError, match=r"cannot be started .*; set CXX to a C"):
         build_cpu(tmp_path / "out", ["avx2"])

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from oracle import oracle_logits
-from test_checkpoint import write_gguf
 from tiny import CONTEXT, Compiled, moac_command, options, request
 
 import moac_runtime

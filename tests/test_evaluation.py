@@ -437,7 +437,7 @@ def test_eval_prints_a_table_and_a_users_own_task(
         (["--against", "no/such.json"], 1, "the plan no/such.json cannot be read"),
         (["--against", "dense,dense"], 2, "two of the plans to compare bear the name dense"),
         (["--batch", "0"], 2, "batch is 0, expected at least 1"),
-        (["--seed", "-1"], 2, "seed is -1, expected 0 or more"),
+        (["--seed", "-1"], 2, "seed is -1, expected 0 to 2^63 - 1"),
         (["--task", "no/such.jsonl"], 2, "cannot read the task file no/such.jsonl"),
     ],
 )

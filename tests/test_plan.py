@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from test_cli import Capture, refused
 from tiny import Compiled, moac_command, options, plan_options, request
 
-from moac import compile_model
+from moac import CompileRequest, compile_model
 from moac.cap import KvCap
 from moac.checkpoint import open_checkpoint
 from moac.packaging.writer import parse_size
@@ -361,13 +362,14 @@ def test_a_plan_and_planning_exclude_each_other(
 def test_a_request_that_plans_beside_a_plan(
     tiny_package: Compiled, plan_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--budget asks for another"):
-        compile_model(
-            tiny_package.checkpoint,
-            tmp_path / "out",
-            request=request(budget=0.25, lengths=None, samples=5),
-            plan=plan_file,
-        )
+    for asked, option in (({"budget": 0.25}, "--budget"), ({"samples": 5}, "--samples")):
+        with pytest.raises(UsageError, match=f"{option} asks for another"):
+            compile_model(
+                tiny_package.checkpoint,
+                tmp_path / "out",
+                request=CompileRequest(**asked),
+                plan=plan_file,
+            )
 
 
 # ---- --max-kv-bytes
@@ -479,9 +481,34 @@ def test_wrong_usage_of_plan(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_goals_in_a_request() -> None:
-    with pytest.raises(UsageError, match="a budget and the most loss were given"):
-        request(budget=0.25, max_loss=0.1)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"budget": 0.25, "max_loss": 0.1},
+        {"budget": 0.5, "max_loss": 0.1},  # what the budget is where nothing is given
+        {"budget": 0.5, "max_kv_bytes": 1},
+        {"max_kv_bytes": 1, "max_loss": 0.1},
+    ],
+)
+def test_two_goals_in_a_request(asked: dict[str, Any]) -> None:
+    first, second = (f"--{name.replace('_', '-')}" for name in asked)
+    with pytest.raises(UsageError, match=f"{first} and {second} both say how much may stay"):
+        request(**asked)
+
+
+def test_the_budget_of_a_request() -> None:
+    assert (request().share, request().planning()["budget"]) == (0.5, 0.5)
+    assert (request(budget=0.5).share, request(budget=1).share) == (0.5, 1)
+    assert request(max_loss=0.1).planning()["budget"] is None
+    assert replace(request(), max_loss=0.1).max_loss == 0.1
+
+
+def test_a_request_knows_what_was_given() -> None:
+    assert CompileRequest(seed=0, samples=5, budget=0.5, dtype="float32").planning_given() == [
+        *("budget", "samples", "seed")
+    ]
+    assert replace(CompileRequest(sink=64), dtype="float32").planning_given() == ["sink"]
+    assert CompileRequest(seed=0) == CompileRequest()
 
 
 # ---- --max-loss

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moac.typed import check_seed, check_types
 from moac_runtime.cores import MOST_THREADS
 from moac_runtime.errors import UsageError
 from moac_runtime.generation import DTYPE_BYTES
@@ -48,6 +49,8 @@ class BenchRequest:
     sequential: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_seed(self.seed)
         if (self.package is None) == (self.shape is None):
             raise UsageError("what to measure is a package or --shape NAME; give one of them")
         if self.shape is not None and self.source is not None:

@@ -10,13 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moac.checkpoint.gguf import (
-    GgufWeights,
-    gguf_config,
-    gguf_tokenizer,
-    load_gguf_model,
-    open_gguf,
-)
+from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
+from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac.checkpoint.served import DTYPES, refuse
@@ -111,7 +106,7 @@ class Checkpoint:
         """The tokenizer in transformers, chat template and all."""
         if self.path.is_dir():
             return load_tokenizer(self.path)
-        return gguf_tokenizer(open_gguf(self.path))
+        return gguf_tokenizer(open_gguf(self.path).fields)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the package's `tokenizer/` files into `folder`, made where it is missing."""
@@ -163,10 +158,10 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
         )
     _check_installed("gguf", "accelerate")
     file = open_gguf(path)
-    config = gguf_config(file)
+    config = file.config()
     spec = model_spec(config)
-    check_tensors(spec, file.shapes, str(path))
-    files, eos = _texts(gguf_tokenizer(file), config, {}, file.end_ids())
+    check_tensors(spec, file.shapes, str(path), config="its header")
+    files, eos = _texts(gguf_tokenizer(file.fields), config, {}, file.end_ids())
     weights = GgufWeights(path, spec)
     return Checkpoint(source, None, path, spec, file.dtype, eos, files, weights)
 

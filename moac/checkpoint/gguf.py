@@ -1,14 +1,15 @@
-"""A GGUF file as a checkpoint: transformers dequantises it, what it would drop is refused."""
+"""A GGUF file as a checkpoint: its header, its weights in floating point and the model of them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
+from moac.checkpoint.gguf_fields import Fields
+from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
 from moac.checkpoint.served import refuse
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
@@ -33,46 +34,71 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Byte-level pre-tokenizers that transformers builds rightly from the GGUF's name for them.
-_PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
+_END_IDS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What the file's own header says. `fields`: metadata, arrays left out; `shapes`: HF names."""
+    """What the file's own header says. `shapes`: under the names that transformers has."""
 
     path: Path
-    fields: Mapping[str, Any]
+    fields: Fields
     shapes: Mapping[str, Shape]
     dtype: str
 
     def end_ids(self) -> list[int]:
         """Every token id that the file says ends an answer."""
-        found = [self.fields.get(f"tokenizer.ggml.{name}") for name in _END_IDS]
-        return [int(token) for token in found if token is not None]
+        found = [token_id(self.fields, name) for name in _END_IDS]
+        return [token for token in found if token is not None]
+
+    def config(self) -> Any:
+        """The transformers config that the header amounts to. Raises CheckpointError."""
+        return gguf_config(self.fields, self.shapes)
 
 
 def open_gguf(path: Path) -> GgufFile:
     """Read the header. Raises CheckpointError for a damaged file or something not served."""
-    from gguf import GGUFReader
-
+    _check_start(path)
     try:
-        reader = GGUFReader(path)
-        fields = {
-            name: value.contents() for name, value in reader.fields.items() if len(value.data) == 1
-        }
-        shapes = {
-            _hf_name(tensor.name): tuple(int(size) for size in reversed(tensor.shape))
-            for tensor in reader.tensors
-        }
-        kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+        reader = _reader(path)
+        values = {name: value.contents() for name, value in reader.fields.items()}
+        shapes = {_hf_name(tensor.name): _shape(tensor) for tensor in reader.tensors}
+        kinds = {tensor.tensor_type.name: tensor for tensor in reader.tensors if tensor.data.size}
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is not a whole GGUF file ({' '.join(str(error).split())}); download it again"
         ) from None
-    _check_fields(fields)
-    return GgufFile(path, fields, shapes, _dtype(kinds))
+    fields = Fields(path, values)
+    check_fields(fields)
+    check_tokenizer_fields(fields)
+    _check_kinds(kinds)
+    return GgufFile(path, fields, shapes, _dtype(set(kinds)))
+
+
+def _reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
+
+
+def _check_start(path: Path) -> None:
+    """Refuse what is whole, but of another kind: the byte order and the first version."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    if start[:4] != b"GGUF" or len(start) < 8:
+        return
+    version = int.from_bytes(start[4:], "little")
+    if version & 0xFFFF == 0:
+        raise refuse("a big-endian GGUF file,", path.name, "little-endian files")
+    if version == 1:
+        raise refuse("GGUF version", 1, "2 and 3; convert the original checkpoint again")
+
+
+def _shape(tensor: Any) -> Shape:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _hf_name(name: str) -> str:
@@ -89,109 +115,43 @@ def _dtype(kinds: set[str]) -> str:
     return "float16" if kinds <= {"F32", "F16"} else "bfloat16"
 
 
-def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Refuse metadata that changes the function and that transformers does not read."""
-    arch = fields.get("general.architecture")
-    if arch not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise refuse("GGUF architecture", arch, "llama, mistral, qwen2, qwen3")
-    if fields.get(f"{arch}.expert_count"):
-        raise refuse("expert_count", fields[f"{arch}.expert_count"], "a dense MLP")
-    if fields.get(f"{arch}.rope.scaling.type", "none") != "none":
-        kind = fields[f"{arch}.rope.scaling.type"]
-        raise refuse(
-            "RoPE scaling in a GGUF file,", kind, "plain RoPE there; use the original checkpoint"
-        )
-    if fields.get(f"{arch}.attention.sliding_window"):
-        window = fields[f"{arch}.attention.sliding_window"]
-        raise refuse(
-            "a sliding window in a GGUF file,",
-            window,
-            "full attention there; use the original checkpoint",
-        )
-    _check_tokenizer_fields(fields)
+def _check_kinds(tensors: Mapping[str, Any]) -> None:
+    """Refuse a kind of number that the library does not widen, tried on one row of each."""
+    from gguf import dequantize
 
-
-def _check_tokenizer_fields(fields: Mapping[str, Any]) -> None:
-    kind = fields.get("tokenizer.ggml.model")
-    if kind == "llama":
-        return
-    if kind != "gpt2":
-        raise refuse("GGUF tokenizer", kind, "gpt2 (byte-level BPE), llama (sentencepiece)")
-    name = fields.get("tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
-        raise refuse(
-            "GGUF pre-tokenizer",
-            name,
-            f"{', '.join(_PRE_TOKENIZERS)}; use the original checkpoint",
-        )
-
-
-def gguf_config(file: GgufFile) -> Any:
-    """The transformers config that the header amounts to."""
-    from transformers import AutoConfig
-
-    if "rope_freqs.weight" in file.shapes:
-        raise refuse(
-            "RoPE scaling in a GGUF file,",
-            "rope_freqs.weight",
-            "plain RoPE there; use the original checkpoint",
-        )
-    try:
-        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    except Exception as error:  # what damage raises in the library is not its contract
-        raise _unusable(file, "metadata", error) from None
-    return config
-
-
-def gguf_tokenizer(file: GgufFile) -> Any:
-    """The file's tokenizer, splitting text as the name of its pre-tokenizer says."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise _unusable(file, "tokenizer", error) from None
-    if file.fields.get("tokenizer.ggml.pre") == "smollm":
-        # transformers takes it for GPT-2's; SmolLM splits digits first ("a  1": "a", "  ", "1").
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-    return tokenizer
-
-
-def _unusable(file: GgufFile, part: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"the {part} of {file.path} is not usable ({' '.join(str(error).split())[:300]}); "
-        "download it again"
-    )
+    for kind, tensor in tensors.items():
+        try:
+            dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError:
+            raise refuse(
+                "GGUF tensor type", kind, "float and the types that are usual for weights"
+            ) from None
 
 
 def load_gguf_model(path: Path, dtype: Any) -> Any:
     """The dequantised model in `dtype`, with scaled-dot-product attention."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    # the dequantiser's progress bar has no switch of its own
-    with redirect_stderr(io.StringIO()):
-        return AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    from moac.checkpoint.model_spec import model_spec
+
+    config = open_gguf(path).config()
+    weights = GgufWeights(path, model_spec(config))
+    kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    state = {name: weights.tensor(name).to(kind) for name in weights.names()}
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[type(config)].from_pretrained(
+        None, config=config, state_dict=state, dtype=kind, attn_implementation="sdpa"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class GgufWeights:
-    """The dequantised tensors in float32, loaded together on the first read."""
+    """The tensors in float32, each dequantised when it is read."""
 
     path: Path
     spec: ModelSpec
-    _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _stored: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's name."""
@@ -199,9 +159,28 @@ class GgufWeights:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor in float32. Raises CheckpointError for an unknown name."""
+        import torch
+        from gguf import dequantize
+
         if name not in self.names():
             raise CheckpointError(f"the checkpoint holds no tensor named {name}")
-        if not self._loaded:
-            self._loaded.update(load_gguf_model(self.path, "float32").state_dict())
-        tensor: Tensor = self._loaded[name]
-        return tensor
+        if not self._stored:
+            reader = _reader(self.path)
+            self._stored.update({_hf_name(tensor.name): tensor for tensor in reader.tensors})
+        stored = self._stored[name]
+        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        return self._in_halves(name, values.reshape(_shape(stored)))
+
+    def _in_halves(self, name: str, values: Tensor) -> Tensor:
+        """Rows of a Llama's queries and keys as transformers rotates them.
+
+        The file has the two numbers that rotate together beside each other, in every head;
+        transformers has them half a head apart. Other families are stored as they are.
+        """
+        heads = {"q_proj": self.spec.num_heads, "k_proj": self.spec.num_kv_heads}
+        kind = name.split(".")[-2]
+        if self.spec.family != "llama" or kind not in heads:
+            return values
+        half = self.spec.head_dim // 2
+        pairs = values.reshape(heads[kind], half, 2, *values.shape[1:])
+        return pairs.transpose(1, 2).reshape(values.shape)

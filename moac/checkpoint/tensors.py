@@ -50,30 +50,33 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[st
         yield f"{name}.bias", (rows,)
 
 
-def check_tensors(spec: ModelSpec, found: Mapping[str, Shape], where: str) -> None:
+def check_tensors(
+    spec: ModelSpec, found: Mapping[str, Shape], where: str, *, config: str = "its config.json"
+) -> None:
     """Raises CheckpointError where `found` (name to shape) is not exactly what `spec` calls for.
 
-    A second copy of the embedding beside tied weights is allowed here; `where` names the files.
+    A second copy of the embedding beside tied weights is allowed here; `where` names the files
+    and `config` what the spec was read from.
     """
     expected = expected_tensors(spec)
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(
-            f"{where} lacks {_count(missing)} that config.json calls for; the checkpoint is "
-            "incomplete or its config.json belongs to another model"
+            f"{where} lacks {_count(missing)} that {config} calls for; the checkpoint is "
+            f"incomplete or {config} belongs to another model"
         )
     allowed = {*expected, "lm_head.weight"}
     surplus = [n for n in found if n not in allowed and not n.endswith(_COMPUTED)]
     if surplus:
         raise CheckpointError(
-            f"{where} holds {_count(surplus)} that the config has no place for; "
-            "its config.json belongs to another model"
+            f"{where} holds {_count(surplus)} that {config} has no place for; "
+            f"{config} belongs to another model"
         )
     for name, shape in expected.items():
         if found[name] != shape:
             raise CheckpointError(
-                f"{where} holds {name} with shape {list(found[name])} where config.json calls "
-                f"for {list(shape)}; its config.json belongs to another model"
+                f"{where} holds {name} with shape {list(found[name])} where {config} calls "
+                f"for {list(shape)}; {config} belongs to another model"
             )
 
 

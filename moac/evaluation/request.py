@@ -10,6 +10,7 @@ from moac.evaluation.methods import BASELINES, OWN, is_plan_file
 from moac.evaluation.own_task import read_own_task
 from moac.evaluation.ruler import RULER_TASKS
 from moac.evaluation.sessions import check_backend
+from moac.typed import check_seed, check_types
 from moac_runtime.errors import UsageError
 
 NLL = "nll"
@@ -39,6 +40,7 @@ class EvalRequest:
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for task in self.names:
             if task not in TASKS:
                 raise UsageError(f"there is no task {task!r}; choose from {', '.join(TASKS)}")
@@ -55,8 +57,7 @@ class EvalRequest:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
         check_backend(self.backend)
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        check_seed(self.seed)
         if self.task is not None:
             read_own_task(self.task)  # a bad line is named now, not after minutes
             if self.task.stem in TASKS:

@@ -1,0 +1,142 @@
+"""GGUF files of tiny models and tokenizers, written as llama.cpp's converters write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+from moac.checkpoint.gguf import _NAMES
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key projection in llama.cpp's order (pairs beside each other)."""
+    rows = weight.shape[0] // heads
+    return weight.reshape(heads, 2, rows // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def byte_level_fields(pre: str) -> dict[str, Any]:
+    """Fields after `tokenizer.` of the tiny tokenizer."""
+    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = sorted(backend["model"]["vocab"].items(), key=lambda item: item[1])
+    return {
+        "ggml.model": "gpt2",
+        "ggml.pre": pre,
+        "ggml.tokens": [token for token, _ in vocabulary],
+        "ggml.token_type": [3 if index < 3 else 1 for _, index in vocabulary],
+        "ggml.merges": [" ".join(pair) for pair in backend["model"]["merges"]],
+        "ggml.bos_token_id": 1,
+        "ggml.eos_token_id": 2,
+        "ggml.eot_token_id": 0,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def write_gguf(
+    path: Path,
+    *,
+    family: str = "llama",
+    pre: str = "smollm",
+    tokenizer: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    big_endian: bool = False,
+    stored_as: Any = None,
+    **extra: Any,
+) -> dict[str, torch.Tensor]:
+    """A float32 GGUF of a tiny model; returns the model's tensors.
+
+    `tokenizer`: its fields after `tokenizer.`; `fields`: others by whole name, None to leave one
+    out; `overrides`: of the model's config; `stored_as`: a type of the format for the matrices,
+    in place of float32; `extra`: calls of the writer with their argument.
+    """
+    from gguf import GGUFEndian, GGUFWriter
+
+    tokenizer = byte_level_fields(pre) if tokenizer is None else tokenizer
+    model = tiny_model(
+        family, **{"vocab_size": len(tokenizer["ggml.tokens"]), **(overrides or {})}
+    )
+    config, state = model.config, model.state_dict()
+    endian = GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE
+    writer = GGUFWriter(path, family, endianess=endian)
+    for name, value in extra.items():
+        getattr(writer, name)(value)
+    values = {
+        **{f"{family}.{name}": value for name, value in _shape(config).items()},
+        **{f"tokenizer.{name}": value for name, value in tokenizer.items()},
+        **(fields or {}),
+    }
+    for name, value in values.items():
+        _add(writer, name, value)
+    tied = config.tie_word_embeddings
+    for name, tensor in state.items():
+        if not (tied and name == "lm_head.weight"):
+            stored = _stored(name, tensor, config) if family == "llama" else tensor
+            _add_tensor(writer, gguf_name(name), stored, stored_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {name: tensor for name, tensor in state.items() if not tied or name != "lm_head.weight"}
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+
+
+def _add(writer: Any, name: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    elif value is not None:
+        writer.add_array(name, value)
+
+
+def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, kind: Any) -> None:
+    from gguf import GGMLQuantizationType, quantize
+
+    if kind is None or tensor.dim() < 2:
+        writer.add_tensor(name, tensor.numpy())
+    elif kind is GGMLQuantizationType.F64:
+        writer.add_tensor(name, tensor.double().numpy())
+    else:
+        writer.add_tensor(name, quantize(tensor.numpy(), kind), raw_dtype=kind)
+
+
+def _stored(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    kind = name.split(".")[-2]
+    return permuted(tensor, heads[kind]) if kind in heads else tensor
+
+
+def gguf_name(name: str) -> str:
+    """The file's name of a tensor that transformers calls `name`."""
+    theirs = {ours: short for short, ours in _NAMES.items()}
+    stem, kind = name.rsplit(".", 1)
+    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    return f"blk.{block[1]}.{theirs[block[2]]}.{kind}" if block else f"{theirs[stem]}.{kind}"

@@ -1,0 +1,174 @@
+"""GGUF files: the model is the original's, and a field that would be dropped is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from gguf_files import byte_level_fields, write_gguf
+
+from moac.checkpoint import open_checkpoint
+from moac_runtime.errors import CheckpointError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+TOKENS = torch.arange(3, 43)[None]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def check_same(path: Path, family: str, **overrides: Any) -> None:
+    checkpoint = open_checkpoint(str(path))
+    model = tiny_model(family, **overrides)
+    assert set(checkpoint.names()) <= set(model.state_dict())
+    for name in checkpoint.names():
+        assert torch.equal(checkpoint.tensor(name), model.state_dict()[name]), name
+    loaded = checkpoint.load_model()
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", family=family)
+    check_same(tmp_path / "tiny.gguf", family)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"head_dim": 32}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"rms_norm_eps": 1e-3}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen3", {"head_dim": 16}),
+    ],
+)
+def test_what_the_fields_say_of_the_shape(
+    tmp_path: Path, family: str, overrides: dict[str, Any]
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", family=family, overrides=overrides)
+    check_same(tmp_path / "tiny.gguf", family, **overrides)
+
+
+def test_fields_left_out_are_what_llama_cpp_takes_them_for(tmp_path: Path) -> None:
+    """As many KV heads as heads, theta 10000, the width shared out over the heads."""
+    absent = dict.fromkeys(
+        [
+            *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+            *("rope.dimension_count", "rope.freq_base"),
+        ]
+    )
+    for family in FAMILIES:
+        overrides = {"num_key_value_heads": 4, "head_dim": 16}
+        fields = {f"{family}.{name}": None for name in absent}
+        write_gguf(tmp_path / "tiny.gguf", family=family, overrides=overrides, fields=fields)
+        check_same(tmp_path / "tiny.gguf", family, **overrides)
+
+
+@pytest.mark.parametrize("name", ["mistral", "Mistral 7B", ""])
+def test_the_name_of_a_model_does_not_change_its_family(tmp_path: Path, name: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", fields={"general.name": name})
+    check_same(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("Q8_0", 127), ("Q4_0", 8), ("BF16", 256)])
+def test_quantised_tensors_are_widened(tmp_path: Path, kind: str, steps: int) -> None:
+    from gguf import GGMLQuantizationType
+
+    path = tmp_path / "tiny.gguf"
+    state = write_gguf(path, stored_as=GGMLQuantizationType[kind])
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.dtype == "bfloat16"
+    changed = 0
+    for name, tensor in state.items():
+        found = checkpoint.tensor(name)
+        assert (found - tensor).abs().max() <= tensor.abs().max() / steps, name
+        changed += not torch.equal(found, tensor)
+    assert changed == sum(tensor.dim() == 2 for tensor in state.values())
+    assert checkpoint.load_model().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"llama.attention.sliding_window": 32}, "llama.attention.sliding_window = 32 is not"),
+        ({"llama.expert_count": 4}, "llama.expert_count = 4 is not served"),
+        ({"llama.expert_used_count": 2}, "llama.expert_used_count = 2 is not served"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn' is not served"),
+        ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor = 4.0 is not served"),
+        ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear = 2.0 is not served"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale = 0.5 is not served"),
+        ({"llama.logit_scale": 16.0}, "llama.logit_scale = 16.0 is not served"),
+        ({"llama.embedding_scale": 12.0}, "llama.embedding_scale = 12.0 is not served"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not served"),
+        ({"llama.attention.causal": False}, "llama.attention.causal = False is not served"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv = 8.0 is not served"),
+        ({"llama.unheard_of": 3}, "llama.unheard_of = 3 is not served"),
+        ({"llama.attention.value_length": 8}, "llama.attention.value_length 8 is not served"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8 is not served"),
+        ({"llama.attention.head_count": [4, 4]}, "head_count = [4, 4] where a whole number"),
+        ({"llama.attention.head_count": 0}, "head_count = 0 where a positive number was expected"),
+        ({"llama.attention.head_count": 65}, "head_count = 65 where 1 to 64 heads was expected"),
+        ({"llama.block_count": 3}, "lacks the tensor model.layers.2.input_layernorm.weight and"),
+        ({"llama.feed_forward_length": 80}, "where its header calls for [80, 64]; its header"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "lacks the field llama.attention.l"),
+        ({"llama.block_count": None}, "lacks the field llama.block_count"),
+        ({"llama.vocab_size": 7}, "lists 320 tokens for a vocabulary of 7"),
+        ({"general.type": "adapter"}, "GGUF file of type 'adapter' is not served"),
+        ({"split.count": 3, "split.no": 0}, "is one of 3 parts of a GGUF file; join them with"),
+        ({"tokenizer.ggml.tokens": None}, "lacks the field tokenizer.ggml.tokens"),
+    ],
+)
+def test_a_field_that_would_be_dropped(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", fields=fields)
+    assert words in refusal(tmp_path / "tiny.gguf")
+
+
+def test_fields_that_say_nothing(tmp_path: Path) -> None:
+    fields = {
+        "llama.expert_count": 0,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,
+        "llama.attention.causal": True,
+        "llama.logit_scale": 0.0,
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "split.count": 1,
+        "general.type": "model",
+    }
+    write_gguf(tmp_path / "tiny.gguf", fields=fields)
+    check_same(tmp_path / "tiny.gguf", "llama")
+
+
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, big_endian=True)
+    assert "a big-endian GGUF file, 'tiny.gguf' is not served" in refusal(path)
+    write_gguf(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\1\0\0\0" + whole[8:])
+    assert "GGUF version 1 is not served; served is 2 and 3" in refusal(path)
+    path.write_bytes(whole[:4] + b"\2\0\0\0" + whole[8:])
+    check_same(path, "llama")
+
+
+def test_a_tensor_type_that_cannot_be_widened(tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    write_gguf(tmp_path / "tiny.gguf", stored_as=GGMLQuantizationType.F64)
+    assert "GGUF tensor type 'F64' is not served" in refusal(tmp_path / "tiny.gguf")
+
+
+def test_without_an_end_token_none_is_made_up(tmp_path: Path) -> None:
+    absent = dict.fromkeys(["ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id"])
+    write_gguf(tmp_path / "tiny.gguf", tokenizer={**byte_level_fields("smollm"), **absent})
+    assert open_checkpoint(str(tmp_path / "tiny.gguf")).eos_token_ids == ()
