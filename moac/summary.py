@@ -108,6 +108,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
             f"smallest span {found['min_span']}",
         ),
+        *_prompts(found["planning"]),
         ("source", f"{provenance['source']}, sha256 {provenance['fingerprint'][:16]}"),
         ("made", f"{provenance['created']} with {versions}"),
     ]
@@ -118,6 +119,15 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the model was asked while it was measured, where the plan tells it."""
+    told = {
+        "chat": "the chat template's",
+        "raw": "plain text, for want of a chat template that can be used: run with --raw",
+    }
+    return [("prompts", told[kind])] if (kind := planning.get("prompts")) in told else []
 
 
 def _stored(found: dict[str, Any]) -> str:

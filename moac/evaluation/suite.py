@@ -30,7 +30,7 @@ from moac.evaluation.runner import Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
 from moac.inspection import planned_lengths
 from moac.plan_file import read_plan_file
-from moac.progress import Advance, stage
+from moac.progress import Advance, notes, stage
 from moac.request import CompileRequest
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import CheckFailed, UsageError
@@ -65,6 +65,7 @@ def evaluate(
     request = request or EvalRequest()
     artifact, checkpoint = open_artifact(package), open_checkpoint(str(source))
     _check_source(artifact, checkpoint)
+    notes(checkpoint.notes)
     lengths = _lengths(artifact, request)
     plans = _plans(artifact, checkpoint, request.against)
     tokenizer = checkpoint.load_tokenizer()
