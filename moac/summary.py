@@ -125,7 +125,7 @@ def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:
     """How the model was asked while it was measured, where the plan tells it."""
     told = {
         "chat": "the chat template's",
-        "raw": "plain text, for want of a chat template that can be used: run with --raw",
+        "raw": "plain text, as of run --raw: there is no chat template that can be used",
     }
     return [("prompts", told[kind])] if (kind := planning.get("prompts")) in told else []
 

@@ -58,8 +58,9 @@ def test_a_pointer_in_place_of_a_shard_or_an_index(tmp_path: Path) -> None:
 
 
 def test_a_pointer_in_place_of_a_tokenizer_model_or_a_gguf(copy: Path, tmp_path: Path) -> None:
-    (copy / "tokenizer.json").rename(copy / "tokenizer.model")
     (copy / "tokenizer.model").write_bytes(POINTER)
+    assert open_checkpoint(str(copy)).notes == ()  # tokenizer.json is read, and it alone
+    (copy / "tokenizer.json").unlink()
     assert f"{copy / 'tokenizer.model'} is a Git LFS pointer" in refusal(copy)
     (tmp_path / "tiny.gguf").write_bytes(POINTER)
     assert f"{tmp_path / 'tiny.gguf'} is a Git LFS pointer" in refusal(tmp_path / "tiny.gguf")
@@ -237,6 +238,13 @@ def test_a_model_in_the_hub_cache(copy: Path, tmp_path: Path) -> None:
     assert "a hub cache of 1 model; give an id such as org/name" in refusal(model.parent)
     assert f"give its folder {snapshot}" in refusal(model / "snapshots")
     assert open_checkpoint(str(snapshot)).dtype == "float32"
+
+
+def test_a_hub_model_without_safetensors(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "model.safetensors").unlink()
+    for name in ("download_settings", "download_weights"):
+        monkeypatch.setattr(f"moac.checkpoint.checkpoint.{name}", lambda source, revision: copy)
+    assert "the model no-such/model has no safetensors on the hub" in refusal("no-such/model")
 
 
 def test_a_package_is_no_checkpoint(

@@ -166,16 +166,18 @@ def test_a_class_that_loses_text_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_damaged_tokenizer_model(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = sentencepiece_checkpoint(tmp_path / "c", trained("bpe"))
     path = folder / "tokenizer.model"
     whole = path.read_bytes()
+    capfd.readouterr()
     for damaged in (b"\x0e\xff" * 40, whole[: len(whole) // 2 + 1], b""):
         path.write_bytes(damaged)
         assert refusal(folder) == (
             f"{path} is neither a sentencepiece model nor a tiktoken file, or it is cut short; "
             "copy it from the original checkpoint again"
         )
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
@@ -459,7 +461,7 @@ def test_a_broken_template_compiles_raw_and_the_package_says_so(
     assert first.startswith(f"note: the chat template of {folder} cannot be used (")
     assert json.loads((out / "plan.json").read_text())["prompts"] == "raw"
     assert moac_command("inspect", out) == 0
-    assert "plain text, for want of a chat template" in capsys.readouterr().out
+    assert "plain text, as of run --raw: there is no chat template" in capsys.readouterr().out
     assert moac_command("run", out, "--prompt", "hi", "--max-tokens", 2) == 1
     assert "use --raw" in capsys.readouterr().err
     assert moac_command("run", out, "--raw", "--prompt", "hi", "--max-tokens", 2) == 0

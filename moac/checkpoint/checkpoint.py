@@ -49,6 +49,7 @@ _SETTINGS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "tiktoken.model",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
@@ -179,6 +180,11 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
     folder = download_settings(source, revision)
     model_spec(_read_config(folder))
     folder = download_weights(source, folder.name)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"the model {source} has no safetensors on the hub, and nothing else is downloaded; "
+            "give a revision or a model that has them, or a GGUF file"
+        )
     return _open_directory(source, folder.name, folder)
 
 
@@ -241,7 +247,7 @@ def _read_texts(
     if fault is not None:
         notes.append(
             f"the chat template of {path} cannot be used ({fault}); the model is measured on "
-            "plain prompts, and the package answers with --raw"
+            "plain prompts, and what the template refuses at run takes --raw"
         )
     return _Texts(files, eos, fault, tuple(notes))
 

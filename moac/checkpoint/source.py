@@ -11,7 +11,7 @@ from moac.checkpoint.stand_ins import check_file
 from moac_runtime.errors import CheckpointError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_SETTINGS = ["*.json", "*.jinja", "*.model", "merges.txt"]
 _WEIGHTS = ["*.safetensors"]
 
 

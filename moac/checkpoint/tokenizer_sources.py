@@ -33,13 +33,15 @@ def check_sources(folder: Path) -> None:
     """Raises CheckpointError where `folder` has no tokenizer that can be read, MoacError where
     the package that reads it is missing.
     """
-    for name in (*_SOURCES, _TIKTOKEN, *_WORDS, "chat_template.jinja"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         check_file(folder / name)
     for name in _SETTINGS:
         if (folder / name).is_file() or (folder / name).is_symlink():
             _check_own_code(folder / name, read_json(folder / name))
     if (folder / "tokenizer.json").is_file():
-        return
+        return  # the others are not read then
+    for name in ("tokenizer.model", _TIKTOKEN, *_WORDS):
+        check_file(folder / name)
     model = next((n for n in ("tokenizer.model", _TIKTOKEN) if (folder / n).is_file()), None)
     if model is not None:
         _check_model(folder / model)
