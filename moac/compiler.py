@@ -40,7 +40,7 @@ from moac.planner import (
     prepare,
     taken_plan,
 )
-from moac.progress import stage
+from moac.progress import notes, stage
 from moac.report import write_report
 from moac.request import PLANNING, CompileRequest
 from moac.stages import Bench
@@ -99,6 +99,7 @@ def compile_model(
     request = request or CompileRequest()
     check_target(Path(out), force=force)
     checkpoint = open_checkpoint(str(source), revision=request.revision)
+    notes(checkpoint.notes)
     file = None if plan is None else read_plan_file(Path(plan), checkpoint, request)
     lengths, layout = prepare(checkpoint, request) if file is None else file.prepared()
     request = check_packaging(checkpoint, request)

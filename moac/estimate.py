@@ -22,6 +22,7 @@ from moac.packaging.staging import check_target
 from moac.plan_file import check_plan_target, read_plan_file
 from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes
+from moac.progress import notes
 from moac.request import CompileRequest
 from moac.stages import DRAFTS, VALIDATION_SAMPLES
 from moac.workspace import pick_device
@@ -54,6 +55,7 @@ def estimate(
     """What `compile_model` with these arguments would do; raises as it would before any work."""
     check_target(out, force=force)
     checkpoint = open_checkpoint(source, revision=request.revision)
+    notes(checkpoint.notes)
     if plan is None:
         lengths, _ = prepare(checkpoint, request)
         planning = _planning(checkpoint, request, lengths)
@@ -70,6 +72,7 @@ def estimate_plan(
     """The same of `plan_model`."""
     check_plan_target(out, force=force)
     checkpoint = open_checkpoint(source, revision=request.revision)
+    notes(checkpoint.notes)
     lengths, _ = prepare(checkpoint, request)
     return _planning(checkpoint, request, lengths)
 

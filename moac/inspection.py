@@ -37,7 +37,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "targets": list(artifact.targets),
         "kernels": packaged_kernels(artifact),
         "cpu_kernels": packaged_cpu_kernels(artifact),
-        "cpu_note": host_obstacle(artifact.targets, None),
+        "cpu_note": host_obstacle(artifact.targets, None, model=(artifact.spec, artifact.dtype)),
         "budget": record["budget"],
         "lengths": lengths,
         "sink": plan.sink,

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from moac.calibration import read_calibration
+from moac.calibration.jsonl import user_opening
+from moac.calibration.prompt import PromptFormat
 from moac.cap import KvCap
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.export.target import require_onnx
@@ -21,6 +24,7 @@ from moac.packaging.kernels import cuda_archs, require_kernels
 from moac.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
 from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
 from moac.planning.problem import check_budget
+from moac.progress import notes
 from moac.reading import open_reader
 from moac.request import CompileRequest
 from moac.stages import (
@@ -92,6 +96,7 @@ def plan_model(
     request = request or CompileRequest()
     check_plan_target(Path(out), force=force)
     checkpoint = open_checkpoint(str(source), revision=request.revision)
+    notes(checkpoint.notes)
     lengths, layout = prepare(checkpoint, request)
     clock = Clock()
     with clock("load"):
@@ -111,6 +116,7 @@ def plan_model(
 def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, Layout]:
     """What the request means for this checkpoint; raises before any work where it cannot be."""
     spec = checkpoint.spec
+    _check_calibration(checkpoint, request)
     layout = Layout(
         num_kv_heads=spec.num_kv_heads,
         sink=request.sink,
@@ -130,6 +136,22 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, L
     )
     check_budget(layout, _budget(request, cap, layout, lengths), lengths.planned)
     return lengths, layout
+
+
+def _check_calibration(checkpoint: Checkpoint, request: CompileRequest) -> None:
+    """Raise UsageError, naming the line, for a sample of the user's that cannot be fed."""
+    if request.calibration is None:
+        return
+    format, size = PromptFormat(checkpoint.load_tokenizer()), checkpoint.spec.vocab_size
+    for sample in read_calibration(request.calibration):
+        tokens = [*user_opening(sample, format), *format.encode(sample.response or "")]
+        beyond = next((token for token in tokens if token >= size), None)
+        if beyond is not None:
+            spelled = format.tokenizer.convert_ids_to_tokens(beyond)
+            raise UsageError(
+                f"{sample.source} holds {spelled!r}, for which the model has no embedding; "
+                "leave it out"
+            )
 
 
 def check_packaging(checkpoint: Checkpoint, request: CompileRequest) -> CompileRequest:
@@ -236,6 +258,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     record = {
         "model": made_for(bench.checkpoint),
         "arguments": request.planning(),
+        "prompts": "chat" if PromptFormat(bench.tokenizer).has_template else "raw",
         **planning_record(lengths, problem, front, front[best], measured),
         **model.record(front, plan),
         **({} if cap is None else {"kv_cap": cap.record(plan)}),

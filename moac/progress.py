@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -58,3 +58,9 @@ def _lines(name: str) -> Iterator[Advance]:
 
     yield advance
     click.echo(f"{name}: done in {time.monotonic() - started:.1f} s", err=True)
+
+
+def notes(texts: Iterable[str]) -> None:
+    """Say what a user should know before the work begins, a line each."""
+    for text in texts:
+        click.echo(f"note: {text}", err=True)

@@ -109,6 +109,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
             f"smallest span {found['min_span']}",
         ),
+        *_prompts(found["planning"]),
         ("source", told_model(provenance)),
         ("made", f"{provenance['created']} with {versions}"),
     ]
@@ -119,6 +120,15 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the model was asked while it was measured, where the plan tells it."""
+    told = {
+        "chat": "the chat template's",
+        "raw": "plain text, as of run --raw: there is no chat template that can be used",
+    }
+    return [("prompts", told[kind])] if (kind := planning.get("prompts")) in told else []
 
 
 def _stored(found: dict[str, Any]) -> str:

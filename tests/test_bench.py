@@ -298,6 +298,13 @@ def test_what_cannot_run_is_refused_by_name(
     assert err == f"error: llamacpp cannot run here: {refused}\n"
     assert moac_command("bench", package, "--context", 256, "--backend", "onnx") == 1
     assert "compile it with --target onnx" in capsys.readouterr().err
+    on_cpu = ("bench", package, "--context", 256, "--backend", "cpu")
+    assert moac_command(*on_cpu) == 1
+    assert "compile it with --target cpu" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "obstacle", lambda spec, dtype: "they need another shape")
+    assert moac_command(*on_cpu) == 1
+    told = "no CPU kernel serves this model (they need another shape), so leave out --backend cpu"
+    assert told in capsys.readouterr().err
 
 
 GIB = 2**30

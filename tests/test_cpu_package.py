@@ -172,6 +172,19 @@ def test_what_cannot_run_says_why() -> None:
     assert "bfloat16 and float32" in str(host_obstacle(["cpu:avx2"], "float16", features=HERE))
 
 
+def test_no_build_is_advised_that_cannot_be_made(tiny_package: Compiled) -> None:
+    spec = open_artifact(tiny_package.package).spec
+    for model, reason in (
+        ((replace(spec, head_dim=24), "float32"), "a head_dim that is a multiple of 16"),
+        ((spec, "float16"), "they compute in bfloat16 and float32, not in float16"),
+    ):
+        told = str(host_obstacle(["torch"], None, model=model))
+        assert told.startswith("no CPU kernel serves this model: ")
+        assert reason in told
+        assert "--target" not in told
+    assert "--target torch,cpu" in str(host_obstacle(["torch"], None, model=(spec, "float32")))
+
+
 def test_backends_where_the_processor_is_bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: BARE)
     assert choose_backend(None, ["torch", "cpu:avx2"]) == "torch"

@@ -31,6 +31,7 @@ from moac.origin import check_source
 from moac.progress import Advance, stage
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.cores import set_torch_threads
+from moac_runtime.cpu.engine import obstacle
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.generation import choose_backend
 from moac_runtime.plan import Plan
@@ -166,7 +167,7 @@ def _open_model(request: BenchRequest) -> _Model:
         if request.backend not in {target.partition(":")[0] for target in artifact.targets}:
             raise MoacError(
                 f"{request.package} is built for {', '.join(artifact.targets)}, not for "
-                f"{request.backend}; compile it with --target {request.backend}"
+                f"{request.backend}; {_remedy(request.backend, artifact)}"
             )
         if request.backend == "cuda" and request.dtype not in (None, artifact.dtype):
             raise UsageError(
@@ -183,6 +184,14 @@ def _open_model(request: BenchRequest) -> _Model:
             f"{longest}, but the model holds {limit}; measure a shorter context"
         )
     return model
+
+
+def _remedy(backend: str | None, artifact: Artifact) -> str:
+    """What to do about a backend that a package is not built for."""
+    unserved = obstacle(artifact.spec, artifact.dtype) if backend == "cpu" else None
+    if unserved is not None:
+        return f"no CPU kernel serves this model ({unserved}), so leave out --backend cpu"
+    return f"compile it with --target {backend}"
 
 
 def _random_plans(request: BenchRequest, spec: ModelSpec) -> Callable[[int], Plan]:

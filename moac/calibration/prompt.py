@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from moac_runtime.errors import CheckpointError, UsageError
 
 _ANSWER = "MOACANSWER"
@@ -68,8 +66,9 @@ class PromptFormat:
             )
         try:
             return self.encode(self.render(messages))
-        except TemplateError as error:
-            raise UsageError(f"the checkpoint's chat template refused: {error}") from error
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"the checkpoint's chat template refused: {reason}") from error
 
     def render(self, messages: Sequence[Message]) -> str:
         """The template's text for `messages`, generation prompt included."""

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moac.checkpoint.folders import check_whole_model, no_config
 from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
 from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
+from moac.checkpoint.library import quiet_library
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac.checkpoint.served import DTYPES, refuse
-from moac.checkpoint.source import download_settings, download_weights, local_path, read_json
+from moac.checkpoint.source import (
+    download_settings,
+    download_weights,
+    file_refusal,
+    local_path,
+    read_json,
+)
+from moac.checkpoint.stand_ins import check_file
+from moac.checkpoint.template import template_fault
 from moac.checkpoint.tensors import check_tensors, expected_tensors
-from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files
+from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files, tokenizer_notes
+from moac.checkpoint.tokenizer_sources import check_installed
+from moac.checkpoint.vocabulary import vocabulary_notes
 from moac.checkpoint.weights import SafetensorsWeights, open_weights
-from moac_runtime.errors import CheckpointError, MoacError
+from moac_runtime.errors import CheckpointError
 from moac_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -42,7 +52,8 @@ class Checkpoint:
     `source`: as the user named it. `revision`: the hub's commit, None for a local path.
     `dtype`: "float32", "bfloat16" or "float16", the checkpoint's own. `path`: its directory or
     `.gguf` file. `eos_token_ids`: every token that ends an answer. `tokenizer_files`: name to
-    text of the package's `tokenizer/`.
+    text of the package's `tokenizer/`. `template_fault`: why the chat template cannot write a
+    plain conversation, None where it can or there is none. `notes`: what to tell before any work.
     """
 
     source: str
@@ -53,6 +64,8 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     tokenizer_files: Mapping[str, str]
     weights: Weights
+    template_fault: str | None = None
+    notes: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's name."""
@@ -92,7 +105,7 @@ class Checkpoint:
         not finite in it.
         """
         wanted = dtype or self.dtype
-        with _no_progress_bars():
+        with quiet_library():
             model: Any = (
                 _load_directory(self.path, wanted)
                 if self.path.is_dir()
@@ -103,10 +116,15 @@ class Checkpoint:
         return loaded
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer in transformers, chat template and all."""
-        if self.path.is_dir():
-            return load_tokenizer(self.path)
-        return gguf_tokenizer(open_gguf(self.path).fields)
+        """The tokenizer in transformers, with the chat template where it can be used."""
+        tokenizer = (
+            load_tokenizer(self.path)
+            if self.path.is_dir()
+            else gguf_tokenizer(open_gguf(self.path).fields)
+        )
+        if self.template_fault is not None:
+            tokenizer.chat_template = None
+        return tokenizer
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the package's `tokenizer/` files into `folder`, made where it is missing."""
@@ -121,8 +139,18 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     Raises CheckpointError for whatever is missing, damaged, contradictory or not served, and
     UsageError for a revision of a local path; no weight has been read by then.
     """
+    try:
+        return _open(source, revision)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or source} cannot be read ({error.strerror or error}); "
+            "check that it is there and may be read"
+        ) from None
+
+
+def _open(source: str, revision: str | None) -> Checkpoint:
     path = local_path(source, revision)
-    _check_installed("transformers")
+    check_installed("transformers")
     if path is None:
         return _open_hub(source, revision)
     if path.is_file():
@@ -135,6 +163,11 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
     folder = download_settings(source, revision)
     model_spec(_read_config(folder))
     folder = download_weights(source, folder.name)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"the model {source} has no safetensors on the hub, and nothing else is downloaded; "
+            "give a revision or a model that has them, or a GGUF file"
+        )
     return _open_directory(source, folder.name, folder)
 
 
@@ -145,40 +178,69 @@ def _open_directory(source: str, revision: str | None, folder: Path) -> Checkpoi
     check_tensors(spec, weights.shapes, str(folder))
     _check_tied(spec, weights)
     path = folder / "generation_config.json"
-    files, eos = _texts(load_tokenizer(folder), config, read_json(path) if path.is_file() else {})
+    generation = read_json(path) if path.is_file() or path.is_symlink() else {}
+    texts = _read_texts(load_tokenizer(folder), config, generation, folder)
     dtype = _dtype(config, weights.dtypes["model.embed_tokens.weight"])
-    return Checkpoint(source, revision, folder, spec, dtype, eos, files, weights)
+    return Checkpoint(
+        source, revision, folder, spec, dtype, texts.eos, texts.files, weights, *texts.told()
+    )
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
     if path.suffix != ".gguf":
-        raise CheckpointError(
-            f"{path} is a file but no .gguf; give a directory with config.json, a .gguf file or "
-            "a hub id such as org/name"
-        )
-    _check_installed("gguf", "accelerate")
+        raise file_refusal(path)
+    check_installed("gguf", "accelerate")
     file = open_gguf(path)
     config = file.config()
     spec = model_spec(config)
     check_tensors(spec, file.shapes, str(path), config="its header")
-    files, eos = _texts(gguf_tokenizer(file.fields), config, {}, file.end_ids())
+    texts = _read_texts(gguf_tokenizer(file.fields), config, {}, path, file.end_ids())
     weights = GgufWeights(path, spec)
-    return Checkpoint(source, None, path, spec, file.dtype, eos, files, weights)
+    return Checkpoint(
+        source, None, path, spec, file.dtype, texts.eos, texts.files, weights, *texts.told()
+    )
 
 
-def _texts(
-    tokenizer: Any, config: Any, generation: Mapping[str, Any], extra_eos: list[int] | None = None
-) -> tuple[dict[str, str], tuple[int, ...]]:
-    files = tokenizer_files(tokenizer, config, generation, extra_eos or [])
-    return files, tuple(json.loads(files["generation.json"])["eos_token_ids"])
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What a checkpoint's tokenizer comes to."""
+
+    files: dict[str, str]
+    eos: tuple[int, ...]
+    fault: str | None
+    notes: tuple[str, ...]
+
+    def told(self) -> tuple[str | None, tuple[str, ...]]:
+        return self.fault, self.notes
+
+
+def _read_texts(
+    tokenizer: Any,
+    config: Any,
+    generation: Mapping[str, Any],
+    path: Path,
+    extra_eos: Sequence[int] = (),
+) -> _Texts:
+    files = tokenizer_files(tokenizer, config, generation, extra_eos)
+    eos = tuple(json.loads(files["generation.json"])["eos_token_ids"])
+    notes = vocabulary_notes(tokenizer, config, generation, str(path))
+    if path.is_dir():
+        notes += tokenizer_notes(path, tokenizer)
+    fault = template_fault(tokenizer, config.vocab_size)
+    if fault is not None:
+        notes.append(
+            f"the chat template of {path} cannot be used ({fault}); the model is measured on "
+            "plain prompts, and what the template refuses at run takes --raw"
+        )
+    return _Texts(files, eos, fault, tuple(notes))
 
 
 def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
+    check_whole_model(folder)
+    check_file(path)
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} holds no config.json; give the directory that save_pretrained wrote"
-        )
+        raise no_config(folder)
     return parse_config(read_json(path), str(path))
 
 
@@ -213,34 +275,14 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def _check_installed(*packages: str) -> None:
-    for package in packages:
-        if find_spec(package) is None:
-            raise MoacError(
-                f"opening this checkpoint needs {package}; run `pip install 'moac[compile]'`"
-            )
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The library's bars print to pipes too; progress is the command line's to show."""
-    from transformers.utils import logging as library
-
-    logging: Any = library
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _load_directory(folder: Path, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    config = _read_config(folder)
+    config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
     return AutoModelForCausalLM.from_pretrained(
         folder,
+        config=config,
         dtype=dtype,
         attn_implementation="sdpa",
         local_files_only=True,

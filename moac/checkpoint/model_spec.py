@@ -6,6 +6,7 @@ import math
 from importlib import import_module
 from typing import Any
 
+from moac.checkpoint.library import quiet_library
 from moac.checkpoint.served import check_config_file, refuse
 from moac_runtime.errors import CheckpointError
 from moac_runtime.spec import ModelSpec, RopeSpec
@@ -38,7 +39,8 @@ def parse_config(values: dict[str, Any], where: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+        with quiet_library():
+            return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     except Exception as error:  # what a wrong value raises in the library is not its contract
         raise CheckpointError(
             f"{where} is not a valid {values['model_type']} config ({_one_line(error)}); "

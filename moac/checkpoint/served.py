@@ -32,6 +32,13 @@ def check_config_file(config: Mapping[str, Any]) -> None:
             method,
             "float32, bfloat16 or float16 weights, or a GGUF file",
         )
+    if config.get("quantization"):
+        raise refuse(
+            "quantization, as MLX writes it,",
+            config["quantization"],
+            "float32, bfloat16 or float16 weights, or a GGUF file",
+        )
+    _check_own_code(config)
     for key in _EXPERTS:
         if config.get(key):
             raise refuse(key, config[key], "a dense MLP (no mixture of experts)")
@@ -56,6 +63,16 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise refuse("hidden_act", activation, ", ".join(ACTIVATIONS))
+
+
+def _check_own_code(config: Mapping[str, Any]) -> None:
+    mapped = config.get("auto_map")
+    named = mapped.get("AutoModelForCausalLM") if isinstance(mapped, dict) else None
+    if named:
+        raise CheckpointError(
+            f"config.json names code of its own ({named}), which is not run; served are the "
+            "models of transformers, so take auto_map out if the code is a copy of theirs"
+        )
 
 
 def _check_rope(config: Mapping[str, Any]) -> None:

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moac.checkpoint.stand_ins import check_file
 from moac_runtime.errors import CheckpointError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
+_SETTINGS = ["*.json", "*.jinja", "*.model", "merges.txt"]
 _WEIGHTS = ["*.safetensors"]
 
 
@@ -25,11 +26,17 @@ def local_path(source: str, revision: str | None) -> Path | None:
     Raises CheckpointError where there is neither, UsageError for a revision of something local.
     """
     path = Path(source).expanduser()
+    check_file(path)
     if path.exists():
         if revision is not None:
             raise UsageError(
                 f"a revision ({revision!r}) belongs to a hub id, but {source} is a local path; "
                 "leave the revision out"
+            )
+        if not path.is_dir() and not path.is_file():
+            raise CheckpointError(
+                f"{source} is neither a directory nor a file; give a directory with config.json, "
+                "a .gguf file or a hub id such as org/name"
             )
         return path
     if is_hub_id(source):
@@ -38,6 +45,24 @@ def local_path(source: str, revision: str | None) -> Path | None:
         f"there is no checkpoint at {source}; give a directory with config.json, a .gguf file "
         "or a hub id such as org/name"
     )
+
+
+def file_refusal(path: Path) -> CheckpointError:
+    """The sentence for a file that is no `.gguf`, with what to give instead of it."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        remedy = "it is one under another name, so rename it to end in .gguf"
+    elif (path.parent / "config.json").is_file():
+        remedy = f"it lies in a checkpoint, so give its directory {path.parent}"
+    elif path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        remedy = (
+            "pickled weights are not read because a pickle can run code; give a directory with "
+            "config.json and safetensors"
+        )
+    else:
+        remedy = "give a directory with config.json, a .gguf file or a hub id such as org/name"
+    return CheckpointError(f"{path} is a file but no .gguf; {remedy}")
 
 
 def download_settings(source: str, revision: str | None) -> Path:
@@ -78,9 +103,10 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file is anything else."""
+    check_file(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}); restore it from the original checkpoint"
         ) from None

@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moac.checkpoint.library import quiet_library
+from moac.checkpoint.tokenizer_sources import check_sources, sentencepiece_note
+from moac.checkpoint.vocabulary import special_ids
 from moac_runtime.errors import CheckpointError
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_SOURCES = ("tokenizer.json", "tokenizer.model")
+_PROCESSOR_TEMPLATE = "chat_template.json"
+_TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"
 # Bookkeeping of the library and flags of its own generate loop, not defaults of the model.
 _NOT_DEFAULTS = ("transformers_version", "_from_model_config", "use_cache", "output_")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's fast tokenizer. Raises CheckpointError where there is none."""
-    if not any((folder / name).is_file() for name in _SOURCES):
-        raise CheckpointError(
-            f"{folder} holds no tokenizer ({' or '.join(_SOURCES)}); copy it from the original "
-            "checkpoint"
-        )
+    check_sources(folder)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with quiet_library(), _without_tiktoken_cache():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         # a slow tokenizer has no backend to package
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(
-            f"the tokenizer of {folder} is not readable ({_one_line(error)}); copy its files "
-            "from the original checkpoint again"
-        ) from None
+        raise _unreadable(folder, error) from None
     backend.no_truncation()
     backend.no_padding()
     return tokenizer
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return CheckpointError(
+            f"nothing tells how the vocab.json and merges.txt of {folder} are read; set "
+            "tokenizer_class in its tokenizer_config.json to the model's own, such as "
+            "GPT2Tokenizer or Qwen2Tokenizer, or copy tokenizer.json from the original checkpoint"
+        )
+    return CheckpointError(
+        f"the tokenizer of {folder} is not readable ({_one_line(error)}); copy its files "
+        "from the original checkpoint again"
+    )
+
+
+@contextmanager
+def _without_tiktoken_cache() -> Iterator[None]:
+    """It is kept by path alone, and another file may lie at that path by now."""
+    kept = os.environ.get(_TIKTOKEN_CACHE)
+    os.environ[_TIKTOKEN_CACHE] = ""
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ[_TIKTOKEN_CACHE]
+        else:
+            os.environ[_TIKTOKEN_CACHE] = kept
+
+
+def tokenizer_notes(folder: Path, tokenizer: Any) -> list[str]:
+    """What to tell of how a directory's tokenizer files were read. Raises CheckpointError."""
+    notes = []
+    if (note := sentencepiece_note(tokenizer, folder)) is not None:
+        notes.append(note)
+    if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():
+        notes.append(
+            f"{folder / _PROCESSOR_TEMPLATE} is a processor's chat template, which tokenizers do "
+            "not read; to use it, write it as text to chat_template.jinja"
+        )
+    return notes
 
 
 def tokenizer_files(
@@ -45,7 +87,7 @@ def tokenizer_files(
 
     `generation`: the raw generation_config.json. `extra_eos`: end ids the format itself names.
     """
-    special = _special_ids(tokenizer, config, generation, extra_eos)
+    special = special_ids(tokenizer, config, generation, extra_eos)
     strings = {name: _text(getattr(tokenizer, name, None)) for name in _TOKEN_NAMES}
     settings = {**special, **strings, "defaults": _defaults(generation)}
     files = {
@@ -58,48 +100,6 @@ def tokenizer_files(
     return files
 
 
-def _special_ids(
-    tokenizer: Any, config: Any, generation: Mapping[str, Any], extra_eos: Iterable[int]
-) -> dict[str, Any]:
-    size = config.vocab_size
-    eos: list[int] = []
-    for found in (
-        generation.get("eos_token_id"),
-        config.eos_token_id,
-        tokenizer.eos_token_id,
-        list(extra_eos),
-    ):
-        eos += [token for token in _ids(found, "eos_token_id", size) if token not in eos]
-    first = {
-        name: next(
-            (
-                token
-                for found in (
-                    generation.get(name),
-                    getattr(config, name),
-                    getattr(tokenizer, name),
-                )
-                for token in _ids(found, name, size)
-            ),
-            None,
-        )
-        for name in ("bos_token_id", "pad_token_id")
-    }
-    return {"eos_token_ids": eos, **first}
-
-
-def _ids(found: Any, name: str, size: int) -> list[int]:
-    """The ids in `found`: an id, a list or None; a negative id is how old files say none."""
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    for token in ids:
-        if not isinstance(token, int) or token >= size:
-            raise CheckpointError(
-                f"the checkpoint names {name} {token!r}, but its vocabulary has the ids 0 to "
-                f"{size - 1}; correct generation_config.json, config.json or the tokenizer"
-            )
-    return [token for token in ids if token >= 0]
-
-
 def _defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
@@ -110,14 +110,21 @@ def _defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chat_template(tokenizer: Any) -> str | None:
     template = tokenizer.chat_template
-    if not isinstance(template, dict):
-        return template or None
-    if "default" not in template:
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise CheckpointError(
+                f"the tokenizer has chat templates named {', '.join(sorted(template))} and none "
+                "named default; name the one to use default in tokenizer_config.json"
+            )
+        template = template["default"]
+    if not template:
+        return None
+    if not isinstance(template, str):
         raise CheckpointError(
-            f"the tokenizer has chat templates named {', '.join(sorted(template))} and none named "
-            "default; name the one to use default in tokenizer_config.json"
+            f"chat_template in tokenizer_config.json is {template!r:.60} where a template's text "
+            "was expected; restore it from the original checkpoint"
         )
-    return str(template["default"])
+    return template
 
 
 def _text(token: Any) -> str | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moac.checkpoint.folders import no_weights
+from moac.checkpoint.quantised import check_plain_weights
 from moac.checkpoint.served import refuse
 from moac.checkpoint.source import read_json
+from moac.checkpoint.stand_ins import check_file
 from moac.checkpoint.tensors import Shape
 from moac_runtime.errors import CheckpointError
 
@@ -59,26 +62,27 @@ def open_weights(folder: Path) -> SafetensorsWeights:
             f"{folder / _INDEX} places {absent[0]} in {weight_map[absent[0]]}, which does not "
             "hold it; download the checkpoint again"
         )
-    return SafetensorsWeights(files, shapes, dtypes)
+    check_plain_weights(dtypes, str(folder))
+    _check_dtypes(files, dtypes)
+    return SafetensorsWeights(files, shapes, {k: _DTYPES.get(v, v) for k, v in dtypes.items()})
+
+
+def _check_dtypes(files: Mapping[str, Path], dtypes: Mapping[str, str]) -> None:
+    for name, kind in dtypes.items():
+        # Old checkpoints hold integer buffers; a weight is one of three kinds.
+        if kind not in _DTYPES and name.endswith((".weight", ".bias")):
+            raise refuse(f"{files[name].name}: {name} of dtype", kind, ", ".join(_DTYPES))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name to shard; empty where one plain file holds all."""
+    check_file(folder / "model.safetensors")
     # the single file first, as transformers does where a folder holds both
     if (folder / "model.safetensors").is_file():
         return {}
-    if (folder / _INDEX).is_file():
+    if (folder / _INDEX).is_file() or (folder / _INDEX).is_symlink():
         return _read_index(folder)
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which are not read because a "
-            "pickle can run code; convert it to safetensors (save_pretrained does)"
-        )
-    raise CheckpointError(
-        f"{folder} holds no weights: neither model.safetensors nor {_INDEX}; "
-        "download the checkpoint again"
-    )
+    raise no_weights(folder)
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -93,6 +97,7 @@ def _read_index(folder: Path) -> dict[str, str]:
                 f"{folder / _INDEX} names the shard {shard!r}, which is not a plain file name; "
                 "download the checkpoint again"
             )
+        check_file(folder / shard)
         if not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder / _INDEX} names the shard {shard}, which is missing; "
@@ -102,22 +107,19 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, tuple[Shape, str]]:
+    """Name to shape and safetensors' name of the dtype."""
     from safetensors import SafetensorError, safe_open
 
     try:
         # Opening checks the header and that the data ends where the file ends.
         with safe_open(path, framework="pt") as shard:
-            return {name: _tensor_header(path, name, shard) for name in shard.keys()}  # noqa: SIM118
+            pieces = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {
+                name: (tuple(piece.get_shape()), str(piece.get_dtype()))
+                for name, piece in pieces.items()
+            }
     except (SafetensorError, OSError) as error:
+        reason = error if path.stat().st_size else "it is empty"
         raise CheckpointError(
-            f"{path} is damaged or cut short ({error}); download it again"
+            f"{path} is damaged or cut short ({reason}); download it again"
         ) from None
-
-
-def _tensor_header(path: Path, name: str, shard: Any) -> tuple[Shape, str]:
-    piece = shard.get_slice(name)
-    kind = str(piece.get_dtype())
-    # Old checkpoints hold integer buffers; a weight is one of three kinds.
-    if kind not in _DTYPES and name.endswith((".weight", ".bias")):
-        raise refuse(f"{path.name}: {name} of dtype", kind, ", ".join(_DTYPES))
-    return tuple(piece.get_shape()), _DTYPES.get(kind, kind)

@@ -61,7 +61,8 @@ def open_sessions(artifact: Artifact, backend: str | None = None) -> Sessions:
     """
     check_backend(backend)
     set_torch_threads()
-    reason = host_obstacle(artifact.targets, None) or obstacle(artifact.spec, artifact.dtype)
+    shape = artifact.spec, artifact.dtype
+    reason = host_obstacle(artifact.targets, None, model=shape) or obstacle(*shape)
     if backend == "cpu" or (backend is None and reason is None):
         model = open_cpu(artifact)
         return Sessions(

@@ -32,7 +32,7 @@ from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.inspection import planned_lengths
 from moac.origin import check_source
 from moac.plan_file import read_plan_file
-from moac.progress import Advance, stage
+from moac.progress import Advance, notes, stage
 from moac.request import CompileRequest
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import CheckFailed, UsageError
@@ -68,6 +68,7 @@ def evaluate(
     request = request or EvalRequest()
     artifact, checkpoint = open_artifact(package), open_checkpoint(str(source))
     check_source(artifact, checkpoint)
+    notes(checkpoint.notes)
     lengths = _lengths(artifact, request)
     plans = _plans(artifact, checkpoint, request.against)
     own = read_tokenizer(artifact)

@@ -67,6 +67,11 @@ class Opening:
         """The backends the package is built for, known before its files are checked."""
         return self._manifest.targets
 
+    @property
+    def model(self) -> tuple[ModelSpec, str]:
+        """The model and the package's dtype, known as early."""
+        return self._manifest.model, self._manifest.dtype
+
     def result(self) -> Artifact:
         """The checked package. Raises ArtifactError."""
         self._check.result()

@@ -418,9 +418,10 @@ class Model:
         if not tokens:
             raise UsageError("the prompt is empty: it holds not a single token; give some text")
         if max(tokens) >= self.spec.vocab_size:
+            spelled = self.tokenizer.backend.id_to_token(max(tokens))
             raise MoacError(
-                f"the tokenizer gave token {max(tokens)}, but the model knows "
-                f"{self.spec.vocab_size}; compile the package again from one checkpoint"
+                f"the prompt holds {spelled!r}, token {max(tokens)}, but the model knows "
+                f"{self.spec.vocab_size}; leave it out of the prompt"
             )
         return tokens
 
@@ -492,15 +493,15 @@ def load(
         open_session=ready.open_session,
         load_s=time.perf_counter() - started,
         kernels=ready.kernels,
-        note=_note(opening.targets, dtype) if backend is None and chosen == "torch" else None,
+        note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
     )
 
 
-def _note(targets: Sequence[str], dtype: str | None) -> str | None:
+def _note(opening: Opening, dtype: str | None) -> str | None:
     """What the user is told where the portable path runs because no better one can."""
     from moac_runtime.cpu.opening import host_obstacle
 
-    reason = host_obstacle(targets, dtype)
+    reason = host_obstacle(opening.targets, dtype, model=opening.model)
     return None if reason is None else f"running on torch's own operators: {reason}"
 
 

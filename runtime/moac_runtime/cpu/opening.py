@@ -13,17 +13,26 @@ from moac_runtime.cpu.session import CpuSession
 from moac_runtime.cpu.weights import map_weights
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.plan import Plan
+from moac_runtime.spec import ModelSpec
 
 
 def host_obstacle(
-    targets: Sequence[str], dtype: str | None, *, features: Collection[str] | None = None
+    targets: Sequence[str],
+    dtype: str | None,
+    *,
+    features: Collection[str] | None = None,
+    model: tuple[ModelSpec, str] | None = None,
 ) -> str | None:
     """Why a package's native kernels cannot run here and what to do, None where they can.
 
     `dtype`: asked for, None is the package's own. `features`: None is this processor's.
+    `model`: the package's, with its dtype, so that a build that cannot be made is not advised.
     """
     built = [name for name in targets if name.partition(":")[0] == "cpu"]
     if not built:
+        unserved = None if model is None else obstacle(*model)
+        if unserved is not None:
+            return f"no CPU kernel serves this model: {unserved}"
         return "the package has no native CPU kernels; compile it with --target torch,cpu"
     if not runnable_sets(targets, features):
         return (
@@ -63,7 +72,7 @@ def open_cpu(
     `instruction_set`: None is the best this processor has. Raises UsageError for a dtype that no
     kernel computes in, ArtifactError, MoacError where no kernel fits this processor.
     """
-    reason = host_obstacle(artifact.targets, dtype)
+    reason = host_obstacle(artifact.targets, dtype, model=(artifact.spec, artifact.dtype))
     if reason is not None:
         raise MoacError(reason)
     precision = dtype or artifact.dtype
