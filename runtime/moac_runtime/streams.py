@@ -47,7 +47,10 @@ def native_output_to_stderr() -> Iterator[None]:
 def _descriptor_1_at_stderr() -> Iterator[int]:
     """Yields a duplicate of what descriptor 1 was, -1 where it was closed."""
     _flush_native()
-    kept = _duplicate(1)
+    try:
+        kept = _duplicate(1)
+    except OSError:  # it is closed
+        kept = -1
     _point_1_at_stderr()
     try:
         yield kept
@@ -63,7 +66,7 @@ def _descriptor_1_at_stderr() -> Iterator[int]:
 @contextmanager
 def _stdout_on(descriptor: int) -> Iterator[None]:
     before, original = sys.stdout, sys.__stdout__
-    results = _like(before, os.dup(descriptor))
+    results = _like(before, _duplicate(descriptor))
     # also the one whose terminal's width is asked for
     sys.stdout = sys.__stdout__ = results  # type: ignore[misc]
     try:
@@ -107,10 +110,14 @@ def _writes_to_1(stream: TextIO) -> bool:
 
 
 def _duplicate(descriptor: int) -> int:
+    """A duplicate above the standard descriptors, of which some may be closed."""
+    made = os.dup(descriptor)
+    if made > 2:
+        return made
     try:
-        return os.dup(descriptor)
-    except OSError:  # closed
-        return -1
+        return _duplicate(descriptor)
+    finally:
+        os.close(made)
 
 
 def _point_1_at_stderr() -> None:
