@@ -5,16 +5,22 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := .cache/smollm2-135m-instruct
 PACKAGE := out
+# Chosen by hand: torch without a version would bring gigabytes of CUDA packages.
+TORCH := torch==2.13.0
+EVERY := dev,eval,cuda
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-race lint format types clean
+.PHONY: help quickstart test test-slow test-oldest test-newest test-race lock lint format types clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
 	@echo 'make test         install, run the tests that take no real model'
 	@echo 'make test-slow    run the tests on the small model (minutes)'
 	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
+	@echo 'make test-oldest  the tests, with the oldest versions that pyproject.toml allows'
+	@echo 'make test-newest  the tests, with the newest ones; torch stays in both'
+	@echo 'make lock         choose versions anew: both constraints files'
 	@echo 'make lint types   check style and types'
 	@echo 'make format       write the style'
 	@echo 'make clean        remove what the tools leave, and the environment'
@@ -33,6 +39,23 @@ test-slow: $(MODEL)/config.json
 test-race: $(INSTALLED)
 	$(BIN)/pytest -q tests/test_team.py
 
+test-oldest:
+	$(call new_environment,.venv-oldest)
+	$(call install,.venv-oldest/bin,constraints-oldest.txt,$(EVERY))
+	.venv-oldest/bin/pytest -q -m 'not slow'
+
+# What pyproject.toml allows, today; constraints.txt is not asked.
+test-newest:
+	$(call new_environment,.venv-newest)
+	@echo '$(TORCH)' > .venv-newest/constraints.txt
+	$(call install,.venv-newest/bin,.venv-newest/constraints.txt,$(EVERY))
+	.venv-newest/bin/pip list
+	.venv-newest/bin/pytest -q -m 'not slow'
+
+lock: $(BIN)/python
+	$(BIN)/python tools/lock.py $(TORCH) constraints.txt
+	$(BIN)/python tools/lock.py $(TORCH) constraints-oldest.txt --oldest
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,16 +68,31 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp makes the second run quick; it ages when what is to be installed changes.
-$(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'error: $(PYTHON) is older than 3.11; run make PYTHON=python3.11' >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,$(BIN),constraints.txt,dev)
 	@touch $@
+
+$(BIN)/python:
+	$(call new_environment,.venv)
 
 $(MODEL)/config.json: | $(INSTALLED)
 	$(BIN)/python examples/fetch_smollm2.py $(MODEL)
+
+# An environment that has pip alone: $(call new_environment,FOLDER).
+define new_environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'error: $(PYTHON) is older than 3.11; run make PYTHON=python3.11' >&2; exit 1; }
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+endef
+
+# The project with extras: $(call install,BIN,CONSTRAINTS,EXTRAS). Both variables say the same to
+# what builds it; which of them is read depends on the version of pip.
+define install
+	PIP_CONSTRAINT=$(2) PIP_BUILD_CONSTRAINT=$(2) $(1)/python -m pip install --quiet \
+		--constraint $(2) --editable '.[$(3)]'
+endef

@@ -16,6 +16,7 @@ from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
 from moac.options import given, numbers, planning_options, size, words
 from moac_runtime.errors import CheckFailed, MoacError, UsageError
+from moac_runtime.streams import results_alone
 
 if TYPE_CHECKING:
     from moac.estimate import StageEstimate
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _invoke(arguments: Sequence[str]) -> int:
     try:
-        cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
+        with results_alone():
+            cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):  # click makes an Abort of most interrupts
         click.echo("interrupted; run the same command again to go on", err=True)
         return _INTERRUPTED

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cpu_kernels import needs_compiler
+from families import FAMILIES
 from tiny import Compiled, moac_command
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,6 +23,7 @@ from moac.bench.request import SYSTEMS, BenchRequest
 from moac.bench.runner import choose_systems, percentile, run_bench, with_backend
 from moac.bench.shapes import SHAPES, shape_spec
 from moac.bench.system import Subject, open_system
+from moac.bench.transformers_cache import GrowingCache
 from moac.bench.worker import Load, Running, Worker
 from moac_runtime.artifact import open_artifact
 from moac_runtime.cpu.library import runnable_sets
@@ -138,6 +141,42 @@ def test_our_row_and_transformers_choose_the_same_tokens(tiny_package: Compiled)
         running.prefill()
         running.decode(4)
         chosen.append(system._next.flatten().tolist())  # type: ignore[attr-defined]
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_growing_cache_is_the_model_s(
+    family: str, tiny_package: Compiled, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    # releases of transformers differ in the argument's name
+    system = GrowingCache(subject_of(tiny_package, source=str(tiny_checkpoint(family))))
+    system.open(1, 16)
+    tokens = [[5, 6, 7, 8]]
+    system.prefill(tokens)
+    for _ in range(4):
+        tokens[0] += system._next[0].tolist()
+        system.step()
+        assert system._next.item() == system._model(torch.tensor(tokens)).logits[0, -1].argmax()
+    assert system._cache.get_seq_length() == 8
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, on import, and that it runs uncompiled
+def test_flex_keeps_the_tokens_that_it_read(
+    tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from moac.bench import flex
+
+    monkeypatch.setattr(flex, "_compiled", flex_attention)
+    load = Load(batch=2, context=24, capacity=32, seed=0)  # everything is dense this short
+    chosen = []
+    for make in (GrowingCache, flex.Flex):
+        system = make(subject_of(tiny_package))
+        running = Running(system, subject_of(tiny_package), load)
+        running.prefill()
+        running.decode(4)
+        chosen.append(system._next.flatten().tolist())
     assert chosen[0] == chosen[1]
 
 

@@ -47,7 +47,6 @@ def workplace(tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".cache").mkdir()
     (tmp_path / CHECKPOINT).symlink_to(tiny_package.checkpoint)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    shutil.copy(ROOT / "constraints.txt", tmp_path)
     shutil.copytree(tiny_package.package, tmp_path / "out")
     shutil.copy(tiny_package.package / "plan.json", tmp_path / ".cache")
     monkeypatch.chdir(tmp_path)
@@ -141,10 +140,14 @@ def test_every_option_stands_in_the_readme() -> None:
 
 def test_the_makefile_has_what_the_readme_calls() -> None:
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in (*MAKE_TARGETS, "test-slow", "lint", "types"):
+    named = re.findall(r"`make ([a-z -]+)`", README)
+    targets = {*MAKE_TARGETS, *(word for words in named for word in words.split())}
+    assert targets >= {"test-slow", "test-oldest", "test-newest", "lock", "lint", "types"}
+    for target in targets:
         assert re.search(rf"^{target}:", rules, re.MULTILINE), target
-    for name in ("-c constraints.txt", "--constraint constraints.txt"):
-        assert name in README + rules
+    assert "-c constraints.txt" in README
+    assert "$(call install,$(BIN),constraints.txt,dev)" in rules
+    assert "--constraint $(2)" in rules
 
 
 def test_linked_files_are_there() -> None:

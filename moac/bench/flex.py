@@ -46,13 +46,8 @@ class Flex(GrowingCache):
     def _forward(self, model: Any, tokens: Tensor) -> Tensor:
         count = tokens.shape[1]
         self._position.fill_(self._length)
-        out = model(
-            input_ids=tokens,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            moac_blocks=self._blocks(count),
-        )
+        options = {"use_cache": True, "logits_to_keep": 1, "moac_blocks": self._blocks(count)}
+        out = model(tokens, None, None, self._cache, **options)  # as in GrowingCache
         self._length += count
         chosen: Tensor = out.logits[:, -1:].argmax(-1)
         return chosen

@@ -46,9 +46,8 @@ class GrowingCache:
     @torch.no_grad()
     def _forward(self, model: Any, tokens: Tensor) -> Tensor:
         """The tokens chosen after `tokens` `[B, T]`, `[B, 1]`."""
-        out = model(
-            input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
+        # the cache by its place: releases differ in what they call it
+        out = model(tokens, None, None, self._cache, use_cache=True, logits_to_keep=1)
         chosen: Tensor = out.logits[:, -1:].argmax(-1)
         return chosen
 

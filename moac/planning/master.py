@@ -8,6 +8,7 @@ import highspy
 import numpy as np
 
 from moac.planning.choices import Goal
+from moac.planning.highs import new_solver
 from moac.planning.problem import Floats, Ints
 
 _DROPPED = 1e-9  # what HiGHS itself would drop, with a warning
@@ -63,9 +64,7 @@ class Master:
         self._room = room
         upper = np.concatenate([np.ones(num_layers), budget, goal.upper, room])
         lower = np.concatenate([np.ones(num_layers), np.full(len(upper) - num_layers, -np.inf)])
-        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        self._solver.setOptionValue("output_flag", False)
-        self._solver.setOptionValue("threads", 1)
+        self._solver = new_solver()
         none = np.zeros(0, dtype=np.int32)
         self._solver.addRows(
             len(upper), lower, upper, 0, np.zeros(len(upper), dtype=np.int32), none, np.zeros(0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import highspy
 import numpy as np
 
+from moac.planning.highs import new_solver
 from moac.planning.program import Floats
 
 _log = logging.getLogger(__name__)
@@ -156,10 +157,8 @@ def _run(
     target: float = -np.inf,
     presolve: str = "choose",
 ) -> highspy.Highs:
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver = new_solver()
     settings: dict[str, bool | int | float | str] = {
-        "output_flag": False,
-        "threads": 1,  # the same plan on every machine
         "random_seed": options.seed,
         "mip_rel_gap": options.gap,
         "mip_abs_gap": ABSOLUTE_GAP,

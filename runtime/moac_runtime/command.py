@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.streams import results_alone
 
 if TYPE_CHECKING:
     from moac_runtime.generation import Generation, Model, Sampling, Stats
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> i
     # torch warns where numpy is absent; running a package does without it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
-        return _run(_parser(package).parse_args(argv), package)
+        with results_alone():
+            return _run(_parser(package).parse_args(argv), package)
     except MoacError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

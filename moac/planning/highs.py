@@ -1,0 +1,16 @@
+"""HiGHS as this package uses it: one thread, nothing printed."""
+
+from __future__ import annotations
+
+import highspy
+
+from moac_runtime.streams import native_output_to_stderr
+
+
+def new_solver() -> highspy.Highs:
+    """A solver without a program. From 1.16 on HiGHS greets on standard output when it is made."""
+    with native_output_to_stderr():
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)  # the same plan on every machine
+    return solver
