@@ -12,12 +12,11 @@ import click
 
 from moac.bench.command import bench_command
 from moac.options import check_one_goal, given, numbers, planning_options, size, words
-from moac_runtime.errors import CheckFailed, MoacError, UsageError
+from moac_runtime.errors import CheckFailed, UsageError
+from moac_runtime.process import run_process
 
 if TYPE_CHECKING:
     from moac.estimate import StageEstimate
-
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,22 +31,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
+    return run_process(
+        lambda: _command(arguments),
+        interrupted="interrupted; run the same command again to go on",
+        short_of_memory="choose shorter lengths or fewer rows at once, or end other programs "
+        "(moac compile --dry-run tells what a compile takes)",
+    )
+
+
+def _command(arguments: Sequence[str]) -> int:
+    """Run a click command; what click raises becomes what our own code does."""
     try:
         cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):  # click makes an Abort of most interrupts
-        click.echo("interrupted; run the same command again to go on", err=True)
-        return _INTERRUPTED
+    except click.exceptions.Abort:  # click makes it of most interrupts
+        raise KeyboardInterrupt from None
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "moac"
         sentence = error.format_message().removesuffix(".")
-        click.echo(f"error: {sentence} (see {command} --help)", err=True)
-        return error.exit_code
-    except MoacError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
+        raise UsageError(f"{sentence} (see {command} --help)") from None
     return 0
 
 

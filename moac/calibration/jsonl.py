@@ -16,6 +16,7 @@ from moac.calibration.answers import AnswersModel, DenseReader
 from moac.calibration.prompt import Message, PromptFormat
 from moac.calibration.samples import CalibrationSample
 from moac_runtime.errors import UsageError
+from moac_runtime.plain_text import decode_text
 
 _RESPONSE_TOKENS = 128
 
@@ -41,7 +42,7 @@ def read_prompts(path: Path, *, what: str, reply: str) -> list[UserSample]:
     `what` names the kind of file in errors.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = decode_text(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the {what} file {path}: {error}") from error
     samples = [

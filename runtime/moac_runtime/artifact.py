@@ -67,6 +67,10 @@ class Opening:
         """The backends the package is built for, known before its files are checked."""
         return self._manifest.targets
 
+    def cancel(self) -> None:
+        """Give the check up: a process that ends would else wait for it."""
+        self._check.cancel()
+
     def result(self) -> Artifact:
         """The checked package. Raises ArtifactError."""
         self._check.result()
