@@ -200,7 +200,7 @@ def _show_estimate(stages: Sequence[StageEstimate], *, as_json: bool) -> None:
 
 
 @cli.command("inspect")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="everything as JSON")
 def inspect_command(package: Path, as_json: bool) -> None:
     """Show PACKAGE: its plan, density and KV bytes at each length, kernels, provenance."""
@@ -214,7 +214,7 @@ def inspect_command(package: Path, as_json: bool) -> None:
 
 
 @cli.command("report")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--eval",
     "results",
@@ -256,8 +256,8 @@ def report_command(package: Path, results: Path | None, output: Path) -> None:
 
 
 @cli.command("diff")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=click.Path(path_type=Path, readable=False))
+@click.argument("b", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="everything as JSON")
 def diff_command(a: Path, b: Path, as_json: bool) -> None:
     """Compare A and B, each a package or a plan.json: spans, memory, losses, provenance."""
@@ -269,7 +269,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
 
 
 @cli.command("verify")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--source",
     metavar="MODEL",
@@ -313,7 +313,7 @@ def verify_command(
 
 
 @cli.command("eval")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--source",
     required=True,

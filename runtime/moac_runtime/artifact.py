@@ -67,6 +67,12 @@ class Opening:
         """The backends the package is built for, known before its files are checked."""
         return self._manifest.targets
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        files = self._manifest.files
+        return sum(files[name].size for name in files if name.startswith("weights/"))
+
     def cancel(self) -> None:
         """Give the check up: a process that ends would else wait for it."""
         self._check.cancel()

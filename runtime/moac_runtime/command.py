@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from moac_runtime.chosen import ChosenSampling
     from moac_runtime.generation import Generation, Model, Sampling, Stats
 
-_SHORT_OF_MEMORY = (
-    "give a smaller --capacity, run fewer prompts at once (--max-batch), or end other programs"
-)
+_SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
 
 

@@ -20,6 +20,7 @@ from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
 from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
+from moac_runtime.shortage import telling_shortage
 from moac_runtime.spec import ModelSpec
 from moac_runtime.text import Message, StopStrings, Tokenizer
 
@@ -33,6 +34,12 @@ _NEEDS = {
     "torch": ("torch", "pip install torch"),
     "onnx": ("onnxruntime", "pip install 'moac[onnx]'"),
 }
+
+_LESS_MEMORY = (
+    "run fewer prompts at once (--max-batch, max_batch=), give a smaller capacity, or end other "
+    "programs"
+)
+_FEWER_WEIGHTS = "end other programs, raise the limit, or compile with --weights int8"
 
 FinishReason = Literal["stop", "length", "interrupted"]
 Prompt = str | Sequence[Message]
@@ -176,8 +183,9 @@ class Batch:
         self._decode_s = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        steps = self._steps()
         try:
-            for _ in self._steps():
+            while self._step(steps):
                 yield from self._news()
         except KeyboardInterrupt:
             self.interrupt()
@@ -203,6 +211,15 @@ class Batch:
             )
             for prompt, answer in zip(self._prompts, self._answers, strict=True)
         ]
+
+    def _step(self, steps: Iterator[None]) -> bool:
+        """Take a step; whether there was one. Raises MoacError where memory is short."""
+        purpose = (
+            f"for a session of {len(self._prompts)} x {self._capacity} tokens, whose KV cache "
+            f"takes at most {self._dense_bytes / 2**20:.0f} MiB"
+        )
+        with telling_shortage(purpose, _LESS_MEMORY):
+            return next(steps, self) is None
 
     def _steps(self) -> Iterator[None]:
         """One item per token of the batch; finished rows leave it."""
@@ -511,8 +528,12 @@ def load(
     _check_request(backend, dtype, threads)
     opening = start_opening(path)  # hashes while the backend's libraries load
     try:
-        chosen = choose_backend(backend, opening.targets, dtype=dtype)
-        ready = _OPENERS[chosen](opening, dtype, threads)
+        purpose = (
+            f"to load this package, whose weights take {opening.weight_bytes / 2**20:.0f} MiB"
+        )
+        with telling_shortage(purpose, _FEWER_WEIGHTS):
+            chosen = choose_backend(backend, opening.targets, dtype=dtype)
+            ready = _OPENERS[chosen](opening, dtype, threads)
     except BaseException:
         opening.cancel()
         raise

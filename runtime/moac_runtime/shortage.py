@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from moac_runtime.errors import MoacError
 
@@ -17,20 +19,19 @@ _THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable"
 _ASKED = re.compile(
     r"(?:tried|trying|unable) to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE
 )
-_RAISED = (MemoryError, OSError, RuntimeError, ImportError)
 
 
-def shortage(error: BaseException, advice: str) -> MoacError | None:
+def shortage(error: BaseException, advice: str, *, purpose: str = "") -> MoacError | None:
     """The sentence for an error that says something is short on this host; None for any other.
 
-    `advice`: what the user can do.
+    `advice`: what the user can do. `purpose`: what the memory was for, as "to load it".
     """
-    said = str(error)
-    # numpy wraps a failed import in pages of its own; libraries derive errors of their own from
-    # Exception alone, and a thread's or a backend's is told by its text
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or _says(_MEMORY, error):
-        return MoacError(f"there is not enough memory{_asked(said)}{_limit()}; {advice}")
+        purpose = purpose and f" {purpose}"
+        return MoacError(
+            f"there is not enough memory{purpose}{_asked(str(error))}{_limit()}; {advice}"
+        )
     if number == errno.EAGAIN or _says(_THREADS, error):
         return MoacError(
             "the system starts no more threads for this process; give fewer --threads, or raise "
@@ -39,7 +40,22 @@ def shortage(error: BaseException, advice: str) -> MoacError | None:
     return None
 
 
+@contextmanager
+def telling_shortage(purpose: str, advice: str) -> Iterator[None]:
+    """Raise MoacError in place of an error that says something is short on this host."""
+    try:
+        yield
+    except MoacError:
+        raise
+    except Exception as error:
+        sentence = shortage(error, advice, purpose=purpose)
+        if sentence is None:
+            raise
+        raise sentence from error
+
+
 def _says(words: re.Pattern[str], error: BaseException) -> bool:
+    # any class: libraries raise their own, and numpy wraps a failed import in pages of words
     return isinstance(error, Exception) and words.search(str(error)) is not None
 
 
