@@ -10,14 +10,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from moac_runtime.errors import MoacError
 from moac_runtime.shortage import shortage
 
 INTERRUPTED = 130
-_ENDING = ("SIGTERM", "SIGHUP")
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class _OutputError(MoacError):
@@ -41,25 +42,21 @@ def run_process(
     then is SystemExit with the code that a shell gives for the signal.
     """
     _open_closed_descriptors()
-    with _streams(), _ended_by_signals():
-        return _guarded(work, interrupted, short_of_memory)
-
-
-def _guarded(work: Callable[[], int], interrupted: str, short_of_memory: str) -> int:
-    try:
-        return _flushed(work)
-    except _OutputError as error:
-        return error.exit_code if error.reader_left else _tell(error)
-    except MoacError as error:
-        return _tell(error)
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        sentence = shortage(error, short_of_memory) or _refused(error)
-        if sentence is None:
-            raise
-        return _tell(sentence)
+    with _streams(), _signals():
+        try:
+            return _flushed(work)
+        except _OutputError as error:
+            return error.exit_code if error.reader_left else _tell(error)
+        except MoacError as error:
+            return _tell(error)
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            sentence = shortage(error, short_of_memory) or _refused(error)
+            if sentence is None:
+                raise
+            return _tell(sentence)
 
 
 def _flushed(work: Callable[[], int]) -> int:
@@ -78,6 +75,9 @@ def _tell(error: MoacError) -> int:
 
 def _refused(error: Exception) -> MoacError | None:
     """The sentence for what the system refused; None where the fault is the program's own."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        name = error.name.partition(".")[0]
+        return MoacError(f"{name} is not installed; run: pip install {name}")
     if isinstance(error, ValueError) and "null byte" in str(error):
         return MoacError("a path holds a NUL character, which no file name does; correct the path")
     if not isinstance(error, OSError) or error.strerror is None:
@@ -172,13 +172,14 @@ def _reopened(stream: TextIO, *, required: bool = False) -> TextIO:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise SystemExit, unless somebody else decided about them."""
+def _signals() -> Iterator[None]:
+    """Ctrl-C and requests to end as exceptions, unless somebody else decided about them."""
+    default = (signal.SIG_DFL, signal.default_int_handler)
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
         for number in numbers:
-            if signal.getsignal(number) == signal.SIG_DFL:
+            if signal.getsignal(number) in default:  # nohup has SIGHUP ignored
                 before[number] = signal.signal(number, _end)
     try:
         yield
@@ -187,5 +188,20 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, frame: object) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    if _importing(frame):
+        # libraries lose what is raised while they load, or abort; nothing is half done then
+        with suppress(OSError):
+            os.write(2, b"interrupted\n" if number == signal.SIGINT else b"")
+        os._exit(128 + number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
