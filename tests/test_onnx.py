@@ -381,4 +381,8 @@ def test_int8_compiles_and_verifies(tiny_package: Compiled, tmp_path: Path) -> N
     result = compile_model(tiny_package.checkpoint, out, request=asked, work_dir=work)
     names = [check.name for check in result.checks if "onnx int8" in check.name]
     assert len(names) == 4
-    assert moac_runtime.load(out, backend="onnx").generate("hi", max_tokens=2, temperature=0)[0].token_ids
+    assert (
+        moac_runtime.load(out, backend="onnx")
+        .generate("hi", max_tokens=2, temperature=0)[0]
+        .token_ids
+    )

@@ -140,7 +140,9 @@ def test_the_javascript_client_gives_the_same_tokens(javascript: Path, onnx_pack
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    (wanted,) = moac_runtime.load(onnx_package).generate(PROMPT, raw=True, max_tokens=24, temperature=0)
+    (wanted,) = moac_runtime.load(onnx_package).generate(
+        PROMPT, raw=True, max_tokens=24, temperature=0
+    )
     assert len(found["prompt_ids"]) == wanted.prompt_tokens
     assert found["token_ids"] == list(wanted.token_ids)
     assert found["kv_bytes"] == wanted.stats.kv_held_bytes < wanted.stats.kv_dense_bytes
