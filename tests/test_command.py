@@ -268,6 +268,19 @@ def test_an_interrupt_before_there_is_anything(
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
+def test_an_answer_that_the_capacity_cuts_is_told(
+    loader: Loader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["out", "--raw", "--capacity", "12", "--max-tokens", "20", "--prompt", "123456789"]
+    assert main(asked) == 0
+    note = "ended after 2 of 20 tokens: the prompt leaves no more of the session's 12"
+    assert f"note: the answer {note}\n" in capsys.readouterr().err
+    assert main([*asked, "--prompt", "hi"]) == 0
+    assert f"note: answer 1 of 2 {note}\n" in capsys.readouterr().err
+    assert main(["out", "--raw", "--max-tokens", "2", "--prompt", "123456789"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 SCRIPT = """
 import sys
 from moac_runtime import command, generation

@@ -216,7 +216,7 @@ class Batch:
         """Take a step; whether there was one. Raises MoacError where memory is short."""
         purpose = (
             f"for a session of {len(self._prompts)} x {self._capacity} tokens, whose KV cache "
-            f"takes at most {self._dense_bytes / 2**20:.0f} MiB"
+            f"takes at most {self._dense_bytes / 2**20:.1f} MiB"
         )
         with telling_shortage(purpose, _LESS_MEMORY):
             return next(steps, self) is None
@@ -529,7 +529,7 @@ def load(
     opening = start_opening(path)  # hashes while the backend's libraries load
     try:
         purpose = (
-            f"to load this package, whose weights take {opening.weight_bytes / 2**20:.0f} MiB"
+            f"to load this package, whose weights take {opening.weight_bytes / 2**20:.1f} MiB"
         )
         with telling_shortage(purpose, _FEWER_WEIGHTS):
             chosen = choose_backend(backend, opening.targets, dtype=dtype)

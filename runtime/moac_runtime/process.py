@@ -127,14 +127,21 @@ class _Stream(io.FileIO):
         self._required = required
 
     def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
         try:
-            while (count := super().write(data)) is None:  # a pipe that does not block is full
-                select.select([], [self], [])
+            self._write_all(view)
         except OSError as error:
             if self._required:
                 raise _OutputError(error) from error
-            return len(data)  # the work goes on though nobody hears of it
-        return count
+        return len(view)  # where nobody hears of the work it goes on
+
+    def _write_all(self, view: memoryview) -> None:
+        """An unbuffered stream asks once and takes what was not written for written."""
+        while view:
+            count = super().write(view)
+            if count is None:  # a pipe that does not block is full
+                select.select([], [self], [])
+            view = view[count or 0 :]
 
 
 @contextmanager
