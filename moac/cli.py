@@ -15,13 +15,11 @@ from moac.clean_command import clean_command
 from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
 from moac.options import given, numbers, planning_options, size, words
-from moac_runtime.errors import CheckFailed, MoacError, UsageError
-from moac_runtime.streams import results_alone
+from moac_runtime.errors import CheckFailed, UsageError
+from moac_runtime.process import run_process
 
 if TYPE_CHECKING:
     from moac.estimate import StageEstimate
-
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,23 +34,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
+    return run_process(
+        lambda: _command(arguments),
+        interrupted="interrupted; run the same command again to go on",
+        short_of_memory="choose shorter lengths or fewer rows at once, or end other programs "
+        "(moac compile --dry-run tells what a compile takes)",
+    )
+
+
+def _command(arguments: Sequence[str]) -> int:
+    """Run a click command; what click raises becomes what our own code does."""
     try:
-        with results_alone():
-            cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):  # click makes an Abort of most interrupts
-        click.echo("interrupted; run the same command again to go on", err=True)
-        return _INTERRUPTED
+        cli.main(args=list(arguments), prog_name="moac", standalone_mode=False)
+    except click.exceptions.Abort:  # click makes it of most interrupts
+        raise KeyboardInterrupt from None
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "moac"
         sentence = error.format_message().removesuffix(".")
-        click.echo(f"error: {sentence} (see {command} --help)", err=True)
-        return error.exit_code
-    except MoacError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
+        raise UsageError(f"{sentence} (see {command} --help)") from None
     return 0
 
 
@@ -200,7 +202,7 @@ def _show_estimate(stages: Sequence[StageEstimate], *, as_json: bool) -> None:
 
 
 @cli.command("inspect")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="everything as JSON")
 def inspect_command(package: Path, as_json: bool) -> None:
     """Show PACKAGE: its plan, density and KV bytes at each length, kernels, provenance."""
@@ -214,7 +216,7 @@ def inspect_command(package: Path, as_json: bool) -> None:
 
 
 @cli.command("report")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--eval",
     "results",
@@ -256,8 +258,8 @@ def report_command(package: Path, results: Path | None, output: Path) -> None:
 
 
 @cli.command("diff")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=click.Path(path_type=Path, readable=False))
+@click.argument("b", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="everything as JSON")
 def diff_command(a: Path, b: Path, as_json: bool) -> None:
     """Compare A and B, each a package or a plan.json: spans, memory, losses, provenance."""
@@ -269,7 +271,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
 
 
 @cli.command("verify")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--source",
     metavar="MODEL",
@@ -309,7 +311,7 @@ def verify_command(
 
 
 @cli.command("eval")
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--source",
     required=True,

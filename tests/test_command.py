@@ -53,7 +53,8 @@ def test_one_prompt_streams_to_stdout_and_stats_to_stderr(
     out, err = capsys.readouterr()
     assert out == "hello é\n"
     assert loader.path == Path("out")
-    assert err.count("\n") == 2
+    assert err.endswith("\nsampling greedy (default)\n")
+    assert err.count("\n") == 3
     for part in ("prefill 9 tokens", "decode 8 tokens", "tokens/s", "KV ", "peak memory", "torch"):
         assert part in err
 
@@ -115,7 +116,7 @@ def test_several_prompts_are_told_apart(
     arguments = ["out", "--prompt", "one", "--prompt-file", str(file), "--prompt", "two", *RAW]
     assert main(arguments) == 0
     assert capsys.readouterr().out == (
-        "=== 1 of 3 ===\none\n=== 2 of 3 ===\nfrom a file é\n\n=== 3 of 3 ===\ntwo\n"
+        "=== 1 of 3 ===\none\n=== 2 of 3 ===\nfrom a file é\n=== 3 of 3 ===\ntwo\n"
     )
     assert len(loader.sessions) == 1
 
@@ -265,6 +266,19 @@ def test_an_interrupt_before_there_is_anything(
     monkeypatch.setattr(generation, "load", interrupted)
     assert main(["out", "--prompt", "hello"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_an_answer_that_the_capacity_cuts_is_told(
+    loader: Loader, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["out", "--raw", "--capacity", "12", "--max-tokens", "20", "--prompt", "123456789"]
+    assert main(asked) == 0
+    note = "ended after 2 of 20 tokens: the prompt leaves no more of the session's 12"
+    assert f"note: the answer {note}\n" in capsys.readouterr().err
+    assert main([*asked, "--prompt", "hi"]) == 0
+    assert f"note: answer 1 of 2 {note}\n" in capsys.readouterr().err
+    assert main(["out", "--raw", "--max-tokens", "2", "--prompt", "123456789"]) == 0
+    assert "note" not in capsys.readouterr().err
 
 
 SCRIPT = """

@@ -206,7 +206,7 @@ def test_without_a_cut_the_text_is_the_originals(tiny_package: Compiled, out: Pa
     original: Any = checkpoint.load_model("float32")
     tokenizer = checkpoint.load_tokenizer()
     prompts = ["The", "Remember the key, then answer", "hidden in the text " * 40]
-    answers = package.generate(prompts, raw=True, max_tokens=24)
+    answers = package.generate(prompts, raw=True, max_tokens=24, temperature=0)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         wanted = original.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
@@ -367,7 +367,7 @@ def test_the_package_runs_itself(tiny_package: Compiled, tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr.decode()
     model = moac_runtime.load(tiny_package.package, dtype="float32")
-    (answer,) = model.generate("Remember the key.", max_tokens=6)
+    (answer,) = model.generate("Remember the key.", max_tokens=6, temperature=0)
     assert json.loads(done.stdout)["token_ids"] == list(answer.token_ids)
 
 

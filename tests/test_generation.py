@@ -333,6 +333,61 @@ def test_a_prompt_past_the_capacity_names_both_numbers(length: int, capacity: in
 
 
 @pytest.mark.parametrize(
+    ("lengths", "capacity", "most", "words"),
+    [
+        (
+            [3, 30, 4],
+            20,
+            500,
+            "prompt 2 of 3 has 30 tokens, but the session holds 20 for prompt and answer together "
+            "(this package at most 500), so none of the 3 was run; shorten it or give a capacity "
+            "of 31 to 500",
+        ),
+        (
+            [3, 600, 4],
+            None,
+            500,
+            "prompt 2 of 3 has 600 tokens, but the session holds 500 for prompt and answer "
+            "together (this package at most 500), so none of the 3 was run; shorten it",
+        ),
+        (
+            [30, 3, 500],
+            20,
+            500,
+            "prompt 1 of 3 and prompt 3 of 3 have 30 and 500 tokens, but the session holds 20 for "
+            "prompt and answer together (this package at most 500), so none of the 3 was run; "
+            "shorten them",
+        ),
+        (
+            [500],
+            None,
+            500,
+            "the prompt has 500 tokens, but the session holds 500 for prompt and answer together "
+            "(this package at most 500); shorten it",
+        ),
+        (
+            [20] * 5,
+            20,
+            500,
+            "prompt 1 of 5 and prompt 2 of 5 and prompt 3 of 5 (and 2 others) have 20 and 20 and "
+            "20 tokens, but the session holds 20 for prompt and answer together (this package at "
+            "most 500), so none of the 5 was run; shorten them or give a capacity of 21 to 500",
+        ),
+    ],
+)
+@pytest.mark.parametrize("max_batch", [None, 1])
+def test_a_batch_that_is_refused_names_its_rows(
+    lengths: list[int], capacity: int | None, most: int, words: str, max_batch: int | None
+) -> None:
+    model, sessions = scripted_model("a", capacity=most)
+    prompts = ["x" * (length - 1) for length in lengths]
+    with pytest.raises(MoacError) as caught:
+        model.generate(prompts, raw=True, capacity=capacity, max_batch=max_batch)
+    assert str(caught.value) == words
+    assert sessions == []
+
+
+@pytest.mark.parametrize(
     ("prompts", "options", "match"),
     [
         ([], {}, "no prompt"),

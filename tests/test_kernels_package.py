@@ -127,7 +127,8 @@ opening.open_kernels = lambda root, binaries, device: SourceKernels(
 found = {}
 for backend in ("cuda", "torch"):
     model = load(sys.argv[1], backend=backend)
-    answers = model.generate(["hi", "the key"], max_tokens=3, capacity=64, max_batch=1)
+    asked = {"max_tokens": 3, "temperature": 0, "capacity": 64, "max_batch": 1}
+    answers = model.generate(["hi", "the key"], **asked)
     found[model.backend] = [answer.token_ids for answer in answers]
     found[f"{model.backend} kernels"] = model.kernels
 try:

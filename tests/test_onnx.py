@@ -262,7 +262,7 @@ def onnx_package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactor
 def test_a_package_of_onnx_alone_runs_on_it(tiny_package: Compiled, onnx_package: Path) -> None:
     model = moac_runtime.load(onnx_package)
     assert (model.backend, model.dtype) == ("onnx", "float32")
-    asked: Any = {"max_tokens": 12, "capacity": 600}
+    asked: Any = {"max_tokens": 12, "temperature": 0, "capacity": 600}
     prompts = ["Remember the key. " * 20, "hello"]
     wanted = moac_runtime.load(tiny_package.package, dtype="float32").generate(prompts, **asked)
     found = model.generate(prompts, **asked)
@@ -351,7 +351,7 @@ def test_a_package_runs_without_torch_and_safetensors(onnx_package: Path, tmp_pa
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    (wanted,) = moac_runtime.load(onnx_package).generate("hello", max_tokens=5)
+    (wanted,) = moac_runtime.load(onnx_package).generate("hello", max_tokens=5, temperature=0)
     assert json.loads(done.stdout)["token_ids"] == list(wanted.token_ids)
 
 
@@ -381,4 +381,8 @@ def test_int8_compiles_and_verifies(tiny_package: Compiled, tmp_path: Path) -> N
     result = compile_model(tiny_package.checkpoint, out, request=asked, work_dir=work)
     names = [check.name for check in result.checks if "onnx int8" in check.name]
     assert len(names) == 4
-    assert moac_runtime.load(out, backend="onnx").generate("hi", max_tokens=2)[0].token_ids
+    assert (
+        moac_runtime.load(out, backend="onnx")
+        .generate("hi", max_tokens=2, temperature=0)[0]
+        .token_ids
+    )

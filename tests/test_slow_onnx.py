@@ -75,7 +75,7 @@ def test_greedy_answers_of_smollm2_are_the_torch_backends(tmp_path: Path) -> Non
     windows = plain_text_windows(tokenizer, 500, 10, 0)
     long = [tokenizer.decode(window, skip_special_tokens=True) for window in windows]
     short = [" ".join(text.split()[:12]) for text in long]
-    asked: Any = {"max_tokens": 64, "raw": True}
+    asked: Any = {"max_tokens": 64, "raw": True, "temperature": 0}
     found, wanted = (
         moac_runtime.load(package, backend=backend, dtype="float32").generate(
             [*long, *short], **asked
@@ -108,7 +108,7 @@ def test_a_host_with_four_libraries_runs_the_package(onnx_package: Path, tmp_pat
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    (wanted,) = moac_runtime.load(onnx_package).generate(PROMPT, max_tokens=16)
+    (wanted,) = moac_runtime.load(onnx_package).generate(PROMPT, max_tokens=16, temperature=0)
     found = json.loads(done.stdout)
     assert found["token_ids"] == list(wanted.token_ids)
     assert found["backend"] == "onnx"
@@ -140,7 +140,9 @@ def test_the_javascript_client_gives_the_same_tokens(javascript: Path, onnx_pack
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    (wanted,) = moac_runtime.load(onnx_package).generate(PROMPT, raw=True, max_tokens=24)
+    (wanted,) = moac_runtime.load(onnx_package).generate(
+        PROMPT, raw=True, max_tokens=24, temperature=0
+    )
     assert len(found["prompt_ids"]) == wanted.prompt_tokens
     assert found["token_ids"] == list(wanted.token_ids)
     assert found["kv_bytes"] == wanted.stats.kv_held_bytes < wanted.stats.kv_dense_bytes

@@ -25,7 +25,7 @@ def _names(
 
 
 @click.command("bench")
-@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.argument("package", required=False, type=click.Path(path_type=Path, readable=False))
 @click.option("--source", metavar="MODEL", help="the package's checkpoint: hf, hf-static, flex")
 @click.option(
     "--shape",

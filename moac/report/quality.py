@@ -152,7 +152,7 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError for another file, and for an evaluation of another package.
     """
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_bytes())  # a shell may have put a byte order mark
         measured = {int(n): share for n, share in evaluation["density"][OWN].items()}
         source = evaluation["package"]["identity"]
         Quality.of(evaluation)

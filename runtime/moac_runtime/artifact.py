@@ -72,6 +72,16 @@ class Opening:
         """The model and the package's dtype, known as early."""
         return self._manifest.model, self._manifest.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        files = self._manifest.files
+        return sum(files[name].size for name in files if name.startswith("weights/"))
+
+    def cancel(self) -> None:
+        """Give the check up: a process that ends would else wait for it."""
+        self._check.cancel()
+
     def result(self) -> Artifact:
         """The checked package. Raises ArtifactError."""
         self._check.result()

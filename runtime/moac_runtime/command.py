@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.streams import results_alone
+from moac_runtime.plain_text import decode_prompt
+from moac_runtime.process import INTERRUPTED, run_process
 
 if TYPE_CHECKING:
+    from moac_runtime.chosen import ChosenSampling
     from moac_runtime.generation import Generation, Model, Sampling, Stats
 
-_INTERRUPTED = 130
+_SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
 
 
@@ -25,23 +26,13 @@ def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> i
     """Answer the prompts of `argv` and return the exit code (0, 1, 2 or 130).
 
     `package`: the package that runs itself; None reads PACKAGE from `argv`. Raises SystemExit for
-    --help alone.
+    --help, and where SIGTERM or SIGHUP ends it.
     """
     # torch warns where numpy is absent; running a package does without it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    try:
-        with results_alone():
-            return _run(_parser(package).parse_args(argv), package)
-    except MoacError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the answer is gone; keep Python from failing again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return run_process(
+        lambda: _run(_parser(package).parse_args(argv), package), short_of_memory=_SHORT_OF_MEMORY
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,14 +85,16 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("answers")
+    group = parser.add_argument_group(
+        "answers", "Sampling that is left out is as the checkpoint recommends, else greedy."
+    )
     add = group.add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (off)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep a probability mass of P (1)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="drop below P times the best (0)")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less")
+    add("--temperature", type=float, metavar="T", help="0 is greedy")
+    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="keep a probability mass of P")
+    add("--min-p", type=float, metavar="P", help="drop below P times the best")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less")
     add("--seed", type=int, metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
 
@@ -118,12 +111,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, package: Path | None) -> int:
+    from moac_runtime.chosen import choose_sampling
     from moac_runtime.generation import load
-    from moac_runtime.sampling import SamplingOptions
 
     prompts = _read_prompts(options.prompts)
     sampling = _sampling(options)
-    SamplingOptions(**sampling)  # wrong options fail before anything is loaded
+    choose_sampling(sampling, None)  # wrong options fail before anything is loaded
     if options.max_batch is not None and options.max_batch < 1:
         raise UsageError(f"--max-batch must be 1 or more, got {options.max_batch}")
     model = load(
@@ -132,16 +125,22 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         dtype=options.dtype,
         threads=options.threads,
     )
+    chosen = model.sampling(**sampling)
     asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
     if options.json or len(prompts) > 1:
         results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
-        _print_json(model, prompts, results) if options.json else _print_texts(results)
+        if options.json:
+            _print_json(_document(model, prompts, results, chosen))
+        else:
+            _print_texts(results)
     else:
         results = [_print_stream(model, prompts[0], asked, sampling)]
     _print_stats(model, results[0].stats)
-    if model.note is not None:
-        print(f"note: {model.note}", file=sys.stderr)
-    return _INTERRUPTED if any(r.finish_reason == "interrupted" for r in results) else 0
+    print(f"sampling {chosen.told()}", file=sys.stderr)
+    for note in (model.note, *_sampling_notes(chosen), *_cut_notes(results, chosen)):
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
+    return INTERRUPTED if any(r.finish_reason == "interrupted" for r in results) else 0
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -162,21 +161,25 @@ def _read_prompts(sources: list[tuple[str, str]] | None) -> list[str]:
 def _read_prompt(kind: str, value: str) -> str:
     if kind == "text" and value != "-":
         return value
-    name = value if kind == "file" else "standard input"
+    name = f"the prompt file {value}" if kind == "file" else "standard input"
     try:
-        data = Path(value).read_bytes() if kind == "file" else sys.stdin.buffer.read()
-        return data.decode("utf-8")
+        return decode_prompt(Path(value).read_bytes() if kind == "file" else _standard_input())
     except OSError as error:
-        raise UsageError(f"the prompt file {name} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            f"{name} is not {error.encoding.upper()} text (byte {error.start}); save it as UTF-8"
         ) from None
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise MoacError("standard input is closed, so --prompt - has nothing to read; give a text")
+    return sys.stdin.buffer.read()
 
 
 def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> Generation:
     """Text as it comes. An interrupt between two pieces lands here and ends the answer too."""
-    _survive_any_text()
     stream = model.stream(prompt, **asked, **sampling)
     try:
         for piece in stream:
@@ -189,25 +192,17 @@ def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> 
 
 
 def _print_texts(results: Sequence[Generation]) -> None:
-    _survive_any_text()
     for number, result in enumerate(results, start=1):
         print(f"=== {number} of {len(results)} ===")
         print(result.text, flush=True)
 
 
-def _survive_any_text() -> None:
-    """A terminal that is not UTF-8 shows `?` for what it lacks, and the answer goes on."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
-
-
-def _print_json(model: Model, prompts: Sequence[str], results: Sequence[Generation]) -> None:
-    print(json.dumps(_document(model, prompts, results), indent=2), flush=True)
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2), flush=True)
 
 
 def _document(
-    model: Model, prompts: Sequence[str], results: Sequence[Generation]
+    model: Model, prompts: Sequence[str], results: Sequence[Generation], chosen: ChosenSampling
 ) -> dict[str, Any]:
     entries = [_entry(p, result) for p, result in zip(prompts, results, strict=True)]
     single = {k: entries[0][k] for k in ("text", "token_ids", "finish_reason")}
@@ -224,6 +219,7 @@ def _document(
             "peak_memory_bytes": stats.peak_memory_bytes,
             "load_s": model.load_s,
         },
+        "sampling": chosen.to_json(),
         "backend": model.backend,
         "kernels": model.kernels,
         "note": model.note,
@@ -254,6 +250,33 @@ def _print_stats(model: Model, stats: Stats) -> None:
         f"{_backend(model)} {model.dtype}",
         file=sys.stderr,
     )
+
+
+def _sampling_notes(chosen: ChosenSampling) -> Iterator[str]:
+    """What was asked for, or recommended by the checkpoint, and does nothing."""
+    if chosen.idle:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in chosen.idle)
+        yield (
+            f"{flags} {'has' if len(chosen.idle) == 1 else 'have'} no effect, since the likeliest "
+            "token is taken; give --temperature above 0 to sample"
+        )
+    if chosen.unserved:
+        yield (
+            f"the checkpoint also recommends {', '.join(chosen.unserved)}, which this runtime "
+            "does not do"
+        )
+
+
+def _cut_notes(results: Sequence[Generation], chosen: ChosenSampling) -> Iterator[str]:
+    """Answers that ended at the session's capacity, before the longest answer asked for."""
+    for row, result in enumerate(results, start=1):
+        made, most = len(result.token_ids), chosen.options.max_tokens
+        if result.finish_reason == "length" and made < most:
+            which = "the answer" if len(results) == 1 else f"answer {row} of {len(results)}"
+            yield (
+                f"{which} ended after {made} of {most} tokens: the prompt leaves no more of the "
+                f"session's {result.capacity}"
+            )
 
 
 def _backend(model: Model) -> str:

@@ -11,13 +11,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from moac_runtime.arrays import Array
 from moac_runtime.artifact import Artifact, Opening, start_opening
+from moac_runtime.chosen import ChosenSampling, choose_sampling
 from moac_runtime.cores import MOST_THREADS, set_torch_threads
-from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.integrity import REMEDY
+from moac_runtime.manifest import read_json
 from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
+from moac_runtime.shortage import telling_shortage
 from moac_runtime.spec import ModelSpec
 from moac_runtime.text import Message, StopStrings, Tokenizer
 
@@ -32,21 +36,30 @@ _NEEDS = {
     "onnx": ("onnxruntime", "pip install 'moac[onnx]'"),
 }
 
+_LESS_MEMORY = (
+    "run fewer prompts at once (--max-batch, max_batch=), give a smaller capacity, or end other "
+    "programs"
+)
+_FEWER_WEIGHTS = "end other programs, raise the limit, or compile with --weights int8"
+
 FinishReason = Literal["stop", "length", "interrupted"]
 Prompt = str | Sequence[Message]
 
 
 class Sampling(TypedDict, total=False):
-    """The keywords of `SamplingOptions`, where its defaults and meanings stand."""
+    """The keywords of `SamplingOptions`, where their meanings stand.
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    None, as left out, takes what the checkpoint recommends, else the default (`chosen.py`).
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
-    max_tokens: int
-    stop: str | Sequence[str]
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
 
 
 class OpenSession(Protocol):
@@ -171,8 +184,9 @@ class Batch:
         self._decode_s = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        steps = self._steps()
         try:
-            for _ in self._steps():
+            while self._step(steps):
                 yield from self._news()
         except KeyboardInterrupt:
             self.interrupt()
@@ -198,6 +212,15 @@ class Batch:
             )
             for prompt, answer in zip(self._prompts, self._answers, strict=True)
         ]
+
+    def _step(self, steps: Iterator[None]) -> bool:
+        """Take a step; whether there was one. Raises MoacError where memory is short."""
+        purpose = (
+            f"for a session of {len(self._prompts)} x {self._capacity} tokens, whose KV cache "
+            f"takes at most {self._dense_bytes / 2**20:.1f} MiB"
+        )
+        with telling_shortage(purpose, _LESS_MEMORY):
+            return next(steps, self) is None
 
     def _steps(self) -> Iterator[None]:
         """One item per token of the batch; finished rows leave it."""
@@ -301,7 +324,7 @@ class Model:
     `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
     by name. `open_session(batch, capacity)` is the backend. `load_s`: seconds loading took.
     `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
-    be told.
+    be told. `defaults`: the sampling that the checkpoint recommends, None where it does not count.
     """
 
     def __init__(
@@ -316,6 +339,7 @@ class Model:
         load_s: float = 0.0,
         kernels: str | None = None,
         note: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
@@ -325,7 +349,15 @@ class Model:
         self.load_s = load_s
         self.kernels = kernels
         self.note = note
+        self.defaults = defaults
         self._open_session = open_session
+
+    def sampling(self, **sampling: Unpack[Sampling]) -> ChosenSampling:
+        """The sampling that an answer with these keywords gets, and whence each value came.
+
+        Raises UsageError for a wrong value, ArtifactError where the checkpoint's own is wrong.
+        """
+        return choose_sampling(sampling, self.defaults)
 
     def generate(
         self,
@@ -347,7 +379,7 @@ class Model:
         early. Raises UsageError and MoacError.
         """
         each: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        options = SamplingOptions(**sampling)
+        options = self.sampling(**sampling).options
         found: list[Generation] = []
         for batch in self._batches(
             each, options, system=system, raw=raw, capacity=capacity, max_batch=max_batch
@@ -371,7 +403,7 @@ class Model:
         **sampling: Unpack[Sampling],
     ) -> Stream:
         """The answer to one prompt, piece by piece; keywords as in `generate`."""
-        options = SamplingOptions(**sampling)
+        options = self.sampling(**sampling).options
         batches = self._batches(
             [prompt], options, system=system, raw=raw, capacity=capacity, max_batch=None
         )
@@ -393,7 +425,7 @@ class Model:
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch must be >= 1, got {max_batch}")
         rows = [self._tokens(prompt, system=system, raw=raw) for prompt in prompts]
-        size = self._session_capacity(max(map(len, rows)), options.max_tokens, capacity)
+        size = self._session_capacity(list(map(len, rows)), options.max_tokens, capacity)
         count = max_batch or len(rows)
         for first in range(0, len(rows), count):
             yield self._batch(rows[first : first + count], options, size)
@@ -425,23 +457,39 @@ class Model:
             )
         return tokens
 
-    def _session_capacity(self, longest: int, max_tokens: int, asked: int | None) -> int:
+    def _session_capacity(self, lengths: list[int], max_tokens: int, asked: int | None) -> int:
         if asked is not None and not 1 <= asked <= self.capacity:
             raise UsageError(
                 f"capacity must be 1 to {self.capacity} tokens for this package, got {asked}"
             )
-        size = min(longest + max_tokens, self.capacity) if asked is None else asked
-        if longest >= size:
-            raise MoacError(
-                f"the prompt has {longest} tokens, but the session holds {size} for prompt and "
-                f"answer together (this package at most {self.capacity}); shorten the prompt or "
-                "give more capacity"
-            )
+        size = min(max(lengths) + max_tokens, self.capacity) if asked is None else asked
+        if max(lengths) >= size:
+            raise MoacError(_too_long(lengths, size, self.capacity))
         return size
 
     def _dense_bytes(self, capacity: int) -> int:
         heads = self.spec.num_layers * self.spec.num_kv_heads
         return heads * capacity * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
+
+
+def _too_long(lengths: Sequence[int], size: int, most: int) -> str:
+    """The sentence about prompts of `lengths` tokens that leave no room in a session of `size`.
+
+    `most`: tokens of the largest session that the package opens.
+    """
+    rows = [row for row, length in enumerate(lengths, start=1) if length >= size]
+    named = " and ".join(f"prompt {row} of {len(lengths)}" for row in rows[:3])
+    named = "the prompt" if len(lengths) == 1 else named
+    more = f" (and {len(rows) - 3} others)" if len(rows) > 3 else ""
+    counts = " and ".join(str(lengths[row - 1]) for row in rows[:3])
+    fate = "" if len(lengths) == 1 else f", so none of the {len(lengths)} was run"
+    longest = max(lengths)
+    remedy = f" or give a capacity of {longest + 1} to {most}" if longest < most else ""
+    return (
+        f"{named}{more} {'has' if len(rows) == 1 else 'have'} {counts} tokens, but the session "
+        f"holds {size} for prompt and answer together (this package at most {most}){fate}; "
+        f"shorten {'it' if len(rows) == 1 else 'them'}{remedy}"
+    )
 
 
 def _raw_text(prompt: Prompt, system: str | None) -> str:
@@ -482,8 +530,16 @@ def load(
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
     opening = start_opening(path)  # hashes while the backend's libraries load
-    chosen = choose_backend(backend, opening.targets, dtype=dtype)
-    ready = _OPENERS[chosen](opening, dtype, threads)
+    try:
+        purpose = (
+            f"to load this package, whose weights take {opening.weight_bytes / 2**20:.1f} MiB"
+        )
+        with telling_shortage(purpose, _FEWER_WEIGHTS):
+            chosen = choose_backend(backend, opening.targets, dtype=dtype)
+            ready = _OPENERS[chosen](opening, dtype, threads)
+    except BaseException:
+        opening.cancel()
+        raise
     return Model(
         tokenizer=_tokenizer(ready.artifact),
         spec=ready.artifact.spec,
@@ -494,6 +550,7 @@ def load(
         load_s=time.perf_counter() - started,
         kernels=ready.kernels,
         note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
+        defaults=_defaults(ready.artifact),
     )
 
 
@@ -631,6 +688,15 @@ def _check_request(backend: str | None, dtype: str | None, threads: int | None) 
 def _check_choice(kind: str, asked: str | None, choices: Collection[str]) -> None:
     if asked is not None and asked not in choices:
         raise UsageError(f"there is no {kind} {asked!r}; choose from {', '.join(choices)}")
+
+
+def _defaults(artifact: Artifact) -> dict[str, Any] | None:
+    """What the checkpoint's generation config recommends, None where the package keeps none."""
+    name = "tokenizer/generation.json"
+    found = read_json(artifact.path(name), name).get("defaults")
+    if found is None or isinstance(found, dict):
+        return found
+    raise ArtifactError(f"{name} has defaults {found!r}, expected a JSON object: {REMEDY}")
 
 
 def _tokenizer(artifact: Artifact) -> Tokenizer:

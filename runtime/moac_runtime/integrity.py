@@ -55,7 +55,11 @@ class IntegrityCheck:
             for name, digest in self._digests.items():
                 _check_digest(name, digest, self._files[name])
         finally:
-            self._cancelled.set()
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End the hashing, whatever is done of it."""
+        self._cancelled.set()
 
 
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
