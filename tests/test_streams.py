@@ -74,12 +74,14 @@ def commands(tiny: Compiled, folder: Path) -> dict[str, list[Any]]:
         "eval": ["eval", tiny.package, *source, *few, "--json"],
         "bench": ["bench", tiny.package, *short, "--json", "-"],
         "run": ["run", tiny.package, "--prompt", "hi", "--max-tokens", "2", "--json"],
+        "doctor": ["doctor", tiny.package, "--json"],
+        "clean": ["clean", "--work-dir", tiny.work_dir, "--json"],
     }
 
 
 NAMES = (
     *("plan", "plan --dry-run", "compile", "compile --dry-run", "inspect", "diff", "verify"),
-    *("verify --source", "eval", "bench", "run"),
+    *("verify --source", "eval", "bench", "run", "doctor", "clean"),
 )
 
 

@@ -89,7 +89,7 @@ def _cpus() -> list[int]:
 def _core(cpu: int, root: Path) -> str:
     path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     try:
-        return path.read_text(encoding="ascii").strip() or str(cpu)
+        return path.read_text(encoding="utf-8").strip() or str(cpu)
     except (OSError, ValueError):
         return str(cpu)
 
