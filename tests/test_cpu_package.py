@@ -206,7 +206,7 @@ def test_no_compiler_is_one_sentence(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("CXX", "no-such-compiler")
     spec = open_artifact(tiny_package.package).spec
-    with pytest.raises(UsageError, match=r"there is none here: install g\+\+; leave cpu out"):
+    with pytest.raises(UsageError, match=r"'no-such-compiler', which is no .*; leave cpu out"):
         require_cpu(spec, "float32", ["torch", "cpu"])
     asked = ("compile", tiny_package.checkpoint, *options(), "--target", "cpu")
     assert moac_command(*asked, "-o", tmp_path / "out") == 2
@@ -248,5 +248,5 @@ def test_a_compiler_that_is_none_ends_in_a_sentence(
         build_cpu(tmp_path / "out", ["avx2"])
     program.write_bytes(b"\x7fno program")
     program.chmod(0o755)
-    with pytest.raises(BuildError, match="cannot be started .*; set CXX to a C"):
+    with pytest.raises(BuildError, match=r"cannot be started .*; set CXX to a C"):
         build_cpu(tmp_path / "out", ["avx2"])
