@@ -9,7 +9,7 @@ import click
 
 
 class RunCommand(click.Command):
-    """Takes every word as it is; to a shell that completes, it has the runtime's parameters."""
+    """Takes every word as it is; a shell that completes is shown the runtime's parameters."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Those of the runtime's parser where a shell asks (`resilient_parsing`), else its own."""

@@ -94,9 +94,7 @@ def test_a_base_install_is_told_what_it_lacks(doctor: Doctor) -> None:
         told_of = found["libraries"][name]
         assert (told_of["version"], told_of["extra"]) == (None, extra)
         assert told_of["remedy"] == f"pip install 'moac[{extra}]'"
-    assert found["backends"]["torch"] == (
-        "the backend torch needs torch, which is not installed; run: pip install torch"
-    )
+    assert "torch, which is not installed; run: pip install" in found["backends"]["torch"]
     assert "onnxruntime, which is not installed" in found["backends"]["onnx"]
     text = doctor()
     assert (text.returncode, text.stderr) == (0, "")
