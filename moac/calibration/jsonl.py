@@ -43,7 +43,7 @@ def read_prompts(path: Path, *, what: str, reply: str) -> list[UserSample]:
     """
     try:
         lines = decode_text(path.read_bytes()).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a NUL in the name
         raise UsageError(f"cannot read the {what} file {path}: {error}") from error
     samples = [
         _sample(line, f"{path} line {number}", reply)
