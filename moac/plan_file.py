@@ -52,6 +52,8 @@ class PlanFile:
 
 def check_plan_target(path: Path, *, force: bool) -> None:
     """Refuse, before any work, a file that could not be written in the end. Raises UsageError."""
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} holds a NUL, which no name does: choose another name")
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected a file to write: choose another name")
     if path.exists() and not force:

@@ -82,7 +82,7 @@ def test_a_broken_file_is_told_with_its_encoding(
     assert f"prompt is not {encoding} text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_jsonl_of_any_editor(encoding: str, end: str, tmp_path: Path) -> None:
     lines = [{"prompt": "one"}, {"prompt": "two"}]

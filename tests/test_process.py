@@ -256,6 +256,22 @@ def test_a_fault_of_our_own_stays_one() -> None:
         run_process(fail, short_of_memory="")
 
 
+def test_a_nul_in_a_name_is_refused_by_the_api(tiny_package: Compiled) -> None:
+    import moac_runtime
+    from moac import compile_model, plan_model
+    from moac.calibration.jsonl import read_calibration
+
+    for call in (
+        lambda: moac_runtime.load("a\0b"),
+        lambda: compile_model("a\0b", "out"),
+        lambda: compile_model(tiny_package.checkpoint, "a\0b"),
+        lambda: plan_model(tiny_package.checkpoint, "a\0b"),
+        lambda: read_calibration(Path("a\0b")),
+    ):
+        with pytest.raises(MoacError):
+            call()
+
+
 # ---- memory
 
 

@@ -33,6 +33,8 @@ def _lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the {what} file {path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UsageError(f"cannot read the {what} file {path}: {error}") from error
     lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, start=1):
         source = f"{path} line {number}"

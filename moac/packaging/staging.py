@@ -25,6 +25,8 @@ def check_target(target: Path, *, force: bool) -> None:
 
     With `force` a moac package or an empty folder may stand there. Raises UsageError.
     """
+    if "\0" in str(target):
+        raise UsageError(f"{str(target)!r} holds a NUL, which no name does: choose another name")
     target = target.resolve()
     if target.exists():
         _check_existing(target, force=force)
