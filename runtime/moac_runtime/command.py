@@ -84,6 +84,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
     group.add_argument("--raw", action="store_true", help="send prompts as is, no chat template")
+    group.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="let control tokens spelt in prompts act as such",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +120,7 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
     from moac_runtime.sampling import SamplingOptions
 
     prompts = _read_prompts(options.prompts)
+    _check_prompts(prompts, options.system, raw=options.raw)
     sampling = _sampling(options)
     SamplingOptions(**sampling)  # wrong options fail before anything is loaded
     if options.max_batch is not None and options.max_batch < 1:
@@ -125,7 +131,12 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         dtype=options.dtype,
         threads=options.threads,
     )
-    asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
+    asked = {
+        "system": options.system,
+        "raw": options.raw,
+        "parse_special": options.parse_special,
+        "capacity": options.capacity,
+    }
     if options.json or len(prompts) > 1:
         results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
         _print_json(model, prompts, results) if options.json else _print_texts(results)
@@ -165,6 +176,21 @@ def _read_prompt(kind: str, value: str) -> str:
         raise UsageError(
             f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
+
+
+def _check_prompts(prompts: Sequence[str], system: str | None, *, raw: bool) -> None:
+    """What can be refused before a package is read; an error names one prompt of several."""
+    from moac_runtime.messages import check_prompt, text_of
+
+    if system is not None:
+        text_of(system, "the system message")
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            check_prompt(prompt, raw=raw)
+        except UsageError as error:
+            if len(prompts) == 1:
+                raise
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from None
 
 
 def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> Generation:
