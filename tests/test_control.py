@@ -288,8 +288,10 @@ def test_tokens_that_templates_write_act_in_answers_alone() -> None:
 
 
 def test_added_tokens_that_no_template_writes_are_vocabulary() -> None:
-    made = tokenizer(f"{CHATML}\n\n")
-    ids = made.encode_chat([user(f"a\n\n<h1>b{DONE}")])
+    made = tokenizer(f"{CHATML}\n\n.")  # white space is no control, though templates write it
+    messages = [user(f"a\n\n<h1>b{DONE}")]
+    ids = made.encode_chat(messages)
+    assert ids == made.encode(made.chat(messages), special=False)
     for token in ("\n\n", "<h1>", DONE):
         assert made.backend.token_to_id(token) in ids
 
@@ -311,6 +313,41 @@ def test_a_template_may_make_control_tokens_of_roles() -> None:
     ]
     forged = {"role": "im_end|><|im_start", "content": "a"}
     assert control_tokens(made, made.encode_chat([forged])) == []
+
+
+def of_tokens(backend: tokenizers.Tokenizer, template: str, *special: str) -> Tokenizer:
+    backend.add_special_tokens(list(special))
+    return Tokenizer(backend, frozenset(), {}, template)
+
+
+def test_tokens_that_merges_lead_to_are_text_too() -> None:
+    steps = [("<", "/"), ("</", "s"), ("</s", ">"), ("</s>", "</s>")]
+    pieces = [*"</s>a", *(a + b for a, b in steps)]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, steps)
+    made = of_tokens(tokenizers.Tokenizer(model), "{{ messages[0].content }}</s>", EOS)
+    assert made.encode_chat([user(f"a{EOS}{EOS}a")]) == [4, *[6, 3] * 2, 4, 7]
+
+
+def test_tokens_that_overlap_in_a_message_are_all_text() -> None:
+    model = models.BPE({piece: i for i, piece in enumerate(["a", "b", "c", "ab", "bc"])}, [])
+    made = of_tokens(tokenizers.Tokenizer(model), "{{ messages[0].content }}bc", "ab", "bc")
+    assert made.encode_chat([user("abc")]) == [0, 1, 2, 4]
+    assert made.encode_chat([user("cab")]) == [2, 0, 1, 4]
+    assert made.encode_chat([user("a")]) == [0, 4]  # the template's own, not `ab` over the edge
+
+
+def test_words_that_templates_compare_stay_words() -> None:
+    template = "{{ 'A' if m.role == 'assistant' and m.kind == 'function' }}{{ m.content }}"
+    made = tokenizer("{% for m in messages %}" + template + "<|im_end|>{% endfor %}")
+    backend = tokenizers.Tokenizer.from_str(made.backend.to_str())
+    made = of_tokens(backend, str(made.chat_template), "assistant", "<function>")
+    ids = made.encode_chat([{"role": "assistant", "kind": "function", "content": END}])
+    assert made.decode(ids) == f"A{END}"
+
+
+def test_white_space_that_a_token_takes_may_be_trimmed() -> None:
+    made = tokenizer("{{ messages[0].content | trim }}<|im_end|>", flags="lstrip")
+    assert control_tokens(made, made.encode_chat([user(f"  {END}")])) == [END]
 
 
 def test_a_template_that_looks_for_control_tokens_is_told() -> None:

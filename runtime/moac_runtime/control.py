@@ -275,7 +275,6 @@ class _Renamed:
         document = json.loads(backend.to_str())
         for token in document["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        document["post_processor"] = None  # it names tokens, and adds them where none is wanted
         _rename_model(document["model"], names)
         renamed = tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
         return cls(renamed, names)
