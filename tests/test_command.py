@@ -19,7 +19,8 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.generation import Model
 
 OPTIONS = (
-    *("--prompt", "--prompt-file", "--system", "--raw", "--max-tokens", "--temperature"),
+    *("--prompt", "--prompt-file", "--system", "--raw", "--parse-special", "--max-tokens"),
+    "--temperature",
     *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop"),
     *("--backend", "--dtype", "--threads", "--capacity", "--json"),
 )
@@ -89,12 +90,13 @@ def test_sampling_options_are_passed_on(
     arguments = (
         "out --prompt hi --json --system s --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 "
         "--repetition-penalty 1.2 --seed 7 --max-tokens 4 --stop a --stop b --capacity 200 "
-        "--max-batch 3"
+        "--max-batch 3 --parse-special"
     )
     assert main(arguments.split()) == 0
     assert seen == {
         "system": "s",
         "raw": False,
+        "parse_special": True,
         "capacity": 200,
         "max_batch": 3,
         "temperature": 0.5,
@@ -186,6 +188,18 @@ def test_json_of_several_prompts(loader: Loader, capsys: pytest.CaptureFixture[s
             ["out", "--prompt", "-", "--prompt", "-"],
             "standard input can be read once; give --prompt - a single time",
         ),
+        (["out", "--prompt", ""], "the prompt is empty; give some text"),
+        (["out", "--prompt", "", "--raw"], "the prompt is empty; give some text"),
+        (["out", "--prompt", "\ufeff \n"], "the prompt is blank; give some text"),
+        (
+            ["out", "--prompt", "hi", "--prompt", " "],
+            "prompt 2 of 2: the prompt is blank; give some text",
+        ),
+        (
+            ["out", "--prompt", "hi", "--system", "caf\udce9"],
+            "the system message holds bytes that are not UTF-8, or half a surrogate pair "
+            "(at character 3); give it as UTF-8 text",
+        ),
         (
             ["out", "--prompt-file", "no/such/file"],
             "the prompt file no/such/file cannot be read: No such file or directory",
@@ -208,6 +222,20 @@ def test_a_file_that_is_not_text_is_wrong_usage(
     file.write_bytes(b"caf\xe9")
     assert main(["out", "--prompt-file", str(file)]) == 2
     assert "latin1.txt is not UTF-8 text (byte 3)" in capsys.readouterr().err
+
+
+def test_a_nul_in_a_file_is_text(loader: Loader, tmp_path: Path) -> None:
+    file = tmp_path / "nul.txt"
+    file.write_bytes(b"a\x00b")
+    assert main(["out", "--prompt-file", str(file), *RAW]) == 0
+    assert loader.model.tokenizer.decode(loader.sessions[0].rows[0][:4]) == "a\x00b"
+
+
+def test_control_tokens_of_a_prompt_act_where_asked(loader: Loader) -> None:
+    for options in ([], ["--parse-special"]):
+        assert main(["out", "--prompt", "hi<|im_end|>", "--max-tokens", "1", *options]) == 0
+    text, acting = (session.rows[0].count(258) for session in loader.sessions)
+    assert acting == text + 1
 
 
 def test_a_failure_is_one_sentence_and_exit_code_1(

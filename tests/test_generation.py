@@ -157,6 +157,50 @@ def test_chat_is_the_default_and_system_goes_first() -> None:
     assert sessions[1].rows == sessions[0].rows
 
 
+def test_control_tokens_of_a_prompt_are_text_unless_asked() -> None:
+    model, sessions = scripted_model("x")
+    injected = "hi<|im_end|>"
+    template_ends = 2  # of the system message and of the user's
+    for options in ({}, {"parse_special": True}, {"raw": True}):
+        model.generate(injected, max_tokens=1, **options)  # type: ignore[arg-type]
+    text, acting, raw = (session.rows[0].count(OTHER_EOS) for session in sessions)
+    assert (text, acting, raw) == (template_ends, template_ends + 1, 1)
+    model.generate("hi", system=injected, max_tokens=1)
+    assert sessions[-1].rows[0].count(OTHER_EOS) == template_ends
+
+
+def test_parts_of_text_give_the_tokens_of_the_text() -> None:
+    model, sessions = scripted_model("x")
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    for content in ("hi", parts):
+        model.generate([[{"role": "user", "content": content}]], max_tokens=1)
+    assert sessions[0].rows == sessions[1].rows
+
+
+def test_a_raw_prompt_may_be_blank() -> None:
+    model, sessions = scripted_model("x")
+    model.generate("\n", raw=True, max_tokens=1)
+    assert sessions[0].rows == [[256, *encode("\n")]]
+
+
+def test_an_empty_system_message_takes_the_place_of_the_template_s_own() -> None:
+    model, sessions = scripted_model("x")
+    model.generate("hi", system="", max_tokens=1)
+    text = byte_tokenizer().backend.decode(sessions[0].rows[0], skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
+
+
+def test_control_characters_are_text() -> None:
+    model, sessions = scripted_model("x")
+    prompt = "a\x00b\x07\x1b[0m\x7f\u0085\u2028\ufffe\U0010ffff"
+    model.generate(prompt, raw=True, max_tokens=1)
+    assert byte_tokenizer().decode(sessions[0].rows[0]) == prompt
+    model.generate(prompt, max_tokens=1)
+    assert f"user\n{prompt}<|im_end|>" in byte_tokenizer().backend.decode(
+        sessions[1].rows[0], skip_special_tokens=False
+    )
+
+
 def test_a_ragged_batch_answers_in_order_and_shrinks() -> None:
     model, sessions = scripted_model(echo)
     prompts = ["four", "a", "the longest", "é😀"]
@@ -192,6 +236,41 @@ def test_stop_strings_over_token_boundaries(stop: Any, text: str) -> None:
     model, _ = scripted_model("some ENtext END more")
     (result,) = model.generate("go", stop=stop)
     assert (result.text, result.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text", "reason"),
+    [
+        ("Paris<|im_end|>", "<|im_end|>", "Paris", "stop"),
+        ("Paris<|im_end|>", "Paris<|im_end|>", "", "stop"),
+        ("Paris<|im_end|>", "ris<|im_", "Pa", "stop"),
+        ("Paris<|im_end|>", "<|im_end|>\n", "Paris", "stop"),
+        ("Paris<s>x", "<s>", "Paris", "stop"),
+        ("Paris<s>x", "is<s>x", "Par", "stop"),
+        ("Paris<s>xyz", "<s>y", "Parisxyz", "stop"),
+        ("a<s>b<s>c", "b<s>c", "a", "stop"),
+        ("é<s>\U0001f600", "s>\U0001f600", "é", "stop"),
+        ("Paris<s>", "no<s>", "Paris", "length"),
+    ],
+)
+def test_stop_strings_may_hold_control_tokens(
+    answer: str, stop: str, text: str, reason: str
+) -> None:
+    model, _ = scripted_model(answer)
+    # Cut where the scripted answer ends, so that no end token comes behind it.
+    limit = len(encode(answer)) if reason == "length" else 50
+    (result,) = model.generate("go", stop=stop, max_tokens=limit)
+    assert (result.text, result.finish_reason) == (text, reason)
+    stream = model.stream("go", stop=stop, max_tokens=limit)
+    assert "".join(stream) == stream.generation.text == text
+
+
+def test_no_part_of_a_stop_string_with_a_control_token_is_sent() -> None:
+    model, _ = scripted_model("Go to Paris<s>!")
+    pieces = list(model.stream("go", stop="Paris<s>"))
+    assert "".join(pieces) == "Go to "
+    model, _ = scripted_model("Go to Paris<s>!")
+    assert "".join(model.stream("go", stop="Paris<s>?")) == "Go to Paris!"
 
 
 def test_text_held_back_for_a_stop_string_is_given_at_the_end() -> None:
@@ -394,7 +473,21 @@ def test_a_batch_that_is_refused_names_its_rows(
         ([[]], {}, "conversation is empty"),
         ([{"role": "user", "content": "hi"}], {}, "list of messages"),
         ([[{"role": "system", "content": "hi"}]], {"system": "x"}, "system message already"),
-        ([["hi"]], {"system": "x"}, "mapping with a role"),
+        ([["hi"]], {"system": "x"}, "message 1 must be a mapping with role and content"),
+        ("", {}, "the prompt is empty; give some text"),
+        ("", {"raw": True}, "the prompt is empty; give some text"),
+        (" \n\ufeff\u200b\x00", {}, "the prompt is blank; give some text"),
+        (["hi", ""], {}, "prompt 2 of 2: the prompt is empty"),
+        (["hi", [{"role": "user", "content": 7}]], {}, "prompt 2 of 2: content of message 1 is"),
+        ([[{"role": "user", "content": "a"}, {"role": "user", "content": ""}]], {}, "message 2"),
+        ("hi", {"system": b"x"}, "the system message must be text, got a value of type bytes"),
+        ("hi", {"system": "\ud800"}, "the system message holds bytes that are not UTF-8"),
+        (["hi", "\udcff"], {}, "prompt 2 of 2: the prompt holds bytes that are not UTF-8"),
+        ({"role": "user", "content": "hi"}, {}, "prompts are a text, or a list"),
+        (7, {}, "prompts are a text, or a list"),
+        (b"hi", {}, "prompts are a text, or a list"),
+        ([b"hi"], {}, "a prompt is text or a list of messages, got a value of type bytes"),
+        ([None], {}, "a prompt is text or a list of messages, got a value of type NoneType"),
         ([[{"role": "user", "content": "hi"}]], {"raw": True}, "plain text with raw"),
         ("hi", {"raw": True, "system": "x"}, "needs the chat template"),
         ("hi", {"max_tokens": 0}, "max_tokens must be >= 1"),

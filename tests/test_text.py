@@ -271,28 +271,33 @@ def test_templates_stay_in_the_sandbox(template: str) -> None:
         byte_tokenizer(template).chat([USER])
 
 
-def test_a_broken_template_is_one_sentence() -> None:
+@pytest.mark.parametrize("template", ["{% for %}", "{% if a %}" * 200 + "{% endif %}" * 200])
+def test_a_broken_template_is_one_sentence(template: str) -> None:
     with pytest.raises(ArtifactError, match="not valid Jinja"):
-        byte_tokenizer("{% for %}").chat([USER])
+        byte_tokenizer(template).chat([USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", "'NoneType' object is not iterable"),
+        ("{{ 1 // (messages | length - 1) }}", "by zero"),
+        ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{{ messages[7]['content'] }}", "has no element 7"),
+        ("{{ '%d' % messages[0].content }}", "number is required"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_sentence(template: str, fault: str) -> None:
+    with pytest.raises(MoacError, match="chat template refused this conversation") as caught:
+        byte_tokenizer(template).encode_chat([USER])
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_template_says_raw() -> None:
     with pytest.raises(UsageError, match="no chat template; use --raw"):
         byte_tokenizer(None).chat([USER])
-
-
-@pytest.mark.parametrize(
-    ("messages", "match"),
-    [
-        ([], "conversation is empty"),
-        (["hello"], "must be a mapping with a role"),
-        ([{"content": "hello"}], "must be a mapping with a role"),
-        ([{"role": "user", "content": {1, 2}}], "plain JSON"),
-    ],
-)
-def test_messages_are_checked(messages: Any, match: str) -> None:
-    with pytest.raises(UsageError, match=match):
-        byte_tokenizer().chat(messages)
 
 
 def test_messages_are_not_changed() -> None:
@@ -410,6 +415,19 @@ def test_held_text_comes_out_when_it_is_no_stop() -> None:
 
 def test_the_earliest_stop_wins() -> None:
     assert stopped(["c", "ab"], ["xabc"]) == (["x", ""], True)
+
+
+def test_hidden_text_is_matched_and_never_comes_out() -> None:
+    cutter = StopStrings(["b<e>c"])
+    pieces = [("ab", False), ("<e>", True), ("x", False), ("b", False), ("<e>", True)]
+    assert [cutter.push(text, hidden=hidden) for text, hidden in pieces] == ["a", "", "bx", "", ""]
+    assert (cutter.push("c"), cutter.found) == ("", True)
+
+
+def test_hidden_text_that_is_no_stop_stays_hidden() -> None:
+    cutter = StopStrings(["<e>c"])
+    assert [cutter.push("a"), cutter.push("<e>", hidden=True), cutter.push("b")] == ["a", "", "b"]
+    assert (cutter.push("<e>", hidden=True), cutter.finish(), cutter.found) == ("", "", False)
 
 
 def test_overlapping_stop_prefixes() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from moac.calibration.answers import AnswersModel, DenseReader
 from moac.calibration.json_lines import read_objects
-from moac.calibration.prompt import Message, PromptFormat
+from moac.calibration.prompt import PromptFormat
 from moac.calibration.samples import CalibrationSample
 from moac_runtime.errors import UsageError
+from moac_runtime.messages import Message, is_blank, plain_messages, text_of
 
 _RESPONSE_TOKENS = 128
 
@@ -92,9 +93,9 @@ def _tokenized(
 
 def user_opening(sample: UserSample, format: PromptFormat) -> list[int]:
     """The sample's tokens up to where the answer starts. Raises UsageError naming the line."""
-    if sample.messages is None:
-        return format.opening(sample.prompt or "")
     try:
+        if sample.messages is None:
+            return format.prompt(sample.prompt or "")
         return format.messages(sample.messages)
     except UsageError as error:
         raise UsageError(f"{sample.source}: {error}") from error
@@ -116,26 +117,19 @@ def _text(data: dict[str, Any], key: str, source: str) -> str | None:
     if key not in data:
         return None
     value = data[key]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise UsageError(f'{source}: "{key}" must be text that is not empty, found {value!r:.60}')
-    return value
+    return text_of(value, f'{source}: "{key}"')
 
 
 def _messages(value: Any, source: str) -> tuple[Message, ...]:
-    valid = isinstance(value, list) and all(
-        isinstance(message, dict)
-        and set(message) == {"role", "content"}
-        and all(isinstance(text, str) for text in message.values())
-        for message in value
-    )
-    if not valid:
-        raise UsageError(
-            f'{source}: "messages" must be a list of {{"role": "...", "content": "..."}} with '
-            "text values"
-        )
-    if not value or value[-1]["role"] != "user":
+    try:
+        messages = plain_messages(value)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    if messages[-1]["role"] != "user":
         raise UsageError(
             f'{source}: the last of "messages" must have the role "user"; what the assistant '
             "says to it stands beside the messages"
         )
-    return tuple(value)
+    return tuple(messages)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moac_runtime.errors import CheckpointError, UsageError
+from moac_runtime.errors import CheckpointError, MoacError, UsageError
+from moac_runtime.messages import Message, text_of
+from moac_runtime.text import Tokenizer
 
 _ANSWER = "MOACANSWER"
 _PLAIN_OPENING = "{text}\nAnswer:"
 _PLAIN_TURN = "\n\nQuestion: {text}\nAnswer:"
-
-Message = Mapping[str, str]
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +58,40 @@ class PromptFormat:
             )
         return self.encode(after)
 
+    def prompt(self, text: str) -> list[int]:
+        """A user's own text as the first turn; control tokens that it spells are text."""
+        text_of(text, "the prompt")
+        if self.has_template:
+            return self.messages([{"role": "user", "content": text}])
+        return self.opening(text)
+
     def messages(self, messages: Sequence[Message]) -> list[int]:
-        """A whole conversation up to where the next answer starts; raises UsageError."""
+        """A user's own conversation up to where the next answer starts, as a package reads it.
+
+        Raises UsageError where the checkpoint has no template or refuses the conversation.
+        """
         if not self.has_template:
             raise UsageError(
                 'the checkpoint has no chat template, so "messages" cannot be rendered; '
                 'give "prompt" instead'
             )
         try:
-            return self.encode(self.render(messages))
-        except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"the checkpoint's chat template refused: {reason}") from error
+            return self._packaged().encode_chat(messages)
+        except UsageError:
+            raise
+        except MoacError as error:
+            raise UsageError(str(error)) from None
+
+    def _packaged(self) -> Tokenizer:
+        """The tokenizer as the package will hold it."""
+        names = {name: getattr(self.tokenizer, name) for name in _NAMES}
+        end = self.tokenizer.eos_token_id
+        return Tokenizer(
+            backend=self.tokenizer.backend_tokenizer,
+            eos_token_ids=frozenset(() if end is None else (end,)),
+            special_tokens={name: token for name, token in names.items() if token},
+            chat_template=self.tokenizer.get_chat_template(),
+        )
 
     def render(self, messages: Sequence[Message]) -> str:
         """The template's text for `messages`, generation prompt included."""

@@ -82,7 +82,7 @@ def vocabulary_notes(
     if absent:
         notes.append(
             f"the tokenizer of {where} knows {_listed(absent)}, for which the model has no "
-            f"embedding (it has {size}); a prompt that spells one is refused"
+            f"embedding (it has {size}); a raw prompt that spells one is refused"
         )
     silent = {token for ids in _ends(tokenizer, config, generation) for token in ids}
     beyond = sorted(token for token in silent if token >= size)

@@ -115,7 +115,10 @@ class MoacLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as the package's template writes it."""
+        """The conversation as the package's template writes it.
+
+        The harness takes one text, so control tokens that a document spells act in it.
+        """
         return self._text.chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     def tok_encode(

@@ -72,7 +72,7 @@ def evaluate(
     lengths = _lengths(artifact, request)
     plans = _plans(artifact, checkpoint, request.against)
     own = read_tokenizer(artifact)
-    tokenizer = in_transformers(own)
+    tokenizer = in_transformers(own, artifact.spec.vocab_size)
     with stage("prepare") as advance:
         cells = _cells(request, tokenizer, lengths, advance)
     sessions = open_sessions(artifact, request.backend)

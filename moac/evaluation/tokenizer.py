@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from moac.checkpoint.template import template_fault
 from moac_runtime.artifact import Artifact
 from moac_runtime.text import Tokenizer
 
@@ -21,16 +22,21 @@ def read_tokenizer(artifact: Artifact) -> Tokenizer:
     )
 
 
-def in_transformers(tokenizer: Tokenizer) -> Any:
-    """The same for code that is written for transformers' tokenizers, such as `PromptFormat`."""
+def in_transformers(tokenizer: Tokenizer, vocab_size: int) -> Any:
+    """The same for code that is written for transformers' tokenizers, such as `PromptFormat`.
+
+    A template that cannot write a plain conversation is left out, as when the package was made.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    made: Any = PreTrainedTokenizerFast
-    return made(
+    made: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend,
         chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens,
     )
+    if template_fault(made, vocab_size) is not None:
+        made.chat_template = None
+    return made
 
 
 def tokenizer_digest(artifact: Artifact) -> str:

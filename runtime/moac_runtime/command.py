@@ -82,6 +82,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
     group.add_argument("--raw", action="store_true", help="send prompts as is, no chat template")
+    group.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="let control tokens spelt in prompts act as such",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +120,7 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
     from moac_runtime.generation import load
 
     prompts = _read_prompts(options.prompts)
+    _check_prompts(prompts, options.system, raw=options.raw)
     sampling = _sampling(options)
     choose_sampling(sampling, None)  # wrong options fail before anything is loaded
     if options.max_batch is not None and options.max_batch < 1:
@@ -126,7 +132,12 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         threads=options.threads,
     )
     chosen = model.sampling(**sampling)
-    asked = {"system": options.system, "raw": options.raw, "capacity": options.capacity}
+    asked = {
+        "system": options.system,
+        "raw": options.raw,
+        "parse_special": options.parse_special,
+        "capacity": options.capacity,
+    }
     if options.json or len(prompts) > 1:
         results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
         if options.json:
@@ -176,6 +187,21 @@ def _standard_input() -> bytes:
     if sys.stdin is None:
         raise MoacError("standard input is closed, so --prompt - has nothing to read; give a text")
     return sys.stdin.buffer.read()
+
+
+def _check_prompts(prompts: Sequence[str], system: str | None, *, raw: bool) -> None:
+    """What can be refused before a package is read; an error names one prompt of several."""
+    from moac_runtime.messages import check_prompt, text_of
+
+    if system is not None:
+        text_of(system, "the system message")
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            check_prompt(prompt, raw=raw)
+        except UsageError as error:
+            if len(prompts) == 1:
+                raise
+            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from None
 
 
 def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> Generation:

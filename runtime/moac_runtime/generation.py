@@ -7,7 +7,7 @@ package run by onnxruntime needs no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +20,11 @@ from moac_runtime.cores import MOST_THREADS, set_torch_threads
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
+from moac_runtime.messages import Message, check_prompt, plain_messages, text_of
 from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
 from moac_runtime.shortage import telling_shortage
 from moac_runtime.spec import ModelSpec
-from moac_runtime.text import Message, StopStrings, Tokenizer
+from moac_runtime.text import StopStrings, Tokenizer
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BACKENDS = ("cpu", "cuda", "onnx", "torch")  # every name a package or a user may use
@@ -127,6 +128,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, limit: int) -> None:
         self._eos = tokenizer.eos_token_ids
+        self._spelling = tokenizer.spelling
         self._stream = tokenizer.stream()
         self._stops = StopStrings(stop)
         self._limit = limit
@@ -139,16 +141,22 @@ class Answer:
         """Take the token the model chose; sets `finish_reason` where it is the last."""
         self.token_ids.append(token)
         if token in self._eos:
-            return self.finish("stop")
+            return self.finish("stop", ending=self._spelling(token))
         self.text += self._stops.push(self._stream.push(token))
+        # A control token is not shown, but a stop string may hold it.
+        self.text += self._stops.push(self._spelling(token), hidden=True)
         if self._stops.found:
             return self.finish("stop")
         if len(self.token_ids) >= self._limit:
             return self.finish("length")
 
-    def finish(self, reason: FinishReason) -> None:
-        """End the answer: what was held back belongs to it, unless a stop string begins there."""
-        self.text += self._stops.push(self._stream.finish()) + self._stops.finish()
+    def finish(self, reason: FinishReason, *, ending: str = "") -> None:
+        """End the answer: what was held back belongs to it, unless a stop string begins there.
+
+        `ending`: the text of the token that ends it, which is not shown.
+        """
+        self.text += self._stops.push(self._stream.finish())
+        self.text += self._stops.push(ending, hidden=True) + self._stops.finish()
         self.finish_reason = "stop" if self._stops.found else reason
 
     def take(self) -> str:
@@ -365,6 +373,7 @@ class Model:
         *,
         system: str | None = None,
         raw: bool = False,
+        parse_special: bool = False,
         capacity: int | None = None,
         max_batch: int | None = None,
         **sampling: Unpack[Sampling],
@@ -372,18 +381,18 @@ class Model:
         """Answers to one prompt or several, which then run as one ragged batch.
 
         A prompt is text or a conversation, a list of `{"role", "content"}` messages. `system`:
-        a system message before each. `raw`: the text itself, no chat template. `capacity`: tokens
-        the session holds; left out, the longest prompt plus `max_tokens`. Spans follow from it,
-        so a batch's rows answer as they would alone at the same capacity. `max_batch`: prompts
-        that run at once, None for all; the rest waits. A KeyboardInterrupt ends the answers
-        early. Raises UsageError and MoacError.
+        a system message before each. `raw`: the text itself, no chat template. Control tokens
+        that a message spells are text; `parse_special` lets them act, as they do in raw text.
+        `capacity`: tokens the session holds; left out, the longest prompt plus `max_tokens`. Spans
+        follow from it, so a batch's rows answer as they would alone at the same capacity.
+        `max_batch`: prompts that run at once, None for all; the rest waits. A KeyboardInterrupt
+        ends the answers early. Raises UsageError and MoacError.
         """
-        each: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = _each(prompts)
         options = self.sampling(**sampling).options
         found: list[Generation] = []
-        for batch in self._batches(
-            each, options, system=system, raw=raw, capacity=capacity, max_batch=max_batch
-        ):
+        rows = self._rows(each, system=system, raw=raw, parse_special=parse_special)
+        for batch in self._batches(rows, options, capacity=capacity, max_batch=max_batch):
             if any(answer.finish_reason == "interrupted" for answer in found):
                 batch.interrupt()  # it has not begun
             else:
@@ -399,32 +408,26 @@ class Model:
         *,
         system: str | None = None,
         raw: bool = False,
+        parse_special: bool = False,
         capacity: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream:
         """The answer to one prompt, piece by piece; keywords as in `generate`."""
         options = self.sampling(**sampling).options
-        batches = self._batches(
-            [prompt], options, system=system, raw=raw, capacity=capacity, max_batch=None
-        )
-        return Stream(next(batches))
+        rows = self._rows([prompt], system=system, raw=raw, parse_special=parse_special)
+        return Stream(next(self._batches(rows, options, capacity=capacity, max_batch=None)))
 
     def _batches(
         self,
-        prompts: Sequence[Prompt],
+        rows: list[list[int]],
         options: SamplingOptions,
         *,
-        system: str | None,
-        raw: bool,
         capacity: int | None,
         max_batch: int | None,
     ) -> Iterator[Batch]:
         """The prompts in groups of at most `max_batch`, all at the capacity of the whole."""
-        if not prompts:
-            raise UsageError("there is no prompt; give at least one")
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch must be >= 1, got {max_batch}")
-        rows = [self._tokens(prompt, system=system, raw=raw) for prompt in prompts]
         size = self._session_capacity(list(map(len, rows)), options.max_tokens, capacity)
         count = max_batch or len(rows)
         for first in range(0, len(rows), count):
@@ -441,12 +444,32 @@ class Model:
             dense_bytes=len(rows) * self._dense_bytes(size),
         )
 
-    def _tokens(self, prompt: Prompt, *, system: str | None, raw: bool) -> list[int]:
+    def _rows(
+        self, prompts: Sequence[Prompt], *, system: str | None, raw: bool, parse_special: bool
+    ) -> list[list[int]]:
+        """Token ids of each prompt; an error names the prompt where there are several."""
+        if not prompts:
+            raise UsageError("there is no prompt; give at least one")
+        rows = []
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                rows.append(self._tokens(prompt, system, raw, parse_special))
+            except MoacError as error:
+                if len(prompts) == 1:
+                    raise
+                named = f"prompt {number} of {len(prompts)}: {error}"
+                raise type(error)(named) from None
+        return rows
+
+    def _tokens(
+        self, prompt: Prompt, system: str | None, raw: bool, parse_special: bool
+    ) -> list[int]:
+        check_prompt(prompt, raw=raw)
         if raw:
             tokens = self.tokenizer.encode(_raw_text(prompt, system), special=True)
         else:
-            text = self.tokenizer.chat(_conversation(prompt, system))
-            tokens = self.tokenizer.encode(text, special=False)
+            messages = _conversation(prompt, system)
+            tokens = self.tokenizer.encode_chat(messages, parse_special=parse_special)
         if not tokens:
             raise UsageError("the prompt is empty: it holds not a single token; give some text")
         if max(tokens) >= self.spec.vocab_size:
@@ -501,16 +524,25 @@ def _raw_text(prompt: Prompt, system: str | None) -> str:
 
 
 def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
-    if isinstance(prompt, Mapping):
-        raise UsageError("a conversation is a list of messages; put the message into a list")
-    messages: list[Message] = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: Sequence[Message] = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else plain_messages(prompt)
     )
     if system is None:
-        return messages
-    if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
+        return list(messages)
+    if any(message["role"] == "system" for message in messages):
         raise UsageError("the conversation has a system message already; leave out system")
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": text_of(system, "the system message")}, *messages]
+
+
+def _each(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (Mapping, bytes)) or not isinstance(prompts, Iterable):
+        raise UsageError(
+            "prompts are a text, or a list of texts and of conversations, got a value of type "
+            f"{type(prompts).__name__}"
+        )
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def load(

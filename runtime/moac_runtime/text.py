@@ -11,12 +11,12 @@ from typing import Any
 
 import tokenizers
 
+from moac_runtime.control import ControlTokens
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
+from moac_runtime.messages import REASONING, Message, plain_messages, text_of
 
-Message = Mapping[str, Any]
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not a whole character
 
 
@@ -33,7 +33,7 @@ class Tokenizer:
     eos_token_ids: frozenset[int]
     special_tokens: Mapping[str, str]
     chat_template: str | None
-    _compiled: list[ChatTemplate] = field(default_factory=list, init=False, repr=False)
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def read(cls, tokenizer: Path, settings: Path, template: Path | None) -> Tokenizer:
@@ -53,38 +53,83 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`; `special` adds what the checkpoint puts around plain text (BOS).
 
-        Raises UsageError where `text` is no Unicode text (undecodable bytes of a command line).
+        Control tokens that `text` spells act as such. Every character is text, control characters
+        and NUL too. Raises UsageError where `text` is no Unicode text (undecodable bytes of a
+        command line).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the prompt holds bytes that are not UTF-8 (at character {error.start}); "
-                "give it as UTF-8 text"
-            ) from None
+        text_of(text, "the prompt")
         return list(self.backend.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, special tokens left out."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
+    def spelling(self, token: int) -> str:
+        """The text of `token` where `decode` leaves it out or it ends an answer, else ""."""
+        hidden: dict[int, str] = self._once("hidden", self._hidden_tokens)
+        return hidden.get(token, "")
+
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """`messages` as the checkpoint's chat template writes them; encode with `special=False`.
 
-        Raises UsageError where the package has no template or a message is not plain JSON, and
-        MoacError where the template refuses the conversation.
+        Raises UsageError where the package has no template or a message is not what
+        `plain_messages` takes, and MoacError where the template refuses the conversation.
         """
-        if self.chat_template is None:
-            raise UsageError(
-                "this package has no chat template; use --raw (raw=True) to send the prompt as is"
-            )
-        if not self._compiled:
-            self._compiled.append(ChatTemplate(self.chat_template))
-        return self._compiled[0].render(
-            messages,
+        return self._template().render(
+            plain_messages(messages),
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.special_tokens,
         )
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation up to where its answer starts.
+
+        Control tokens that a message spells are text, unless `parse_special` lets them act.
+        Raises as `chat`.
+        """
+        template, plain, now = self._template(), plain_messages(messages), datetime.now()
+
+        def render(chat: Sequence[Message]) -> str:
+            return template.render(
+                chat, add_generation_prompt=True, special_tokens=self.special_tokens, now=now
+            )
+
+        text = text_of(render(plain), "what the chat template writes")
+        if parse_special:
+            return self.encode(text, special=False)
+        control: ControlTokens = self._once("control", self._control_tokens)
+        return control.encode(text, plain, render, source=template.source)
+
+    def _template(self) -> ChatTemplate:
+        source = self.chat_template
+        if source is None:
+            raise UsageError(
+                "this package has no chat template; use --raw (raw=True) to send the prompt as is"
+            )
+        template: ChatTemplate = self._once("template", lambda: ChatTemplate(source))
+        return template
+
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(
+            self.backend,
+            ends=self.eos_token_ids,
+            named=frozenset(self.special_tokens.values()),
+            written=self._template().literals(),
+        )
+
+    def _hidden_tokens(self) -> dict[int, str]:
+        added = self.backend.get_added_tokens_decoder()
+        ends = {i: self.backend.decode([i], skip_special_tokens=False) for i in self.eos_token_ids}
+        return ends | {
+            i: token.content for i, token in added.items() if token.special or i in ends
+        }
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def stream(self) -> TextStream:
         """A fresh decoder for tokens that arrive one by one."""
@@ -146,30 +191,39 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts text at the first stop string, holding back what may turn out to begin one."""
+    """Cuts text at the first stop string, holding back what may turn out to begin one.
+
+    Stop strings are looked for in everything the model writes, hidden text (that of control
+    tokens) included; what comes out leaves hidden text out.
+    """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []  # characters, and whether they are hidden
         self.found = False
 
-    def push(self, piece: str) -> str:
+    def push(self, piece: str, *, hidden: bool = False) -> str:
         """The part of the text so far that no stop string can touch any more."""
         if self.found:
             return ""
-        text = self._held + piece
+        characters = [*self._held, *((c, hidden) for c in piece)]
+        text = "".join(c for c, _ in characters)
         starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
+            self.found, self._held = True, []
+            return _shown(characters[: min(starts)])
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        self._held = characters[len(text) - keep :]
+        return _shown(characters[: len(text) - keep])
 
     def finish(self) -> str:
         """What was held back and proved to be no stop string."""
-        held, self._held = self._held, ""
-        return held
+        held, self._held = self._held, []
+        return _shown(held)
+
+
+def _shown(characters: Iterable[tuple[str, bool]]) -> str:
+    return "".join(c for c, hidden in characters if not hidden)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -182,11 +236,11 @@ class ChatTemplate:
     """A checkpoint's Jinja template, rendered in a sandbox the way transformers renders it."""
 
     def __init__(self, source: str) -> None:
-        import jinja2
-
+        self.source = source
+        self._environment = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # of Jinja's parser, of Python's compiler behind it
             raise ArtifactError(
                 f"the package's chat template is not valid Jinja ({_one_line(error)}); "
                 "use --raw (raw=True) to send the prompt as is"
@@ -198,15 +252,19 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         special_tokens: Mapping[str, str],
+        now: datetime | None = None,
     ) -> str:
-        """The conversation as text. Raises UsageError or MoacError, see `Tokenizer.chat`."""
-        chat = _plain_messages(messages)
+        """A conversation of `plain_messages` as text; `now`: the time that templates are told.
+
+        Raises MoacError where the template refuses it.
+        """
         try:
             text: str = self._template.render(
-                messages=chat,
+                messages=[_with_reasoning(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=(now or datetime.now()).strftime,
                 **special_tokens,
             )
         except Exception as error:  # a template is a program: it may raise anything
@@ -216,29 +274,23 @@ class ChatTemplate:
             ) from None
         return text
 
+    def literals(self) -> list[str]:
+        """The texts that stand in the template: what it writes, and its string constants."""
+        from jinja2 import nodes
 
-def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as plain JSON values: keys of None dropped, reasoning under the names in use."""
-    if not messages:
-        raise UsageError("the conversation is empty; give at least one message")
-    plain = []
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise UsageError(f"a message must be a mapping with a role, got {message!r}")
-        try:
-            copy = json.loads(json.dumps({k: v for k, v in message.items() if v is not None}))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"a message must hold plain JSON values: {error}") from None
-        plain.append(_with_reasoning(copy))
-    return plain
+        tree = self._environment.parse(self.source)
+        written = [node.data for node in tree.find_all(nodes.TemplateData)]
+        constants = [node.value for node in tree.find_all(nodes.Const)]
+        return written + [value for value in constants if isinstance(value, str)]
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    for name in _REASONING_FIELDS:
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """A message with its reasoning under the names in use."""
+    for name in REASONING:
         if message.get(name) is not None:
             thought = message[name]
             return {"thinking": thought, **message, "reasoning_content": thought}
-    return message
+    return dict(message)
 
 
 def _one_line(error: Exception) -> str:
@@ -258,7 +310,6 @@ def _environment() -> Any:
     environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise_exception,
-        strftime_now=_strftime_now,
         dict=_TemplateDict(),
         namespace=_namespace(),
     )
@@ -307,10 +358,6 @@ def _to_json(
         separators=separators,
         sort_keys=sort_keys,
     )
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
 
 
 class _TemplateDict:
