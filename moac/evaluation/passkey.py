@@ -20,13 +20,18 @@ from moac.evaluation.case import (
     gold_answer,
 )
 from moac.evaluation.text import held_out
-from moac.evaluation.wordings import PASSKEY_WORDINGS, Wording, WordingKind
+from moac.evaluation.wordings import PASSKEY_WORDINGS, UNSEEN, Wording, WordingKind
 
 PASSKEY_ANSWER_TOKENS = 24
 
 
 def passkey(
-    tokenizer: Any, length: int, seed: int, index: int, depth: float, wording: WordingKind
+    tokenizer: Any,
+    length: int,
+    seed: int,
+    index: int,
+    depth: float,
+    wording: WordingKind = UNSEEN,
 ) -> Case:
     """Case `index` of one kind of wording; `length` tokens hold the prompt and the answer.
 

@@ -23,7 +23,8 @@ WORDINGS: tuple[WordingKind, ...] = (UNSEEN, SEEN)
 class Wording:
     """How a case introduces, hides and asks for `{key}`, a number of `digits` digits.
 
-    `needle` has words before its first `{key}`, which open the right answer too.
+    `needle` has words before its first `{key}`, which open the right answer too. Quantities have
+    three digits: a model may well write a longer one with a separator.
     """
 
     introduction: str
@@ -86,7 +87,7 @@ _UNSEEN = (
         "While reading on, note how many steps the lighthouse has.",
         "The lighthouse has exactly {key} steps. Nobody who climbed all {key} steps forgot them.",
         "How many steps does the lighthouse have?",
-        digits=4,
+        digits=3,
     ),
     Wording(
         "Please go through this passage. It tells the extension under which a porter is reached.",
@@ -108,12 +109,12 @@ _UNSEEN = (
         "Among other things, you will learn from this how far a ship had sailed.",
         "By then the ship had sailed {key} miles.",
         "How many miles had the ship sailed?",
-        digits=4,
+        digits=3,
     ),
     Wording(
-        "In what follows a meter reading turns up out of nowhere. It is what I am after.",
-        "At noon the water meter stood at {key}. The caretaker copied {key} into his ledger.",
-        "At what figure did the water meter stand at noon?",
+        "In what follows a seal turns up out of nowhere. Its number is what I am after.",
+        "The caretaker put seal {key} on the meter. At noon seal {key} was still whole.",
+        "Which seal did the caretaker put on the meter?",
         digits=6,
     ),
     Wording(
