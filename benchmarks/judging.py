@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from moac.calibration import plain_text_windows
 from moac.checkpoint import Checkpoint
+from moac.evaluation.case import Case
 from moac.evaluation.passkey import passkey
 from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import open_sessions
+from moac.evaluation.wordings import WORDINGS
 from moac_runtime.artifact import Artifact
 from moac_runtime.plan import Plan
 
 SEED, TEXT_SEED = 77, 78
+
+
+def passkeys(tokenizer: Any, length: int, count: int) -> list[Case]:
+    """`count` cases, the unseen wordings and calibration's in turn."""
+    return [
+        passkey(tokenizer, length, SEED, i // 2, (i + 0.5) / count, WORDINGS[i % 2])
+        for i in range(count)
+    ]
 
 
 def show(
@@ -32,7 +43,7 @@ def show(
     """
     runner, tokenizer = Runner(open_sessions(artifact)), checkpoint.load_tokenizer()
     eos = frozenset(checkpoint.eos_token_ids)
-    asked = [passkey(tokenizer, length, SEED, i, (i + 0.5) / cases) for i in range(cases)]
+    asked = passkeys(tokenizer, length, cases)
     windows = plain_text_windows(tokenizer, length, texts, TEXT_SEED)
     print("| plan | density | pass keys found | loss of their values | text loss | to uniform's |")
     print("|---|---|---|---|---|---|")

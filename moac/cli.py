@@ -126,7 +126,7 @@ def plan_command(
 @click.option(
     "--target",
     "targets",
-    callback=lambda context, option, value: value and words(context, option, value),
+    callback=words,
     metavar="NAME,...",
     help="backends to build for: torch, cpu (native kernels), onnx, cuda (every architecture), "
     "cuda:80, cuda:90, ...  [torch, and cpu where there is a C++ compiler]",
@@ -320,7 +320,7 @@ def verify_command(
 )
 @click.option(
     "--tasks",
-    callback=lambda context, option, value: value and words(context, option, value),
+    callback=words,
     metavar="NAME,...",
     help="passkey, longeval, ruler (eleven tasks, or name some of them) and nll  "
     "[all of them; with --task FILE only that]",
@@ -332,7 +332,11 @@ def verify_command(
     help="tokens of prompt and answer together  [the planned lengths]",
 )
 @click.option(
-    "--samples", default=50, show_default=True, metavar="N", help="cases a task and length"
+    "--samples",
+    default=50,
+    show_default=True,
+    metavar="N",
+    help="cases a task and length; windows of each kind of text",
 )
 @click.option(
     "--against",
@@ -348,6 +352,18 @@ def verify_command(
     metavar="FILE",
     help='a task of your own, JSONL of {"prompt"|"messages", "answer"}',
 )
+@click.option(
+    "--wording",
+    metavar="KIND",
+    help="unseen (in words that calibration never uses), seen, or both, half of the cases each  "
+    "[both]",
+)
+@click.option(
+    "--text",
+    callback=words,
+    metavar="KIND,...",
+    help="what nll reads: prose, code, documentation  [all of them]",
+)
 @click.option("--seed", default=0, show_default=True, metavar="N", help="of the cases")
 @click.option("--batch", default=8, show_default=True, metavar="N", help="cases run at once")
 @click.option(
@@ -355,16 +371,25 @@ def verify_command(
     metavar="NAME",
     help="what runs the model: cpu (the package's native kernels) or torch  [cpu where it runs]",
 )
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="where finished cells are kept, to go on from  [$MOAC_CACHE or ~/.cache/moac]",
+)
 @click.option("--json", "as_json", is_flag=True, help="the results as JSON")
-def eval_command(package: Path, source: str, as_json: bool, **choices: Any) -> None:
+def eval_command(
+    package: Path, source: str, work_dir: Path | None, as_json: bool, **choices: Any
+) -> None:
     """Evaluate PACKAGE: retrieval, and plain text's NLL, beside other plans on the same weights.
 
-    Everything is made on this machine and runs through the packaged runtime.
+    Everything is made on this machine and runs through the packaged runtime. The same command
+    goes on where it was interrupted.
     """
     _require_compile_extra()
     from moac.evaluation import EvalRequest, evaluate, evaluation_text
 
-    found = evaluate(package, source, request=EvalRequest(**choices))
+    found = evaluate(package, source, request=EvalRequest(**choices), work_dir=work_dir)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else evaluation_text(found))
 
 

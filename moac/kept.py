@@ -25,7 +25,7 @@ from moac.atomic import write_whole, writing_folder
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
-RESULTS = {"calibration": "json", "loss": "json", "profile": "safetensors"}
+RESULTS = {"calibration": "json", "loss": "json", "profile": "safetensors", "eval": "json"}
 """Kinds of results and how their files end."""
 
 KERNELS = "cpu"

@@ -42,7 +42,7 @@ def result_key(kind: str, checkpoint: Checkpoint, model: Any, tokenizer: Any, **
     """
     if kind == "calibration":
         parts |= {"tokenizer": _writing(checkpoint, tokenizer), "texts": _texts_digest()}
-    return _digest(
+    return parts_key(
         kind=kind,
         code=_code_digest(kind),
         libraries=_libraries(checkpoint),
@@ -53,7 +53,8 @@ def result_key(kind: str, checkpoint: Checkpoint, model: Any, tokenizer: Any, **
     )
 
 
-def _digest(**parts: Any) -> str:
+def parts_key(**parts: Any) -> str:
+    """A key, 20 hex digits, of everything that a result follows from, as JSON values."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

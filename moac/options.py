@@ -23,8 +23,12 @@ def numbers(context: click.Context, option: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value!r} is not a list of tokens such as 1024,2048") from None
 
 
-def words(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+def words(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
     """`torch,onnx` as names."""
+    if value is None:
+        return None
     return tuple(part.strip() for part in value.split(","))
 
 

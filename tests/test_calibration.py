@@ -1,4 +1,4 @@
-"""Calibration samples: text, haystacks, spans, dense answers, user lines, held-out cases."""
+"""Calibration samples: text, haystacks, spans, dense answers, user lines, held-out windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from moac.calibration import (
     build_calibration,
     calibration_text,
     held_out_text,
-    passkey_case,
     plain_text_windows,
     read_calibration,
     user_samples,
@@ -27,10 +26,9 @@ from moac.calibration import (
 from moac.calibration.answers import DenseReader, stop_tokens
 from moac.calibration.haystack import Needle, hide, most_words
 from moac.calibration.jsonl import user_opening
-from moac.calibration.passkey import WORDINGS
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.samples import DOMAINS
-from moac.calibration.tasks import INTRODUCTIONS, draw_facts
+from moac.calibration.tasks import draw_facts
 from moac.calibration.text import ends_clause, running_words, separated_words
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.own_task import read_own_task
@@ -499,44 +497,6 @@ def test_a_template_that_refuses_a_role_is_told_with_the_line(
         user_samples(samples, checkpoint[0], plain_tokenizer, lengths=[64])
 
 
-@pytest.mark.parametrize("haystack", ["filler", "text"])
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_passkey_cases_say_where_the_needle_and_the_question_stand(
-    tokenizer: Any, haystack: Any, depth: float
-) -> None:
-    for seed in range(4):
-        case = passkey_case(tokenizer, LENGTH, depth, seed, haystack=haystack)
-        assert LENGTH - 64 < len(case.token_ids) <= LENGTH
-        rest = tokenizer.decode(case.token_ids[case.needle_start :])
-        assert rest.index(case.answer) < 60
-        question = tokenizer.decode(case.token_ids[case.question_start :])
-        assert WORDINGS[seed].question in question[: len(WORDINGS[seed].question) + 4]
-        assert case.answer not in question
-        share = case.needle_start / case.question_start
-        assert abs(share - (0.2 + 0.7 * depth)) < 0.25
-        assert passkey_case(tokenizer, LENGTH, depth, seed, haystack=haystack) == case
-
-
-def test_half_of_the_passkey_wordings_are_none_of_calibrations() -> None:
-    asked = {
-        re.sub(r"\d{4,5}", "{key}", text)
-        for seed in range(300)
-        for fact in draw_facts(random.Random(seed), 10)
-        for text in (fact.needle, fact.question)
-    }
-    fresh = [wording for wording in WORDINGS if not wording.seen]
-    assert len(fresh) * 2 >= len(WORDINGS)
-    for wording in fresh:
-        assert wording.needle not in asked
-        assert wording.question not in asked
-        assert wording.introduction not in INTRODUCTIONS
-
-
-def test_too_short_a_passkey_case_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match="64 tokens are too few for a passkey case"):
-        passkey_case(tokenizer, 64, 0.5, 0)
-
-
 def test_plain_windows_are_exact_disjoint_and_held_out(tokenizer: Any) -> None:
     windows = plain_text_windows(tokenizer, LENGTH, 8, 0)
     assert [len(window) for window in windows] == [LENGTH] * 8
@@ -545,5 +505,6 @@ def test_plain_windows_are_exact_disjoint_and_held_out(tokenizer: Any) -> None:
     assert tokenizer.decode(windows[0][4:-4]).strip() in everything
     assert plain_text_windows(tokenizer, LENGTH, 8, 0) == windows
     assert plain_text_windows(tokenizer, LENGTH, 8, 1) != windows
-    with pytest.raises(UsageError, match=r"the held-out text has \d+ tokens, fewer than"):
-        plain_text_windows(tokenizer, 10_000_000, 1, 0)
+    for length, count in ((10_000_000, 1), (LENGTH, 1000)):
+        with pytest.raises(UsageError, match=r"the held-out text has \d+ tokens, fewer than"):
+            plain_text_windows(tokenizer, length, count, 0)

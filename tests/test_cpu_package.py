@@ -78,23 +78,29 @@ def test_they_are_verified_and_answer_as_torch_does(package: Path) -> None:
 
 @needs_compiler
 @needs_avx2
-def test_an_evaluation_runs_on_them(package: Path, tiny_package: Compiled) -> None:
-    asked = EvalRequest(tasks=("passkey", "nll"), lengths=(640,), samples=3)
+def test_an_evaluation_runs_on_them(package: Path, tiny_package: Compiled, tmp_path: Path) -> None:
+    asked = EvalRequest(tasks=("passkey", "nll"), lengths=(640,), samples=3, text=("code",))
     native, portable = (
-        evaluate(package, tiny_package.checkpoint, request=replace(asked, backend=backend))
+        evaluate(
+            package,
+            tiny_package.checkpoint,
+            request=replace(asked, backend=backend),
+            work_dir=tmp_path,  # one for both: what a backend measured is its own
+        )
         for backend in (None, "torch")
     )
     assert native.record["machine"]["runs"] == "the package's CPU kernels (avx2)"
     assert portable.record["machine"]["runs"] == "torch's own operators"
+    assert [found.record["cells"]["kept"] for found in (native, portable)] == [0, 0]
     for one, other in zip(native.results, portable.results, strict=True):
         assert one.value == pytest.approx(other.value, abs=2e-3)
 
 
 def test_an_evaluation_without_them_says_so(
-    tiny_package: Compiled, capsys: pytest.CaptureFixture[str]
+    tiny_package: Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = EvalRequest(tasks=("nll",), lengths=(512,), samples=1)
-    evaluate(tiny_package.package, tiny_package.checkpoint, request=asked)
+    asked = EvalRequest(tasks=("nll",), lengths=(512,), samples=1, text=("code",))
+    evaluate(tiny_package.package, tiny_package.checkpoint, request=asked, work_dir=tmp_path)
     told = "note: running on torch's own operators: the package has no native CPU kernels"
     assert told in capsys.readouterr().err
     with pytest.raises(MoacError, match="has no native CPU kernels"):

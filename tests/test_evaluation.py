@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
+import random
+import re
 from collections.abc import Callable
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +21,25 @@ from families import tiny_tokenizer
 from tiny import Compiled, moac_command
 from torch.nn import functional as F
 
+import moac.evaluation.longeval as longeval_module
+import moac.evaluation.ruler as ruler_module
+from moac.calibration import calibration_text
 from moac.calibration.prompt import PromptFormat
+from moac.calibration.tasks import CLOSINGS, INTRODUCTIONS, draw_facts
 from moac.evaluation import EvalRequest, evaluate
 from moac.evaluation.case import Case, Gold, first_integer, gold_answer, last_integer, recall
-from moac.evaluation.intervals import mean_interval, share_interval
+from moac.evaluation.intervals import mean_interval, share_interval, stratified_interval
+from moac.evaluation.kept import KeptCells
 from moac.evaluation.longeval import longeval
 from moac.evaluation.methods import method_plans
-from moac.evaluation.passkey import passkey
-from moac.evaluation.results import Outcome, compare
+from moac.evaluation.passkey import passkey, passkey_wording
+from moac.evaluation.request import TASK_WORDINGS
+from moac.evaluation.results import Outcome, compare, summarise
 from moac.evaluation.ruler import NIAH, RULER_TASKS, ruler
 from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import Sessions, open_sessions
+from moac.evaluation.text import KINDS, held_out, kind_tokens, most_windows, windows
+from moac.evaluation.wordings import PASSKEY_WORDINGS, SEEN, UNSEEN, WORDINGS, WordingKind
 from moac.inspection import planned_lengths
 from moac.planning import (
     Layout,
@@ -39,6 +51,7 @@ from moac.planning import (
     uniform_plan,
 )
 from moac.verify import undropping
+from moac.workspace import Workspace
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.cpu.engine import CpuEngine
 from moac_runtime.cpu.opening import CpuModel
@@ -50,6 +63,12 @@ from moac_runtime.span import Rule
 Capture = pytest.CaptureFixture[str]
 LENGTH = 2048  # of cases: the tiny tokenizer writes two letters a token
 ROOM = 1024  # of sessions
+
+
+@pytest.fixture(autouse=True)
+def _own_work_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Finished cells of one test must not serve another."""
+    monkeypatch.setenv("MOAC_CACHE", str(tmp_path / "kept"))
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +148,90 @@ def test_the_answer_stands_once_at_its_depth(task: str, tokenizer: Any) -> None:
         text = tokenizer.decode(list(case.prompt))
         value = tokenizer.decode(list(case.gold.tokens[case.gold.scored :])).strip()
         assert case.depth == depth
-        assert text.count(value) == (2 if task == "passkey" else 1)
+        once = passkey_wording(UNSEEN, LENGTH, 0, 1).needle.count("{key}")
+        assert text.count(value) == (once if task == "passkey" else 1)
         assert abs(text.index(value) / len(text) - depth) < 0.25
 
 
-def test_half_of_the_passkeys_hide_in_filler_in_every_wording(tokenizer: Any) -> None:
-    cases = [passkey(tokenizer, 700, 0, index, 0.5) for index in range(8)]
-    texts = [tokenizer.decode(list(case.prompt)) for case in cases]
-    kinds = {("The grass is green" in text, text[:90]) for text in texts}
-    assert len(kinds) == 6  # two of the four wordings open alike
-    assert sum("The grass is green" in text for text in texts) == 4
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_every_wording_meets_filler_and_text(tokenizer: Any, wording: WordingKind) -> None:
+    pool = PASSKEY_WORDINGS[wording]
+    met = []
+    for index in range(2 * len(pool)):
+        text = tokenizer.decode(list(passkey(tokenizer, 700, 0, index, 0.5, wording).prompt))
+        asked = passkey_wording(wording, 700, 0, index)
+        assert asked.introduction in text
+        assert asked.question in text
+        met.append((pool.index(asked), "The grass is green" in text))
+    assert sorted(met) == [(place, filler) for place in range(len(pool)) for filler in (0, 1)]
+    assert sum(filler for _, filler in met[: len(pool)]) == len(pool) / 2
+
+
+def runs_of_words(text: str, count: int) -> set[tuple[str, ...]]:
+    """Every `count` words in a row of `text`, numbers and slots alike."""
+    plain = re.sub(r"\{\w+\}|\d+", "#", text.lower())
+    found = re.findall(r"[a-z_']+|#", plain)
+    return {tuple(found[i : i + count]) for i in range(len(found) - count + 1)}
+
+
+@pytest.fixture(scope="module")
+def calibrations_words() -> set[tuple[str, ...]]:
+    """Every four words in a row of what calibration says around its haystacks."""
+    said = [*INTRODUCTIONS, *CLOSINGS]
+    for seed in range(300):
+        said += [t for f in draw_facts(random.Random(seed), 10) for t in (f.needle, f.question)]
+    return {run for text in said for run in runs_of_words(text, 4)}
+
+
+def test_unseen_wordings_share_no_four_words_with_calibration(
+    calibrations_words: set[tuple[str, ...]],
+) -> None:
+    pool = PASSKEY_WORDINGS[UNSEEN]
+    assert len(pool) >= 12
+    for texts in ([w.introduction for w in pool], [w.needle for w in pool]):
+        assert len(set(texts)) == len(pool)
+    for wording in pool:
+        for text in (wording.introduction, wording.needle, wording.question):
+            assert not runs_of_words(text, 4) & calibrations_words, text
+            assert not re.search(r"\d", text)  # the first integer said must be the key
+        assert wording.lead
+
+
+def test_seen_wordings_are_calibrations() -> None:
+    drawn = [fact for seed in range(300) for fact in draw_facts(random.Random(seed), 10)]
+    facts = {(re.sub(r"\d{5}", "{key}", fact.needle), fact.question) for fact in drawn}
+    for wording in PASSKEY_WORDINGS[SEEN]:
+        closed = [wording.question.removeprefix(closing).strip() for closing in ("", *ENDS)]
+        assert wording.introduction in INTRODUCTIONS
+        assert any((wording.needle, question) in facts for question in closed), wording
+
+
+ENDS = ("That is the end of the text.",)
+ASKED = {
+    "longeval": [longeval_module._QUESTION],
+    **{task: list(ruler_module._NIAH_TEMPLATE.values()) for task in NIAH},
+    "vt": [ruler_module._VARIABLES, ruler_module._VARIABLES_PREFIX],
+    "cwe": [ruler_module._COMMON, ruler_module._COMMON_PREFIX],
+    "fwe": [ruler_module._FREQUENT, ruler_module._FREQUENT_PREFIX],
+}
+
+
+@pytest.mark.parametrize("task", ["longeval", *RULER_TASKS])
+def test_a_task_says_whether_calibration_uses_its_words(
+    task: str, calibrations_words: set[tuple[str, ...]]
+) -> None:
+    shared = [bool(runs_of_words(text, 4) & calibrations_words) for text in ASKED[task]]
+    assert TASK_WORDINGS[task] == ((SEEN,) if any(shared) else (UNSEEN,))
+
+
+def test_half_of_the_cases_are_in_each_wording_and_the_odd_one_is_unseen() -> None:
+    asked = EvalRequest(tasks=("passkey", "longeval", "vt"), samples=5)
+    assert asked.counts("passkey") == {UNSEEN: 3, SEEN: 2}
+    assert asked.counts("longeval") == {SEEN: 5}
+    assert replace(asked, samples=1).counts("passkey") == {UNSEEN: 1}
+    unseen = EvalRequest(wording="unseen")
+    assert unseen.synthetic() == ("passkey", "vt", "cwe", "fwe")
+    assert unseen.counts("passkey") == {UNSEEN: 50}
 
 
 def test_too_short_a_length_is_a_sentence(tokenizer: Any) -> None:
@@ -298,18 +391,123 @@ def test_student_intervals_are_the_textbook_ones() -> None:
     assert one[1] - 1 == pytest.approx(12.7062, rel=1e-4)
 
 
+def test_a_stratified_interval_counts_what_varies_within_strata_alone() -> None:
+    near, far = [1.0, 2.0, 3.0, 4.0], [101.0, 102.0, 103.0, 104.0]
+    low, high = stratified_interval([near, far]) or (0, 0)
+    assert (low + high) / 2 == pytest.approx(52.5)
+    spread = math.sqrt(2 * (5 / 3) / 4) / 2
+    assert high - 52.5 == pytest.approx(2.446912 * spread, rel=5e-3)  # 6 degrees of freedom
+    assert stratified_interval([near]) == pytest.approx(mean_interval(near))
+    assert stratified_interval([near, [1.0]]) is None
+    assert stratified_interval([[2.0, 2.0], [4.0, 4.0]]) == (3.0, 3.0)
+    wide = stratified_interval([[0.0, 2.0], [5.0, 5.0]]) or (0, 0)
+    assert wide[1] - wide[0] == pytest.approx(12.7062, rel=1e-4)  # one degree of freedom
+
+
+def test_kinds_of_text_come_together_and_wordings_never_do() -> None:
+    texts = [Outcome(None, x, part=kind) for kind, x in (("code", 1.0), ("prose", 3.0)) * 2]
+    found = list(summarise("nll", 64, "moac", texts))
+    assert [(r.part, r.value, r.n) for r in found] == [
+        (None, 2.0, 4), ("prose", 3.0, 2), ("code", 1.0, 2)
+    ]  # fmt: skip
+    cases = [Outcome(s, 1.0, part=w) for s, w in ((0.0, SEEN), (1.0, UNSEEN))]
+    exact = [r for r in summarise("passkey", 64, "moac", cases) if r.metric == "exact_match"]
+    assert [(r.part, r.value) for r in exact] == [(UNSEEN, 1.0), (SEEN, 0.0)]
+    alone = list(summarise("nll", 64, "moac", texts[::2]))
+    assert [r.part for r in alone] == ["code"]
+
+
+# ---- held-out text
+
+DATA = Path(__file__).parents[1] / "moac" / "evaluation" / "data"
+
+
+def test_every_held_out_file_has_its_origin_and_licence_and_no_trademark() -> None:
+    told = (DATA / "README.md").read_text(encoding="utf-8")
+    compressed = [*DATA.glob("*/*.txt.xz")]
+    assert {file.parent.name for file in compressed} == set(KINDS)
+    for file in compressed:
+        assert f"`{file.relative_to(DATA)}`" in told
+        assert file.stat().st_size < 2**20
+        assert "gutenberg" not in lzma.decompress(file.read_bytes()).decode().lower()
+    for file in (DATA / "licences").iterdir():
+        assert f"licences/{file.name}" in told
+    assert set(re.findall(r"licences/(\S+\.txt)", told)) == {
+        file.name for file in (DATA / "licences").iterdir()
+    }
+
+
+def test_no_held_out_text_repeats_calibrations_or_another() -> None:
+    def runs(text: str) -> set[int]:
+        words = text.split()
+        return {hash(tuple(words[i : i + 50])) for i in range(len(words) - 49)}
+
+    seen = {run for document in calibration_text() for run in runs(document.text)}
+    for kind in KINDS:
+        for document in held_out(kind):
+            found = runs(document.text)
+            assert found
+            assert not found & seen, document.title
+            seen |= found
+
+
+def test_each_kind_of_text_holds_a_window_of_131072_tokens() -> None:
+    """No tokenizer in use writes more than five characters a token in the mean."""
+    for kind in KINDS:
+        assert sum(len(document.text) for document in held_out(kind)) > 5 * 131_072, kind
+
+
+def test_windows_are_exact_and_never_overlap(tokenizer: Any) -> None:
+    tokens = kind_tokens(tokenizer, "code")
+    numbered = range(len(tokens))
+    for seed in (0, 1):
+        found = windows(numbered, 700, 100, seed)
+        assert all(window == tuple(range(window[0], window[0] + 700)) for window in found)
+        assert all(a[-1] < b[0] for a, b in pairwise(found))
+    assert windows(tokens, 700, 3, 0) != windows(tokens, 700, 3, 1)
+    full = windows(range(2100), 700, 3, 0)
+    assert [window[0] for window in full] == [0, 700, 1400]
+
+
+def test_a_figure_reads_at_most_100000_tokens_of_a_kind() -> None:
+    assert most_windows(200_000, 1000) == 100
+    assert most_windows(50_000, 1000) == 50
+    assert most_windows(200_000, 4096) == 24
+    assert most_windows(200_000, 131_072) == 1
+    with pytest.raises(UsageError, match="has 5000 tokens, fewer than a window of 8192"):
+        most_windows(5000, 8192)
+
+
+def test_more_windows_than_there_are_are_capped_with_a_line(
+    tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("moac.evaluation.text.MOST_TOKENS", 2000)
+    asked = EvalRequest(tasks=("nll",), lengths=(640,), samples=5, against=(), text=("code",))
+    found = evaluate(tiny_package.package, tiny_package.checkpoint, request=asked)
+    assert {row.n for row in found.results} == {3}
+    assert (
+        "note: nll reads 3 windows of 640 tokens of code where 5 were" in capsys.readouterr().err
+    )
+
+
 # ---- the command
 
 
-def test_eval_is_the_same_twice_and_whatever_the_batch(tiny_package: Compiled) -> None:
+def test_eval_is_the_same_twice_and_whatever_the_batch(
+    tiny_package: Compiled, tmp_path: Path
+) -> None:
     runs = [
         evaluate(
             tiny_package.package,
             tiny_package.checkpoint,
-            request=EvalRequest(tasks=("passkey", "nll"), lengths=(640,), samples=3, batch=batch),
+            request=EvalRequest(
+                tasks=("passkey", "nll"), lengths=(640,), samples=3, batch=batch, text=("code",)
+            ),
+            work_dir=tmp_path / str(place),
         )
-        for batch in (3, 3, 2)
+        for place, batch in enumerate((3, 3, 2))
     ]
+    assert all(run.record["cells"] == {"all": 9, "kept": 0} for run in runs)
     assert runs[0].results == runs[1].results
     for one, other in zip(runs[0].results, runs[2].results, strict=True):
         assert (one.task, one.method, one.n) == (other.task, other.method, other.n)
@@ -318,54 +516,139 @@ def test_eval_is_the_same_twice_and_whatever_the_batch(tiny_package: Compiled) -
 
 def test_eval_prints_results_for_machines(tiny_package: Compiled, capsys: Capture) -> None:
     capsys.readouterr()
-    asked = ["--tasks", "passkey,nll", "--lengths", "640", "--samples", 2, "--json"]
+    asked = ["--tasks", "passkey,nll", "--lengths", "640", "--samples", 4, "--json"]
     arguments = ["eval", tiny_package.package, "--source", tiny_package.checkpoint, *asked]
     assert moac_command(*arguments) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err.startswith("prepare: started\n")
+
+    def part(row: dict[str, Any]) -> str | None:
+        return row.get("wording") or row.get("text")
+
     rows = {
-        (row["task"], row["method"], row["metric"]): row
+        (row["task"], part(row), row["method"], row["metric"]): row
         for row in found["results"]
         if "depth" not in row
     }
+    expected = {("passkey", wording, m) for wording in WORDINGS for m in ("exact_match", "nll")}
+    texts = ("nll", "nll_decode", "nll_prefill")
+    expected |= {(task, kind, "nll") for task in texts for kind in (None, *KINDS)}
+    assert {(task, kind, metric) for task, kind, _, metric in rows} == expected
+    assert next(iter(rows)) == ("passkey", UNSEEN, "moac", "exact_match")
+    for (task, kind, _, _), row in rows.items():
+        assert row["length"] == 640
+        assert row["n"] == (2 if task == "passkey" else 4 if kind else 12)
+        assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
+        assert ("wording" in row) == (task == "passkey")
+        assert ("text" in row) == (kind in KINDS)
     for method in ("moac", "dense", "uniform"):
-        for task, metric in (("passkey", "exact_match"), ("passkey", "nll"), ("nll", "nll")):
-            row = rows[task, method, metric]
-            assert row["length"] == 640
-            assert row["n"] == 2
-            assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
-        stepped, prefill = (rows[task, method, "nll"] for task in ("nll_decode", "nll_prefill"))
+        of_kinds = [rows["nll", kind, method, "nll"]["value"] for kind in KINDS]
+        pooled = rows["nll", None, method, "nll"]["value"]
+        assert pooled == pytest.approx(sum(of_kinds) / 3)
+        stepped, prefill = (rows[task, "code", method, "nll"] for task in texts[1:])
         assert stepped["value"] == pytest.approx(prefill["value"], abs=2e-3)
-    assert rows["nll", "moac", "nll"]["value"] != rows["nll", "dense", "nll"]["value"]
-    for row in found["differences"]:
-        ours, theirs = (
-            rows[row["task"], "moac", row["metric"]],
-            rows[row["task"], row["than"], row["metric"]],
-        )
+    own, dense = (rows["nll", None, method, "nll"]["value"] for method in ("moac", "dense"))
+    assert own != dense
+    differences = {(r["task"], part(r), r["than"], r["metric"]): r for r in found["differences"]}
+    assert set(differences) == {key for key in rows if key[2] != "moac"}
+    for (task, kind, than, metric), row in differences.items():
+        ours, theirs = (rows[task, kind, method, metric] for method in ("moac", than))
         assert row["value"] == pytest.approx(ours["value"] - theirs["value"], abs=1e-9)
         assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
-        assert (row["length"], row["n"]) == (640, 2)
-    assert (
-        {(row["task"], row["than"], row["metric"]) for row in found["differences"]}
-        == {(task, than, metric) for task, than, metric in rows if than != "moac"}
-        == {
-            (task, than, metric)
-            for than in ("dense", "uniform")
-            for task, metric in (
-                ("passkey", "exact_match"),
-                ("passkey", "nll"),
-                ("nll", "nll"),
-                ("nll_decode", "nll"),
-                ("nll_prefill", "nll"),
-            )
-        }
-    )
-    depths = [row["depth"] for row in found["results"] if row.get("depth") is not None]
-    assert set(depths) == {0.3, 0.7}
+        assert (row["length"], row["n"]) == (640, ours["n"])
+    deep = {(r["wording"], r["depth"]) for r in found["results"] if r.get("depth") is not None}
+    assert deep == {(wording, depth) for wording in WORDINGS for depth in (0.3, 0.7)}
     assert found["seed"] == 0
     assert found["command"].startswith("moac eval ")
     assert {"machine", "versions", "density", "intervals"} <= set(found)
+
+
+class Cut(Exception):
+    """What stops an evaluation in the middle."""
+
+
+def test_an_evaluation_cut_short_goes_on(
+    tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked = EvalRequest(tasks=("passkey", "nll"), lengths=(640,), samples=2, text=("code",))
+    arguments = (tiny_package.package, tiny_package.checkpoint)
+    whole = evaluate(*arguments, request=asked, work_dir=tmp_path / "other")
+    runs: list[str] = []
+
+    def counting(patched: pytest.MonkeyPatch, name: str, stop: int | None = None) -> None:
+        real = getattr(Runner, name)
+
+        def run(self: Runner, *given: Any, **options: Any) -> Any:
+            runs.append(name)
+            if len(runs) == stop:
+                raise Cut
+            return real(self, *given, **options)
+
+        patched.setattr(Runner, name, run)
+
+    with monkeypatch.context() as patched:
+        counting(patched, "replies", 5)
+        with pytest.raises(Cut):
+            evaluate(*arguments, request=asked, work_dir=tmp_path / "kept")
+    monkeypatch.setenv("MOAC_CACHE", str(tmp_path / "unused"))
+    runs.clear()
+    counting(monkeypatch, "replies")
+    counting(monkeypatch, "text_losses")
+    resumed = evaluate(*arguments, request=asked, work_dir=tmp_path / "kept")
+    assert runs == ["replies"] * 2 + ["text_losses"] * 3
+    assert resumed.record["cells"] == {"all": 9, "kept": 4}
+    assert (resumed.results, resumed.differences) == (whole.results, whole.differences)
+    assert "note: 4 of 9 cells were kept from an earlier run" in capsys.readouterr().err
+    runs.clear()
+    again = evaluate(*arguments, request=asked, work_dir=tmp_path / "kept")
+    assert runs == []
+    assert again.results == whole.results
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"samples": 4},
+        {"lengths": (656,)},
+        {"batch": 1},
+        {"wording": "seen"},
+    ],
+)
+def test_what_is_kept_serves_the_same_question_alone(
+    tiny_package: Compiled, change: dict[str, Any]
+) -> None:
+    asked = EvalRequest(
+        tasks=("passkey",), lengths=(640,), samples=2, against=(), wording="unseen"
+    )
+    arguments = (tiny_package.package, tiny_package.checkpoint)
+    evaluate(*arguments, request=asked)
+    again = evaluate(*arguments, request=replace(asked, **change))
+    assert again.record["cells"]["kept"] == 0
+
+
+def test_what_is_kept_belongs_to_plan_package_backend_and_code(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch_sessions = Sessions("torch", "torch's own operators", lambda *_: None)  # type: ignore[arg-type,return-value]
+    plan = artifact.plan
+
+    def named(
+        package: Artifact = artifact, by: Sessions = torch_sessions, under: Plan = plan
+    ) -> str:
+        kept = KeptCells.of(Workspace(tmp_path), package, by, batch=8)
+        return kept.key(under, asked=[[1, 2]], task="nll")
+
+    first = named()
+    assert named() == first
+    other = replace(artifact.files["plan.json"], sha256="0" * 64)
+    assert named(replace(artifact, files={**artifact.files, "plan.json": other})) != first
+    assert named(by=replace(torch_sessions, runs="another")) != first
+    assert named(under=undropping(artifact)) != first
+    monkeypatch.setattr("moac.evaluation.kept.source_digest", lambda *_: "changed")
+    assert named() != first
 
 
 def test_differences_pair_the_same_cases() -> None:
@@ -397,7 +680,7 @@ def test_eval_compares_with_a_plan_file(tiny_package: Compiled, tmp_path: Path) 
             tasks=("nll",), lengths=(640,), samples=2, against=("dense", str(own), str(full))
         ),
     )
-    values = {row.method: row.value for row in found.results if row.task == "nll"}
+    values = {r.method: r.value for r in found.results if (r.task, r.part) == ("nll", None)}
     assert list(values) == ["moac", "dense", "own", "full"]
     assert values["own"] == values["moac"] != values["dense"] == values["full"]
 
@@ -439,6 +722,14 @@ def test_eval_prints_a_table_and_a_users_own_task(
         (["--batch", "0"], 2, "batch is 0, expected at least 1"),
         (["--seed", "-1"], 2, "seed is -1, expected 0 to 2^63 - 1"),
         (["--task", "no/such.jsonl"], 2, "cannot read the task file no/such.jsonl"),
+        (["--wording", "new"], 2, "there is no wording 'new'; choose from unseen, seen, both"),
+        (["--wording", "unseen", "--tasks", "longeval"], 2, "longeval has seen wordings alone"),
+        (["--wording", "seen", "--tasks", "passkey,vt"], 2, "vt has unseen wordings alone"),
+        (["--wording", "seen", "--tasks", "nll"], 2, "no task asked for has any; leave it out"),
+        (["--text", "verse"], 2, "text is 'verse', expected some of prose,code,documentation"),
+        (["--text", "code,code"], 2, "text is 'code,code', expected some of prose"),
+        (["--text", "code", "--tasks", "passkey"], 2, "--text chooses what the task nll reads"),
+        (["--text", ""], 2, "text is '', expected some of prose,code,documentation"),
     ],
 )
 def test_wrong_usage_of_eval(

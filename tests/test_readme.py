@@ -125,9 +125,10 @@ def test_examples_end_in_a_sentence(
 
 
 def test_every_option_stands_in_the_readme() -> None:
-    group = cli.commands["compile"]
+    groups = [cli.commands[name] for name in ("compile", "eval")]
     wanted = {
         name
+        for group in groups
         for parameter in group.params
         if isinstance(parameter, click.Option)
         for name in parameter.opts

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -374,7 +375,9 @@ def evaluation_of(found: dict[str, Any]) -> dict[str, Any]:
         for length in lengths:
             deep = [Outcome(float((i + place) % 4 > 0), 0.5, (i + 0.5) / 20) for i in range(20)]
             flat = [Outcome(None, 2.0 + place / 10 + i / 100) for i in range(5)]
-            for task, outcomes in (("passkey", deep), ("ruler_vt", deep), ("nll", flat)):
+            asked = [replace(o, part=part) for part in ("seen", "unseen") for o in deep]
+            texts = [replace(o, part=kind) for kind in ("prose", "code") for o in flat]
+            for task, outcomes in (("passkey", asked), ("ruler_vt", deep), ("nll", texts)):
                 results += summarise(task, length, method, outcomes)
     record = {
         "seed": 3,
@@ -393,17 +396,21 @@ def test_an_evaluation_adds_quality_by_length_and_depth_with_intervals(found):
     page = Page(render_report(found, evaluation))
     lengths = found["lengths"][:2]
     charts = [svg["aria-label"] for svg in page.all("svg")]
-    expected = ["passkey by length", "nll by length"]
-    expected += [f"passkey by depth at {n} tokens" for n in lengths]
+    kinds = ["passkey (unseen)", "passkey (seen)", "nll", "nll (prose)", "nll (code)"]
+    expected = [f"{kind} by length" for kind in kinds]
+    for n in lengths:
+        expected += [f"{kind} by depth at {n} tokens" for kind in kinds[:2]]
     assert [label for label in charts if label in expected] == expected
     assert not [label for label in charts if label and "ruler_vt" in label]
     for method in ("moac", "dense", "uniform", "layerwise"):
         ranges = [line for line in page.all("line") if line["class"] == f"range q-{method}"]
-        assert len(ranges) == 2 * len(lengths) + 5 * len(lengths)
+        assert len(ranges) == (5 + 2 * 5) * len(lengths)
     passkey = next(r for r in evaluation["results"] if r["task"] == "passkey")
     low, high = passkey["ci95"]
     assert f"{passkey['value']:.2f} [{low:.2f}, {high:.2f}]" in page.within("td")
-    assert "ruler_vt" in page.within("td")
+    assert {"ruler_vt", *kinds} <= set(page.within("td"))
+    told = "in words that\ncalibration, from which the plan was made, never uses"
+    assert told in render_report(found, evaluation)
     assert "Quality by length and depth" not in render_report(found)
 
 

@@ -40,7 +40,7 @@ def calibration_text() -> tuple[Document, ...]:
 
 @cache
 def held_out_text() -> tuple[Document, ...]:
-    """The documents evaluation uses; none is a calibration document."""
+    """Documents held out; none is a calibration document. Evaluation has more of each kind."""
     return (
         _document("heldout", "northanger", "Northanger Abbey", "fiction"),
         _document("heldout", "opticks", "Opticks", "science"),

@@ -1,10 +1,10 @@
-"""95 % confidence intervals: Wilson's for shares, Student's for means."""
+"""95 % confidence intervals: Wilson's for shares, Student's for means, Welch's for strata."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 Interval = tuple[float, float]
 
@@ -34,9 +34,28 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     return centre - half, centre + half
 
 
-def _student(freedom: int) -> float:
+def stratified_interval(strata: Sequence[Sequence[float]]) -> Interval | None:
+    """The interval of the mean of the means of `strata`; None where one has a single value.
+
+    How far strata lie apart is no chance, so only what varies within them counts (Welch and
+    Satterthwaite's degrees of freedom).
+    """
+    if min(map(len, strata)) < 2:
+        return None
+    centre = fmean(fmean(values) for values in strata)
+    errors = [variance(values) / len(values) for values in strata]
+    total = sum(errors)
+    if total == 0:
+        return centre, centre
+    freedom = total**2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, strata, strict=True))
+    half = _student(freedom) * math.sqrt(total) / len(strata)
+    return centre - half, centre + half
+
+
+def _student(freedom: float) -> float:
     """The 0.975 quantile of Student's distribution (Cornish-Fisher; within 3 % from 2 up)."""
-    if freedom == 1:
+    if freedom < 2:
+        # between 1 and 2 the larger of the two ends, which is rather too wide
         return _T_OF_ONE
     z, v = _Z, freedom
     first = (z**3 + z) / 4

@@ -9,9 +9,13 @@ from typing import Any
 
 from moac.calibration.prompt import PromptFormat
 from moac.evaluation.case import Case, answer_room, case_rng, fitted, gold_answer, last_integer
+from moac.evaluation.wordings import SEEN
 from moac.evaluation.words import keys
 
 LONGEVAL_ANSWER_TOKENS = 100
+LONGEVAL_WORDING = SEEN
+"""Calibration's registers are asked for in LongEval's own words."""
+
 _LARGEST = 50_000
 _LEAST_LINE = 14  # tokens; no tokenizer writes a line in fewer
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from moac.evaluation.intervals import Interval, mean_interval, share_interval
+from moac.evaluation.intervals import (
+    Interval,
+    mean_interval,
+    share_interval,
+    stratified_interval,
+)
+from moac.evaluation.text import KINDS
+from moac.evaluation.wordings import SEEN, UNSEEN, WORDINGS
 from moac.summary import table
 
 EXACT_MATCH, NLL = "exact_match", "nll"
@@ -15,18 +22,23 @@ DEPTH_BINS = 5
 
 INTERVALS = {
     EXACT_MATCH: "Wilson, 95 %; conservative where a score is a recall between 0 and 1",
-    NLL: "Student, 95 %; over cases",
+    NLL: "Student, 95 %; over cases, or windows that do not overlap; of kinds of text together "
+    "Welch, over the windows within a kind",
     "differences": "Student, 95 %; over the differences of the same cases",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One case under one plan: `score` 0 to 1, `nll` in nats a token; None where not asked."""
+    """One case under one plan: `score` 0 to 1, `nll` in nats a token; None where not asked.
+
+    `part`: the wording of a case or the kind of a text, where figures are told apart by it.
+    """
 
     score: float | None
     nll: float
     depth: float | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,7 @@ class Result:
     """One figure. `ci95` is None for the mean of a single case.
 
     `depth`: the middle of the fifth of the haystack it is for; None for all depths together.
+    `part`: the wording or the kind of text it is for; None where there is none, or for all kinds.
     """
 
     task: str
@@ -44,9 +57,13 @@ class Result:
     ci95: Interval | None
     n: int
     depth: float | None = None
+    part: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`{"task", "length", "method", "metric", "value", "ci95", "n"}`, and `depth` if any."""
+        """`{"task", "length", "method", "metric", "value", "ci95", "n"}`.
+
+        And `depth`, and `wording` or `text`, where it is for one.
+        """
         found: dict[str, Any] = {
             "task": self.task,
             "length": self.length,
@@ -55,6 +72,7 @@ class Result:
             "value": self.value,
             "ci95": None if self.ci95 is None else list(self.ci95),
             "n": self.n,
+            **_part_json(self.part),
         }
         return found if self.depth is None else {**found, "depth": self.depth}
 
@@ -73,12 +91,19 @@ class Difference:
     value: float
     ci95: Interval | None
     n: int
+    part: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`{"task", "length", "than", "metric", "value", "ci95", "n"}`."""
+        """`{"task", "length", "than", "metric", "value", "ci95", "n"}`, `wording` or `text`."""
         found = {name: getattr(self, name) for name in ("task", "length", "than", "metric")}
         ci95 = None if self.ci95 is None else list(self.ci95)
-        return {**found, "value": self.value, "ci95": ci95, "n": self.n}
+        return {
+            **found,
+            "value": self.value,
+            "ci95": ci95,
+            "n": self.n,
+            **_part_json(self.part),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,48 +132,116 @@ class Evaluation:
         }
 
 
+def _part_json(part: str | None) -> dict[str, str]:
+    if part is None:
+        return {}
+    return {"wording" if part in WORDINGS else "text": part}
+
+
 def summarise(
     task: str, length: int, method: str, outcomes: Sequence[Outcome]
 ) -> Iterable[Result]:
-    """Exact match and NLL over all outcomes, then by depth where every case has one."""
-    yield from _figures(task, length, method, outcomes, None)
+    """Exact match and NLL by wording or kind of text, each also by depth where cases have one.
+
+    Kinds of text come together first; wordings never do, and the unseen one leads.
+    """
+    parts = _parts(outcomes)
+    if _are_texts(parts):
+        losses = [[outcome.nll for outcome in found] for found in parts.values()]
+        value, interval = fmean(map(fmean, losses)), stratified_interval(losses)
+        yield Result(task, length, method, NLL, value, interval, len(outcomes))
+    for part, found in parts.items():
+        yield from _part_figures(task, length, method, found, part)
+
+
+def _parts(outcomes: Sequence[Outcome]) -> dict[str | None, list[Outcome]]:
+    """The outcomes by wording or kind of text, in the order in which these are shown."""
+    order = [None, *WORDINGS, *KINDS]
+    found: dict[str | None, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: order.index(outcome.part)):
+        found.setdefault(outcome.part, []).append(outcome)
+    return found
+
+
+def _are_texts(parts: Mapping[str | None, object]) -> bool:
+    """Whether these are several kinds of text, whose mean is a figure too."""
+    return len(parts) > 1 and set(parts) <= set(KINDS)
+
+
+def _part_figures(
+    task: str, length: int, method: str, outcomes: Sequence[Outcome], part: str | None
+) -> Iterable[Result]:
+    yield from _figures(task, length, method, outcomes, None, part)
     bins: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.depth is not None:
             place = min(int(outcome.depth * DEPTH_BINS), DEPTH_BINS - 1)
             bins.setdefault(place, []).append(outcome)
     for place in sorted(bins):
-        yield from _figures(task, length, method, bins[place], (place + 0.5) / DEPTH_BINS)
+        yield from _figures(task, length, method, bins[place], (place + 0.5) / DEPTH_BINS, part)
 
 
 def _figures(
-    task: str, length: int, method: str, outcomes: Sequence[Outcome], depth: float | None
+    task: str,
+    length: int,
+    method: str,
+    outcomes: Sequence[Outcome],
+    depth: float | None,
+    part: str | None,
 ) -> Iterable[Result]:
     n = len(outcomes)
     scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     losses = [outcome.nll for outcome in outcomes]
     if scores:
         interval = share_interval(scores)
-        yield Result(task, length, method, EXACT_MATCH, fmean(scores), interval, n, depth)
-    yield Result(task, length, method, NLL, fmean(losses), mean_interval(losses), n, depth)
+        yield Result(task, length, method, EXACT_MATCH, fmean(scores), interval, n, depth, part)
+    spread = mean_interval(losses)
+    yield Result(task, length, method, NLL, fmean(losses), spread, n, depth, part)
 
 
 def compare(
     task: str, length: int, outcomes: Mapping[str, Sequence[Outcome]]
 ) -> Iterable[Difference]:
-    """The first of the methods of `outcomes` beside every other; their cases are the same."""
+    """The first of the methods of `outcomes` beside every other; their cases are the same.
+
+    Told apart and put together as `summarise` does.
+    """
     (_, own), *others = outcomes.items()
     for than, theirs in others:
-        pairs = list(zip(own, theirs, strict=True))
-        scores = [
-            a.score - b.score for a, b in pairs if a.score is not None and b.score is not None
-        ]
-        losses = [a.nll - b.nll for a, b in pairs]
-        for metric, found in ((EXACT_MATCH, scores), (NLL, losses)):
-            if found:
-                yield Difference(
-                    task, length, than, metric, fmean(found), mean_interval(found), len(found)
-                )
+        pairs = zip(_parts(own).items(), _parts(theirs).values(), strict=True)
+        less = {
+            part: [_less(one, other) for one, other in zip(ours, found, strict=True)]
+            for (part, ours), found in pairs
+        }
+        if _are_texts(less):
+            losses = [[nll for _, nll in found] for found in less.values()]
+            value, interval = fmean(map(fmean, losses)), stratified_interval(losses)
+            yield Difference(task, length, than, NLL, value, interval, len(own))
+        for part, found in less.items():
+            yield from _differences(task, length, than, found, part)
+
+
+def _less(one: Outcome, other: Outcome) -> tuple[float | None, float]:
+    """How much more the score and the NLL of `one` are than those of `other`."""
+    nll = one.nll - other.nll
+    if one.score is None or other.score is None:
+        return None, nll
+    return one.score - other.score, nll
+
+
+def _differences(
+    task: str,
+    length: int,
+    than: str,
+    less: Sequence[tuple[float | None, float]],
+    part: str | None,
+) -> Iterable[Difference]:
+    scores = [score for score, _ in less if score is not None]
+    losses = [nll for _, nll in less]
+    for metric, found in ((EXACT_MATCH, scores), (NLL, losses)):
+        if found:
+            value, interval = fmean(found), mean_interval(found)
+            yield Difference(task, length, than, metric, value, interval, len(found), part)
 
 
 def evaluation_text(found: Evaluation) -> str:
@@ -164,16 +257,23 @@ def evaluation_text(found: Evaluation) -> str:
     if deep:
         parts.append(_depth_table(deep, methods))
     note = "95 % intervals: exact match Wilson, NLL Student; NLL in nats a token"
+    shown = {result.part for result in found.results}
+    if shown & set(WORDINGS):
+        parts.append(f"{UNSEEN}: in words that calibration never uses; {SEEN}: in calibration's")
     return "\n\n".join([*parts, f"{note}; run by {found.record['machine']['runs']}"])
+
+
+def _named(found: Result | Difference) -> str:
+    """The task, and which of its wordings or kinds of text."""
+    return found.task if found.part is None else f"{found.task} ({found.part})"
 
 
 def _figure_table(results: Sequence[Result], methods: Sequence[str]) -> str:
     rows: dict[tuple[str, int, str], dict[str, Result]] = {}
     for result in results:
         if result.depth is None:
-            rows.setdefault((result.task, result.length, result.metric), {})[result.method] = (
-                result
-            )
+            key = (_named(result), result.length, result.metric)
+            rows.setdefault(key, {})[result.method] = result
     return table(
         ["task", "length", "metric", "n", *methods],
         [
@@ -187,7 +287,7 @@ def _difference_table(differences: Sequence[Difference], methods: Sequence[str])
     own, *others = methods
     rows: dict[tuple[str, int, str], dict[str, Difference]] = {}
     for difference in differences:
-        key = (difference.task, difference.length, difference.metric)
+        key = (_named(difference), difference.length, difference.metric)
         rows.setdefault(key, {})[difference.than] = difference
     return table(
         [f"{own} less another", "length", "metric", "n", *others],
@@ -201,7 +301,8 @@ def _difference_table(differences: Sequence[Difference], methods: Sequence[str])
 def _depth_table(results: Sequence[Result], methods: Sequence[str]) -> str:
     rows: dict[tuple[str, int, float | None], dict[str, Result]] = {}
     for result in results:
-        rows.setdefault((result.task, result.length, result.depth), {})[result.method] = result
+        key = (_named(result), result.length, result.depth)
+        rows.setdefault(key, {})[result.method] = result
     return table(
         ["exact match by depth", "length", "depth", "n", *methods],
         [

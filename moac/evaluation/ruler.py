@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from moac.calibration.haystack import Needle, haystack_words, hide
 from moac.calibration.prompt import PromptFormat
-from moac.calibration.text import held_out_text
 from moac.evaluation.case import Case, answer_room, case_rng, fitted, gold_answer, recall
+from moac.evaluation.text import held_out
+from moac.evaluation.wordings import SEEN, UNSEEN, WordingKind
 from moac.evaluation.words import keys, vocabulary
 
 Kind = Literal["number", "uuid"]
@@ -113,7 +114,7 @@ def _niah(task: str, rng: random.Random, length: int, depth: float) -> _Question
             text = hide(words[:count], needles)
         return _NIAH_TEMPLATE[many].format(what=what, text=text, asked=named)
 
-    words = haystack_words(held_out_text(), rng, length, filler=kind.haystack == "noise")
+    words = haystack_words(held_out("prose"), rng, length, filler=kind.haystack == "noise")
     return _Question(
         task=task,
         write=write,
@@ -178,7 +179,7 @@ def _variables(rng: random.Random, length: int, depth: float) -> _Question:
     """Variable tracking: one chain of assignments, four hops, hidden in noise."""
     value, names, chain = _chain(rng)
     spread = sorted(rng.random() for _ in chain)
-    words = haystack_words(held_out_text(), rng, length, filler=True)
+    words = haystack_words(held_out("prose"), rng, length, filler=True)
     shown_value, shown_names, shown = _chain(rng)
 
     def write(count: int) -> str:
@@ -327,3 +328,8 @@ _QUESTIONS: dict[str, Callable[[random.Random, int, float], _Question]] = {
 }
 
 RULER_TASKS = tuple(_QUESTIONS)
+
+RULER_WORDINGS: Mapping[str, WordingKind] = {
+    task: SEEN if task in NIAH else UNSEEN for task in RULER_TASKS
+}
+"""Calibration hides "magic numbers" in the words of RULER's needles; the others are all new."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -16,26 +15,31 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from moac.calibration import plain_text_windows
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.evaluation.case import Case
+from moac.evaluation.kept import KeptCells, Row, library_versions
 from moac.evaluation.longeval import longeval
 from moac.evaluation.methods import OWN, PlanAt, always, is_plan_file, method_plans
 from moac.evaluation.own_task import own_cases, read_own_task
 from moac.evaluation.passkey import passkey
-from moac.evaluation.request import NLL, RULER, EvalRequest
+from moac.evaluation.request import NLL, NLL_PARTS, RULER, EvalRequest
 from moac.evaluation.results import Difference, Evaluation, Outcome, Result, compare, summarise
 from moac.evaluation.ruler import RULER_TASKS, ruler
 from moac.evaluation.runner import Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
+from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
+from moac.evaluation.wordings import WordingKind
 from moac.inspection import planned_lengths
 from moac.origin import check_source
 from moac.plan_file import read_plan_file
 from moac.progress import Advance, notes, stage
 from moac.request import CompileRequest
+from moac.work_dir import default_work_dir
+from moac.workspace import Workspace
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import CheckFailed, UsageError
+from moac_runtime.plan import Plan
 
 Item = TypeVar("Item")
 Text = tuple[int, ...]
@@ -43,25 +47,50 @@ Text = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """The cases (or texts, for the task "nll") of one task at one length."""
+    """The cases (or texts, for the task "nll") of one task at one length.
+
+    `part`: their wording or the kind of text, where figures are told apart by it. Rows of like
+    length waste the least, so `cases` stand by length.
+    """
 
     task: str
     length: int
     cases: tuple[Case, ...] = ()
     texts: tuple[Text, ...] = ()
+    part: str | None = None
+
+    @classmethod
+    def of_cases(
+        cls, task: str, length: int, cases: Sequence[Case], part: str | None = None
+    ) -> _Cell:
+        ordered = sorted(cases, key=lambda case: len(case.prompt))
+        return cls(task, length, tuple(ordered), part=part)
 
     @property
     def size(self) -> int:
         return len(self.cases) or len(self.texts)
 
+    def asked(self) -> object:
+        """All that is asked, as JSON values: what a cell's results are kept under."""
+        cases = [
+            [case.prompt, case.gold.tokens, case.gold.scored, case.limit] for case in self.cases
+        ]
+        return cases or self.texts
+
 
 def evaluate(
-    package: str | Path, source: str | Path, *, request: EvalRequest | None = None
+    package: str | Path,
+    source: str | Path,
+    *,
+    request: EvalRequest | None = None,
+    work_dir: str | Path | None = None,
 ) -> Evaluation:
     """Evaluate the package at `package`; `source` is the checkpoint it was compiled from.
 
     Every method answers the same cases, written with the package's own tokenizer and template, on
-    the package's weights and in its dtype. Raises
+    the package's weights and in its dtype. Finished cells are kept in `work_dir` (None:
+    `$MOAC_CACHE`, else the user's cache folder), so that an evaluation cut short goes on where it
+    stopped. Raises
     UsageError for lengths beyond the capacity or another checkpoint, ArtifactError, and
     CheckFailed where decode steps and prefill disagree on the same text.
     """
@@ -78,16 +107,31 @@ def evaluate(
     sessions = open_sessions(artifact, request.backend)
     if sessions.note is not None:
         click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
-    bench = _Bench(artifact, Runner(sessions), tokenizer, own.eos_token_ids)
+    root = Path(work_dir) if work_dir is not None else default_work_dir()
+    workspace = Workspace(root, checkpoint.name, checkpoint.identity)
+    workspace.prepare()
+    bench = _Bench(
+        artifact,
+        Runner(sessions),
+        tokenizer,
+        own.eos_token_ids,
+        KeptCells.of(workspace, artifact, sessions, batch=request.batch),
+    )
     with stage("evaluate") as advance:
-        results, differences = _run(bench, cells, plans, request, advance)
+        results, differences, kept = _run(bench, cells, plans, request, advance)
+    if kept:
+        total = len(cells) * len(plans)
+        click.echo(f"note: {kept} of {total} cells were kept from an earlier run", err=True)
     return Evaluation(
         results=tuple(results),
         differences=tuple(differences),
         density={name: {n: plan(n).density(n) for n in lengths} for name, plan in plans.items()},
-        record=_record(
-            artifact, sessions, request, request.command(Path(package), str(source), lengths)
-        ),
+        record={
+            **_record(
+                artifact, sessions, request, request.command(Path(package), str(source), lengths)
+            ),
+            "cells": {"all": len(cells) * len(plans), "kept": kept},
+        },
     )
 
 
@@ -121,28 +165,42 @@ def _lengths(artifact: Artifact, request: EvalRequest) -> tuple[int, ...]:
 def _cells(
     request: EvalRequest, tokenizer: Any, lengths: Sequence[int], advance: Advance
 ) -> list[_Cell]:
-    tasks = request.synthetic()
+    counts = [
+        (task, wording, count)
+        for task in request.synthetic()
+        for wording, count in request.counts(task).items()
+    ]
     cells: list[_Cell] = []
     for length in lengths:
-        if NLL in request.names:
-            cells.append(_Cell(NLL, length, texts=_texts(request, tokenizer, length)))
-        for task in tasks:
-            cells.append(_Cell(task, length, _task_cases(request, tokenizer, task, length)))
-            advance(len(cells), len(lengths) * (len(tasks) + (NLL in request.names)))
+        for task, wording, count in counts:
+            cases = _task_cases(request, tokenizer, task, length, wording, count)
+            cells.append(_Cell.of_cases(task, length, cases, wording))
+            advance(len(cells), len(lengths) * len(counts))
+    if NLL in request.names:
+        cells += _text_cells(request, tokenizer, lengths)
     if request.task is not None:
         lines = read_own_task(request.task)
         by_length = own_cases(lines, tokenizer, lengths=lengths)
         name = request.task.stem
-        cells += [_Cell(name, n, tuple(cases)) for n, cases in sorted(by_length.items())]
+        cells += [_Cell.of_cases(name, n, cases) for n, cases in sorted(by_length.items())]
     return cells
 
 
-def _task_cases(request: EvalRequest, tokenizer: Any, task: str, length: int) -> tuple[Case, ...]:
-    """`samples` cases whose answers stand at depths spread evenly over the haystack."""
-    made = {"passkey": passkey, "longeval": longeval}
+def _task_cases(
+    request: EvalRequest,
+    tokenizer: Any,
+    task: str,
+    length: int,
+    wording: WordingKind,
+    count: int,
+) -> list[Case]:
+    """`count` cases whose answers stand at depths spread evenly over the haystack."""
+    made: dict[str, Callable[..., Case]] = {
+        "passkey": partial(passkey, wording=wording),
+        "longeval": longeval,
+    }
     make = made[task] if task in made else partial(_ruler_case, task)
-    count = request.samples
-    return tuple(make(tokenizer, length, request.seed, i, (i + 0.5) / count) for i in range(count))
+    return [make(tokenizer, length, request.seed, i, (i + 0.5) / count) for i in range(count)]
 
 
 def _ruler_case(
@@ -151,12 +209,31 @@ def _ruler_case(
     return ruler(tokenizer, task, length, seed, index, depth)
 
 
-def _texts(request: EvalRequest, tokenizer: Any, length: int) -> tuple[Text, ...]:
-    """Held-out text, behind what the tokenizer puts before a plain sequence."""
+def _text_cells(request: EvalRequest, tokenizer: Any, lengths: Sequence[int]) -> list[_Cell]:
+    """Windows of each kind of held-out text, behind what the tokenizer puts before a sequence."""
     opening = tuple(tokenizer("")["input_ids"])
-    room = length - len(opening)
-    windows = plain_text_windows(tokenizer, room, request.samples, request.seed)
-    return tuple((*opening, *window) for window in windows)
+    tokens = {kind: kind_tokens(tokenizer, kind) for kind in request.kinds}
+    cells = []
+    for length in lengths:
+        room = length - len(opening)
+        for kind, found in tokens.items():
+            count = _num_windows(request, kind, len(found), room, length)
+            texts = [(*opening, *w) for w in windows(found, room, count, request.seed)]
+            cells.append(_Cell(NLL, length, texts=tuple(texts), part=kind))
+    return cells
+
+
+def _num_windows(request: EvalRequest, kind: str, num_tokens: int, room: int, length: int) -> int:
+    """`samples`, or as many windows as a figure reads, and a line that says so."""
+    most = most_windows(num_tokens, room)
+    if request.samples > most:
+        click.echo(
+            f"note: nll reads {most} windows of {length} tokens of {kind} where {request.samples} "
+            f"were asked for: windows do not overlap, and a figure reads at most {MOST_TOKENS} "
+            "tokens of a kind",
+            err=True,
+        )
+    return min(request.samples, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +242,7 @@ class _Bench:
     runner: Runner
     tokenizer: Any
     eos: frozenset[int]
+    kept: KeptCells
 
 
 def _run(
@@ -173,25 +251,30 @@ def _run(
     plans: dict[str, PlanAt],
     request: EvalRequest,
     advance: Advance,
-) -> tuple[list[Result], list[Difference]]:
-    total, done = len(plans) * sum(cell.size for cell in cells), 0
+) -> tuple[list[Result], list[Difference], int]:
+    """The figures, the differences, and how many cells were kept from an earlier run."""
+    total, done, kept = len(plans) * sum(cell.size for cell in cells), 0, 0
     measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
     for cell in cells:
         for method, plan in plans.items():
-            for size, found in _outcomes(bench, cell, plan, request.batch):
-                done += size
-                advance(done, total)
-                for task, outcome in found:
-                    for name, counted in _counted(task, outcome, request):
-                        rows = measured.setdefault((name, cell.length), {})
-                        rows.setdefault(method, []).append(counted)
+
+            def step(size: int, before: int = done) -> None:
+                advance(before + size, total)
+
+            rows, old = _kept_rows(bench, cell, plan, request, step)
+            done, kept = done + cell.size, kept + old
+            step(cell.size)
+            for task, outcome in _outcomes(bench.artifact, cell, rows):
+                for name, counted in _counted(task, outcome, request):
+                    found = measured.setdefault((name, cell.length), {})
+                    found.setdefault(method, []).append(counted)
     results: list[Result] = []
     differences: list[Difference] = []
     for (task, length), by_method in measured.items():
         for method, outcomes in by_method.items():
             results += summarise(task, length, method, outcomes)
         differences += compare(task, length, by_method)
-    return results, differences
+    return results, differences, kept
 
 
 def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tuple[str, Outcome]]:
@@ -205,44 +288,75 @@ def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tupl
 
 
 def _undeep(outcome: Outcome) -> Outcome:
-    return Outcome(outcome.score, outcome.nll)
+    return Outcome(outcome.score, outcome.nll, part=outcome.part)
+
+
+def _kept_rows(
+    bench: _Bench, cell: _Cell, plan: PlanAt, request: EvalRequest, step: Callable[[int], None]
+) -> tuple[list[Row], bool]:
+    """The rows of a cell under a plan, and whether they were there already.
+
+    `step`: called with how many of the cell's cases are done.
+    """
+    name = bench.kept.key(
+        plan(cell.length),
+        asked=cell.asked(),
+        task=cell.task,
+        part=cell.part,
+        length=cell.length,
+        seed=request.seed,
+        eos=sorted(bench.eos),
+    )
+    found = bench.kept.load(name)
+    if found is not None:
+        return found, True
+    rows: list[Row] = []
+    measure = _text_rows if cell.texts else _case_rows
+    for batch in measure(bench, cell, plan(cell.length), request.batch):
+        rows += batch
+        step(len(rows))
+    bench.kept.save(name, rows)
+    return rows, False
+
+
+def _case_rows(bench: _Bench, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
+    """Score and NLL of each case, a batch at a time."""
+    for cases in _batches(cell.cases, size):
+        replies = bench.runner.replies(plan, cases, capacity=cell.length, eos=bench.eos)
+        said = [
+            bench.tokenizer.decode(list(reply.tokens), skip_special_tokens=True)
+            for reply in replies
+        ]
+        yield [
+            (case.score(text), reply.nll)
+            for case, reply, text in zip(cases, replies, said, strict=True)
+        ]
+
+
+def _text_rows(bench: _Bench, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
+    """The fields of each text's `TextLoss`, a batch at a time."""
+    for texts in _batches(cell.texts, size):
+        yield [astuple(loss) for loss in bench.runner.text_losses(plan, texts)]
 
 
 def _outcomes(
-    bench: _Bench, cell: _Cell, plan: PlanAt, batch: int
-) -> Iterator[tuple[int, list[tuple[str, Outcome]]]]:
-    """How many cases a batch held, and what each gave, with the task it counts for."""
-    if cell.texts:
-        yield from _text_outcomes(bench, cell, plan, batch)
-        return
-    # Rows of like length waste the least; the order of results is of no account.
-    cases = sorted(cell.cases, key=lambda case: len(case.prompt))
-    for rows in _batches(cases, batch):
-        replies = bench.runner.replies(
-            plan(cell.length), rows, capacity=cell.length, eos=bench.eos
-        )
-        found = []
-        for case, reply in zip(rows, replies, strict=True):
-            said = bench.tokenizer.decode(list(reply.tokens), skip_special_tokens=True)
-            found.append((cell.task, Outcome(case.score(said), reply.nll, case.depth)))
-        yield len(rows), found
+    artifact: Artifact, cell: _Cell, rows: Sequence[Row]
+) -> Iterator[tuple[str, Outcome]]:
+    """What each row gave, with the task it counts for.
 
-
-def _text_outcomes(
-    bench: _Bench, cell: _Cell, plan: PlanAt, batch: int
-) -> Iterator[tuple[int, list[tuple[str, Outcome]]]]:
-    """ "nll" is the whole text by prefill, "nll_decode" its last tokens by decode steps, and
-    "nll_prefill" the same last tokens by prefill.
+    "nll" is the whole text by prefill, "nll_decode" its last tokens by decode steps, and
+    "nll_prefill" the same last tokens by prefill. Raises CheckFailed where these two disagree.
     """
-    losses: list[TextLoss] = []
-    for rows in _batches(cell.texts, batch):
-        found = bench.runner.text_losses(plan(cell.length), rows)
-        losses += found
-        whole = [(NLL, Outcome(None, loss.whole)) for loss in found]
-        stepped = [(f"{NLL}_decode", Outcome(None, loss.stepped)) for loss in found]
-        same = [(f"{NLL}_prefill", Outcome(None, loss.same_by_prefill)) for loss in found]
-        yield len(rows), [*whole, *stepped, *same]
-    _check_agreement(bench.artifact, cell.length, losses)
+    if not cell.texts:
+        for case, (score, nll) in zip(cell.cases, rows, strict=True):
+            yield cell.task, Outcome(score, nll, case.depth, cell.part)
+        return
+    losses = [TextLoss(whole, step, same, int(n)) for whole, step, same, n in rows]
+    _check_agreement(artifact, cell.length, losses)
+    for loss in losses:
+        told = (loss.whole, loss.stepped, loss.same_by_prefill)
+        for name, nll in zip((NLL, *NLL_PARTS), told, strict=True):
+            yield name, Outcome(None, nll, part=cell.part)
 
 
 def _check_agreement(artifact: Artifact, length: int, losses: Sequence[TextLoss]) -> None:
@@ -284,7 +398,7 @@ def _record(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("moac", "torch", "transformers", "tokenizers")},
+            **library_versions(),
         },
         "package": {
             "identity": artifact.provenance["identity"],

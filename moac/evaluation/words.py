@@ -1,4 +1,4 @@
-"""Words for keys and word lists: adjective-noun names, and the held-out texts' own vocabulary."""
+"""Words for keys and word lists: adjective-noun names, and the held-out prose's own vocabulary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from functools import cache
 from itertools import product
 
-from moac.calibration.text import held_out_text
+from moac.evaluation.text import held_out
 from moac_runtime.errors import UsageError
 
 
@@ -51,6 +51,6 @@ def _names() -> list[str]:
 
 @cache
 def vocabulary() -> list[str]:
-    """The lower-case words of 4 to 9 letters in the held-out texts, sorted."""
-    text = "\n".join(document.text for document in held_out_text())
+    """The lower-case words of 4 to 9 letters in the held-out prose, sorted."""
+    text = "\n".join(document.text for document in held_out("prose"))
     return sorted(set(_WORD.findall(text)))

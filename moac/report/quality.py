@@ -25,19 +25,29 @@ METHODS = {
 }
 
 _METRICS = {EXACT_MATCH: "exact match", NLL: "loss, nats a token"}
+WORDINGS = ("unseen", "seen")
 _PARTS = ("ruler_", "nll_")  # a mean or a whole of theirs has a chart already
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure of every method; `depth` is None for all depths together."""
+    """One figure of every method; `depth` is None for all depths together.
+
+    `part`: the wording of the cases or the kind of text it is for, where it is for one.
+    """
 
     task: str
+    part: str | None
     length: int
     metric: str
     depth: float | None
     n: int
     figures: Mapping[str, Figure]
+
+    @property
+    def label(self) -> str:
+        """The task, and which of its wordings or kinds of text."""
+        return self.task if self.part is None else f"{self.task} ({self.part})"
 
     @property
     def named(self) -> str:
@@ -54,6 +64,9 @@ class Row:
         return [_cell(self.figures[method], self.metric) for method in methods]
 
 
+_Key = tuple[str, str | None, int, str, float | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """`evaluation`: what `moac eval --json` printed. `rows` in the order of its results."""
@@ -64,19 +77,17 @@ class Quality:
     @classmethod
     def of(cls, evaluation: Mapping[str, Any]) -> Quality:
         """Gather the methods' figures of each task, length, metric and depth."""
-        rows: dict[tuple[str, int, str, float | None], dict[str, Figure]] = {}
-        counts: dict[tuple[str, int, str, float | None], int] = {}
+        rows: dict[_Key, dict[str, Figure]] = {}
+        counts: dict[_Key, int] = {}
         for found in evaluation["results"]:
-            key = (found["task"], found["length"], found["metric"], found.get("depth"))
+            part = found.get("wording", found.get("text"))
+            key = (found["task"], part, found["length"], found["metric"], found.get("depth"))
             low, high = found["ci95"] or (None, None)
             rows.setdefault(key, {})[found["method"]] = Figure(found["value"], low, high)
             counts[key] = found["n"]
         if any(figures.keys() != evaluation["density"].keys() for figures in rows.values()):
             raise ValueError("every method must have every figure")
-        made = [
-            Row(task, length, metric, depth, counts[task, length, metric, depth], figures)
-            for (task, length, metric, depth), figures in rows.items()
-        ]
+        made = [Row(*key, counts[key], figures) for key, figures in rows.items()]
         return cls(evaluation, tuple(made))
 
     @property
@@ -107,15 +118,20 @@ class Quality:
             for n in held[OWN]
         ]
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether cases in calibration's own words are told apart from others."""
+        return any(row.part in WORDINGS for row in self.rows)
+
     def length_charts(self) -> list[tuple[str, str, Markup]]:
         """Task, metric and picture by length: shares found, and loss where nothing is found.
 
         The tasks of RULER stand in the table alone, their mean has a chart; so do parts of a text.
         """
-        tasks = dict.fromkeys(r.task for r in self.whole if not r.task.startswith(_PARTS))
+        tasks = dict.fromkeys(r.label for r in self.whole if not r.task.startswith(_PARTS))
         made = []
         for task in tasks:
-            rows = [row for row in self.whole if row.task == task]
+            rows = [row for row in self.whole if row.label == task]
             metric = EXACT_MATCH if any(r.metric == EXACT_MATCH for r in rows) else NLL
             rows = [row for row in rows if row.metric == metric]
             places = [wording.tokens(row.length) for row in rows]
@@ -128,7 +144,7 @@ class Quality:
         rows: dict[tuple[str, int], list[Row]] = {}
         for row in self.by_depth:
             if not row.task.startswith(_PARTS):
-                rows.setdefault((row.task, row.length), []).append(row)
+                rows.setdefault((row.label, row.length), []).append(row)
         return [
             (task, length, self._depth_chart(found, f"{task} by depth at {length} tokens"))
             for (task, length), found in rows.items()
