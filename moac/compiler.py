@@ -45,7 +45,7 @@ from moac.report import write_report
 from moac.request import PLANNING, CompileRequest
 from moac.stages import Bench
 from moac.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
-from moac.workspace import peak_memory_bytes
+from moac.workspace import peak_memory_bytes, release_memory
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import CheckFailed
 from moac_runtime.golden import GoldenPrompt
@@ -129,6 +129,7 @@ def emit(
     with staged(out, force=force) as staging:
         with clock("emit"):
             write_package(staging, bench, planned)
+            release_memory()  # of the float32 model
         with clock("verify"):
             checks = check_package(staging)
         seal_package(staging, checks, clock)

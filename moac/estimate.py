@@ -1,7 +1,7 @@
 """`--dry-run`: the stages of a compile or a plan with their time and memory, guessed ahead.
 
 Time is floating-point operations over a rate measured here in half a second, so it is right to a
-factor of two at best; memory counts weights and activations.
+factor of two at best; memory counts every copy of the weights that a stage holds, and activations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moac.loss_model import LADDER_PLANS
 from moac.packaging.staging import check_target
 from moac.plan_file import check_plan_target, read_plan_file
 from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
-from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes
+from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, tile_bytes
 from moac.progress import notes
 from moac.request import CompileRequest
 from moac.stages import DRAFTS, VALIDATION_SAMPLES
@@ -29,7 +29,8 @@ from moac.workspace import pick_device
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
 
-_LIBRARIES_BYTES = 400 << 20
+_LIBRARIES_BYTES = 450 << 20
+_COPIES = 2  # the dense model in transformers, and the same weights as our runtime has them
 _ANSWER_TOKENS = 70  # that the dense model writes for one sample, about
 _DECODE_SECONDS_PER_BYTE = 1 / 1e10  # decoding reads the weights once a token
 _SOLVE_SECONDS = 10.0
@@ -83,8 +84,8 @@ def _planning(
     spec, device = checkpoint.spec, pick_device()
     dtype = measuring_dtype(checkpoint, device)
     rate = _measured_rate(spec, dtype, device)
-    weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
-    base = weights + _LIBRARIES_BYTES
+    weights = _parameters(spec) * DTYPE_BYTES[dtype]
+    base = held_bytes(spec, dtype) + _LIBRARIES_BYTES
     counts = sample_counts(lengths, request.samples)
     lines = [n for n, kinds in counts.items() for _ in range(sum(kinds.values()))]
     later = [n for n, kinds in counts.items() for _ in range(kinds["retrieval"] // 2)]
@@ -92,7 +93,7 @@ def _planning(
         later = []
     checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
     plans = request.plans + 2
-    working = max(_working_bytes(spec, n, dtype) for n in lengths.profiled)
+    working = max(working_bytes(spec, n, dtype, request.block) for n in lengths.profiled)
     refine = (
         StageEstimate(
             "refine",
@@ -135,7 +136,8 @@ def _planning(
 def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> StageEstimate:
     spec, device = checkpoint.spec, pick_device()
     dtype = measuring_dtype(checkpoint, device)
-    weights = _parameters(checkpoint) * DTYPE_BYTES[dtype]
+    package = request.dtype or checkpoint.dtype
+    weights = _parameters(spec) * DTYPE_BYTES[dtype]
     passes = 12 if request.weights == "full" else 17
     rate = _measured_rate(spec, dtype, device)
     seconds = passes * _forward(spec, [lengths.profiled[0]]) / rate
@@ -143,12 +145,25 @@ def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> 
         "emit",
         f"{'' if request.weights == 'full' else 'int8 '}weights, golden logits, checks",
         seconds + weights / 2e8,
-        weights + _LIBRARIES_BYTES + 8 * _parameters(checkpoint),
+        held_bytes(spec, dtype) + _LIBRARIES_BYTES + exact_bytes(spec, package, request.weights),
     )
 
 
-def _parameters(checkpoint: Checkpoint) -> int:
-    spec = checkpoint.spec
+def held_bytes(spec: ModelSpec, dtype: str) -> int:
+    """The weights in `dtype` that every stage holds, in all their copies."""
+    return _COPIES * _parameters(spec) * DTYPE_BYTES[dtype]
+
+
+def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
+    """What golden logits and checks hold beside: float32, made of the weights in `dtype`.
+
+    Rounding errors of int8 `weights` are measured in a second model.
+    """
+    models = 1 if weights == "full" else 2
+    return _parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype])
+
+
+def _parameters(spec: ModelSpec) -> int:
     table = spec.vocab_size * spec.hidden_size
     return table * (1 if spec.tied_embeddings else 2) + spec.num_layers * _layer_weights(spec)
 
@@ -165,13 +180,13 @@ def _forward(spec: ModelSpec, lengths: Iterable[int]) -> float:
     return float(sum(n * linear + 2 * spec.num_layers * n * n * width for n in lengths))
 
 
-def _working_bytes(spec: ModelSpec, length: int, dtype: str) -> int:
-    """What the backward pass of running text keeps, whose loss stands at the most tokens."""
+def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
+    """What profiling running text takes beside the weights: its loss stands at the most tokens."""
     scored, itemsize = min(length * 3 // 4, TEXT_TOKENS), DTYPE_BYTES[dtype]
     kept = backward_bytes(spec, length, scored, itemsize)
-    if kept <= ACTIVATION_BYTES_LIMIT:
-        return kept
-    return backward_bytes(spec, length, scored, itemsize, layers=2)
+    if kept > ACTIVATION_BYTES_LIMIT:
+        kept = backward_bytes(spec, length, scored, itemsize, layers=2)
+    return kept + tile_bytes(spec, length, block)
 
 
 def _measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:

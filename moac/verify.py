@@ -86,6 +86,7 @@ def verify(
     yield Check("damaged files", True, 0, 0)
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
+        del runner  # before the next is opened: each holds the weights
     if checkpoint is not None:
         yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
@@ -246,6 +247,7 @@ def _source_checks(
         for prompt in prompts if runner.exact else ():
             name = f"source {len(prompt.tokens)} tokens {runner.name}"
             yield from _compare(artifact, runner, name, prompt, FLOAT32_LIMIT)
+        del runner
 
 
 def _compare(

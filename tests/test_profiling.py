@@ -62,7 +62,7 @@ def _by_definition(
 def test_influence_equals_its_definition(
     length: int, window: int | None, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiled, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(profiled, "TILE_ELEMENTS", tile)
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,))
     influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
@@ -341,5 +341,5 @@ def test_profiling_stores_tables_not_matrices(length: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiled._Backward, "tile", spying)
         influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
-    assert max(sizes) <= max(profiled._TILE_ELEMENTS, KV_HEADS * GROUP * BLOCK * length)
+    assert max(sizes) <= max(profiled.TILE_ELEMENTS, KV_HEADS * GROUP * BLOCK * length)
     assert recorder.tables[0].numel() == KV_HEADS * (length // BLOCK + 1)

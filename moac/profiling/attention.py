@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 21
 _FORWARD_ROWS = 256
 _LEAST_MASS_LEFT = 1e-3
 
@@ -191,7 +191,7 @@ class _Backward:
     def tile_rows(self, block: int) -> int:
         """Rows of a tile: a multiple of `block` whose score matrix stays in cache."""
         per_row = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
-        return max(1, _TILE_ELEMENTS // per_row // block) * block
+        return max(1, TILE_ELEMENTS // per_row // block) * block
 
     def tile(self, start: int, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights A and flows A (G - dO . O) of one tile, `[K, G, R, keys]`, newest key first.

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from moac.attention import INFLUENCE, attention
 from moac.calibration.samples import CalibrationSample
 from moac.planning.problem import Layout
-from moac.profiling.attention import InfluenceRecorder
+from moac.profiling.attention import TILE_ELEMENTS, InfluenceRecorder
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 RUNNING_TEXT = "text"
 ACTIVATION_BYTES_LIMIT = 3 << 30
+_TILE_COPIES = 8  # float32: scores, weights, flows, what is made of them
 _LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gradient
 
 
@@ -126,3 +127,8 @@ def backward_bytes(
     widths = 8 * spec.hidden_size + 4 * spec.intermediate_size
     activations = length * widths * (layers or spec.num_layers) * itemsize
     return activations + scored * spec.vocab_size * 4 * _LOGIT_COPIES
+
+
+def tile_bytes(spec: ModelSpec, length: int, block: int) -> int:
+    """Bytes, about, of one tile of attention's backward pass over `length` keys."""
+    return max(TILE_ELEMENTS, spec.num_heads * length * block) * 4 * _TILE_COPIES

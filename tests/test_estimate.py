@@ -1,0 +1,87 @@
+"""`--dry-run`: the parts of its memory, against what they take."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_checkpoint, tiny_model
+
+import moac.reading
+from moac.calibration import CalibrationSample
+from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.estimate import exact_bytes, held_bytes, working_bytes
+from moac.planning import Layout
+from moac.profiling.influence import sample_influence
+from moac.reading import open_reader
+from moac.workspace import release_memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+# Large enough that its weights outweigh what else a process takes: 80 MiB in float32.
+WIDE: dict[str, Any] = {
+    **{"vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1536},
+    **{"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    return open_checkpoint(str(save_checkpoint(tiny_model("llama", **WIDE), folder)))
+
+
+def resident() -> int:
+    return _status("VmRSS")
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Bytes that `work` takes at its height, above what is held before."""
+    release_memory()
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def test_the_weights_are_held_twice(
+    wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moac.reading, "_native", lambda *_: None)
+    release_memory()
+    before = resident()
+    model = wide.load_model("float32")
+    reader = open_reader(wide, "float32", torch.device("cpu"), tmp_path)
+    # a file's pages count once they are read
+    model(torch.tensor([[5]]))
+    reader.open(64).extend_at([[5]], [[0]])
+    release_memory()
+    held = resident() - before
+    assert held == pytest.approx(held_bytes(wide.spec, "float32"), rel=0.15)
+
+
+def test_an_exact_model_comes_beside_them(wide: Checkpoint) -> None:
+    took = peak_of(lambda: wide.load_model("bfloat16").float())
+    assert took == pytest.approx(exact_bytes(wide.spec, "bfloat16", "full"), rel=0.2)
+
+
+def test_what_a_backward_pass_keeps(wide: Checkpoint) -> None:
+    model = wide.load_model("float32")
+    layout = Layout(num_kv_heads=4, sink=16, block=16, min_span=32, windows=wide.spec.windows)
+    tokens = tuple(range(3, 515))
+    sample = CalibrationSample("text", 512, tokens, ((128, 512),), (None,), ())
+    sample_influence(model, wide.spec, sample, layout)  # what the first pass alone allocates
+    took = peak_of(lambda: sample_influence(model, wide.spec, sample, layout))
+    assert took == pytest.approx(working_bytes(wide.spec, 512, "float32", 16), rel=0.15)
