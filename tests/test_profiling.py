@@ -81,7 +81,7 @@ def test_rows_drawn_at_random_stand_for_all(
     stride: int, exact: int, held: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over every draw the mean is the whole sum, and one draw alone is another number."""
-    monkeypatch.setattr(profiled, "_TILE_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(profiled, "TILE_ELEMENTS", 1 << 16)
     q, k, v, grad = _qkv(300)
 
     def table(**sampling: int) -> Tensor:
