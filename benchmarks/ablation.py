@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--samples", type=int, default=CompileRequest().samples)
+    parser.add_argument("--samples", type=int, default=CompileRequest().measuring.samples)
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()

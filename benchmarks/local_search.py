@@ -112,7 +112,7 @@ def main() -> None:
     request = CompileRequest(budget=artifact.plan.density(options.length))
     lengths, layout = prepare(checkpoint, request)
     bench = open_bench(checkpoint, layout, request, options.work_dir)
-    made = calibrate(bench, sample_counts(lengths, request.samples))
+    made = calibrate(bench, sample_counts(lengths, request.measuring.samples))
     samples = [s for s in made if s.length == options.length and s.domain != "documents"]
     uniform = matching_uniform(artifact.plan, lengths=(options.length,))
     before = [[head.size for head in layer] for layer in artifact.plan.spans(options.length)]

@@ -95,7 +95,7 @@ def main() -> None:
     length = options.length or lengths.profiled[0]
     if length not in lengths.profiled:
         parser.error(f"--length must be one of {lengths.profiled}, got {length}")
-    samples = calibrate(bench, sample_counts(lengths, request.samples))
+    samples = calibrate(bench, sample_counts(lengths, request.measuring.samples))
     tables = profile(bench, samples)
     near = [(s, t) for s, t in zip(samples, tables, strict=True) if s.length == length]
     held_out = held_out_samples(bench, length, options.samples)

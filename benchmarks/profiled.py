@@ -41,6 +41,6 @@ def profiled(model: str, *, budget: float, samples: int, work_dir: Path) -> Prof
     checkpoint = open_checkpoint(model)
     lengths, layout = prepare(checkpoint, request)
     bench = open_bench(checkpoint, layout, request, work_dir)
-    first, later = halves(calibrate(bench, sample_counts(lengths, request.samples)))
+    first, later = halves(calibrate(bench, sample_counts(lengths, request.measuring.samples)))
     known, tables = refine(bench, first, profile(bench, first), later, lengths, budget)
     return Profiled(bench, lengths, budget, list(zip(known, tables, strict=True)), len(first))

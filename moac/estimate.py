@@ -24,7 +24,7 @@ from moac.planner import check_packaging, measuring_dtype, prepare, sample_count
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, tile_bytes
 from moac.progress import notes
 from moac.request import CompileRequest
-from moac.stages import DRAFTS, VALIDATION_SAMPLES
+from moac.stages import VALIDATION_SAMPLES
 from moac.workspace import pick_device
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
@@ -86,18 +86,18 @@ def _planning(
     rate = _measured_rate(spec, dtype, device)
     weights = _parameters(spec) * DTYPE_BYTES[dtype]
     base = held_bytes(spec, dtype) + _LIBRARIES_BYTES
-    counts = sample_counts(lengths, request.samples)
+    counts = sample_counts(lengths, request.measuring.samples)
     lines = [n for n, kinds in counts.items() for _ in range(sum(kinds.values()))]
     later = [n for n, kinds in counts.items() for _ in range(kinds["retrieval"] // 2)]
     if request.max_loss is not None:
         later = []
     checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
-    plans = request.plans + 2
+    plans = request.measuring.plans + 2
     working = max(working_bytes(spec, n, dtype, request.block) for n in lengths.profiled)
     refine = (
         StageEstimate(
             "refine",
-            f"{len(later)} samples around {DRAFTS} drafts of the plan",
+            f"{len(later)} samples around {request.measuring.drafts} drafts of the plan",
             3 * _forward(spec, later) / rate + _SOLVE_SECONDS,
             base + working,
         ),
@@ -123,7 +123,7 @@ def _planning(
             base + working // 4,
         ),
         *(refine if later else ()),
-        StageEstimate("optimise", f"{request.plans} plans", _SOLVE_SECONDS, base),
+        StageEstimate("optimise", f"{request.measuring.plans} plans", _SOLVE_SECONDS, base),
         StageEstimate(
             "validate",
             f"{plans} plans on {len(checked)} samples of {lengths.unseen} tokens",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moac.effort import Effort
 from moac_runtime.errors import UsageError
 
-_LONGEST_ON_CPU = 4096
-_LONGEST_ON_GPU = 8192
+_LONGER_ON_GPU = 2  # times
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,16 @@ def choose_lengths(
     block: int,
     min_span: int,
     gpu: bool,
+    effort: Effort,
     capped: int | None = None,
 ) -> Lengths:
-    """The lengths asked for, else three doubling ones up to half of the context.
+    """The lengths asked for, else as many doubling ones as `effort` says, up to half the context.
 
     `capped`: a length whose KV bytes are bounded, at which the budget holds too.
 
     Raises UsageError for a length beyond the context or too short to hold a span and more.
     """
-    profiled = sorted(set(asked)) if asked else _default(context, block, min_span, gpu=gpu)
+    profiled = sorted(set(asked)) if asked else _default(context, block, min_span, effort, gpu=gpu)
     for length in profiled:
         if length > context:
             raise UsageError(
@@ -67,9 +68,10 @@ def choose_lengths(
     )
 
 
-def _default(context: int, block: int, min_span: int, *, gpu: bool) -> list[int]:
-    longest = min(context // 2, _LONGEST_ON_GPU if gpu else _LONGEST_ON_CPU) // block * block
-    lengths = [longest // 4 // block * block, longest // 2 // block * block, longest]
+def _default(context: int, block: int, min_span: int, effort: Effort, *, gpu: bool) -> list[int]:
+    most = effort.longest * (_LONGER_ON_GPU if gpu else 1)
+    longest = min(context // 2, most) // block * block
+    lengths = [longest // 2**halved // block * block for halved in range(effort.lengths)]
     fitting = sorted({length for length in lengths if length >= 2 * min_span})
     if not fitting:
         raise UsageError(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from moac.effort import EFFORTS, STANDARD
 from moac_runtime.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -112,11 +113,17 @@ _PLANNING = (
         help='your own samples, JSONL of {"prompt"|"messages", "response"?}',
     ),
     click.option(
+        "--effort",
+        type=click.Choice(tuple(EFFORTS)),
+        help="how much is measured: it decides lengths, samples, plans and drafts where they are "
+        f"not given  [{STANDARD}]",
+    ),
+    click.option(
         "--samples",
-        default=5,
-        show_default=True,
+        type=int,
         metavar="N",
-        help="calibration samples of running text at the shortest length (retrieval: three times)",
+        help="calibration samples of running text at the shortest length, of retrieval twice as "
+        "many at every length  [by effort]",
     ),
     click.option(
         "--sink", default=64, show_default=True, metavar="N", help="first tokens every head keeps"
@@ -133,10 +140,9 @@ _PLANNING = (
     ),
     click.option(
         "--plans",
-        default=5,
-        show_default=True,
+        type=int,
         metavar="N",
-        help="plans of the Pareto front to compare",
+        help="plans of the Pareto front to compare  [by effort]",
     ),
     click.option(
         "--seed", default=0, show_default=True, metavar="N", help="of the calibration samples"

@@ -132,6 +132,7 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, L
         block=request.block,
         min_span=request.min_span,
         gpu=pick_device().type == "cuda",
+        effort=request.measuring,
         capped=None if cap is None else cap.length,
     )
     check_budget(layout, _budget(request, cap, layout, lengths), lengths.planned)
@@ -231,7 +232,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     request = bench.request
     cap = KvCap.of(bench.checkpoint, request)
     with clock("calibrate"):
-        samples = calibrate(bench, sample_counts(lengths, request.samples))
+        samples = calibrate(bench, sample_counts(lengths, request.measuring.samples))
     if request.max_loss is None:
         samples, later = halves(samples)
     with clock("profile"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from moac.calibration import read_calibration
+from moac.effort import EFFORTS, STANDARD, Effort
 from moac.packaging.cpu_kernels import CPU_NAMES
 from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
@@ -27,7 +28,7 @@ GOALS = ("budget", "max_kv_bytes", "max_loss")
 # The choices that decide a plan; the others decide how it is packaged.
 PLANNING = (
     *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
-    *("calibration", "samples", "sink", "block", "min_span", "plans", "seed"),
+    *("calibration", "effort", "samples", "sink", "block", "min_span", "plans", "seed"),
 )
 
 
@@ -38,6 +39,8 @@ class CompileRequest:
     How much KV memory may stay is one of three: `budget`, a share of the dense model's (a half);
     `max_kv_bytes`, for a session of `batch` sequences (1) of `length` tokens (the capacity); or
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
+    `effort`: how much is measured, "quick", "standard" (None) or "thorough"; it decides `samples`,
+    `plans` and, of `lengths`, how many and how long, where these are None.
     `weights`: "full", as `dtype` says, or "int8", the matrices in 8 bits.
     None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
     for the model, cpu. `onnx_dtype`: what the ONNX graph computes in, None
@@ -63,8 +66,9 @@ class CompileRequest:
     sink: int = Default(64)
     block: int = Default(64)
     min_span: int = Default(128)
-    plans: int = Default(5)
-    samples: int = Default(5)
+    effort: str | None = None
+    plans: int | None = None
+    samples: int | None = None
     seed: int = Default(0)
     max_shard_size: int = DEFAULT_SHARD_SIZE
     revision: str | None = None
@@ -83,8 +87,13 @@ class CompileRequest:
                 )
         self._check_weights()
         self._check_onnx()
+        if self.effort is not None and self.effort not in EFFORTS:
+            raise UsageError(
+                f"there is no effort {self.effort!r}; choose from {', '.join(EFFORTS)}"
+            )
         for name in ("block", "plans", "samples", "max_shard_size"):
-            if getattr(self, name) < 1:
+            found = getattr(self, name)
+            if found is not None and found < 1:
                 raise UsageError(
                     f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1"
                 )
@@ -92,6 +101,13 @@ class CompileRequest:
         self._check_spans()
         if self.calibration is not None:
             read_calibration(self.calibration)  # a bad line is named now, not after minutes
+
+    @property
+    def measuring(self) -> Effort:
+        """What `effort` comes to, with `samples` and `plans` where they were given."""
+        chosen = EFFORTS[self.effort or STANDARD]
+        given = {"samples": self.samples, "plans": self.plans}
+        return replace(chosen, **{name: n for name, n in given.items() if n is not None})
 
     @property
     def share(self) -> float:
@@ -105,6 +121,8 @@ class CompileRequest:
     def to_json(self) -> dict[str, Any]:
         """Every choice as JSON values, the budget that holds where none was given among them."""
         asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        asked["effort"] = self.effort or STANDARD
+        asked |= {"samples": self.measuring.samples, "plans": self.measuring.plans}
         return asked if self._goals() else {**asked, "budget": self.share}
 
     def planning(self) -> dict[str, Any]:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
 VALIDATION_SAMPLES = 2
-DRAFTS = 3
 _FRONT_GAP = 1e-2
 _SECONDS_A_SOLVE = 5.0
 _UNSEEN_SEED = 1_000_003
@@ -167,7 +166,8 @@ def refine(
     """
     known, found = list(samples), list(tables)
     with stage("refine") as advance:
-        for part in filter(None, (later[number::DRAFTS] for number in range(DRAFTS))):
+        drafts = bench.request.measuring.drafts
+        for part in filter(None, (later[number::drafts] for number in range(drafts))):
             draft = best_weighted(bench, planning_problem(bench, known, found, lengths, budget))
             for sample in part:
                 known.append(sample)
@@ -188,9 +188,10 @@ def optimise(
     kept = sorted({*lengths.profiled, lengths.unseen})
     with stage("optimise") as advance:
         first = first or best_weighted(bench, problem)
-        front = pareto_front(problem, points=request.plans, options=options)
+        plans = request.measuring.plans
+        front = pareto_front(problem, points=plans, options=options)
         others = [point for point in front if point.plan != first.plan]
-        points = [first, *others[: request.plans - 1]]
+        points = [first, *others[: plans - 1]]
         advance(1, 2)
         spent = [spend_beyond(problem, point.plan, kept, options=options) for point in points]
         advance(2, 2)
@@ -327,9 +328,11 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
 
 
 def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) -> Tensor:
+    stride = bench.request.measuring.stride(sample.length)
     name = bench.key(
         "profile",
         sample=asdict(sample),
+        stride=stride,
         sink=bench.layout.sink,
         block=bench.layout.block,
         around=None if around is None else around.to_json(),
@@ -338,7 +341,7 @@ def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) 
     if kept is None:
         kept = {
             "influence": sample_influence(
-                bench.model, bench.checkpoint.spec, sample, bench.layout, around
+                bench.model, bench.checkpoint.spec, sample, bench.layout, around, stride=stride
             )
         }
         bench.workspace.save_tensors("profile", name, kept)
