@@ -17,7 +17,6 @@ from moac.planning import (
     Problem,
     SolverOptions,
     candidate_rules,
-    largest_density,
     matching_uniform,
     pareto_front,
     plan_losses,
