@@ -21,10 +21,10 @@ from tiny import Compiled, moac_command, options, plan_options, request
 from moac import CompileRequest, compile_model
 from moac.cap import KvCap
 from moac.checkpoint import open_checkpoint
-from moac.packaging.writer import parse_size
 from moac.planner import plan_model
 from moac.planning import Layout
 from moac.planning.problem import allowed_tokens
+from moac.sizes import parse_size
 from moac_runtime.artifact import load_plan_record, open_artifact
 from moac_runtime.decoder import Decoder
 from moac_runtime.errors import UsageError
