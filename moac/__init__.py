@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moac_runtime.errors import MoacError
+from moac_runtime.extras import extra_of, missing
 
 if TYPE_CHECKING:
     from moac.compiler import CompileResult, compile_model
@@ -11,19 +15,22 @@ if TYPE_CHECKING:
 
 __all__ = ["CompileRequest", "CompileResult", "PlanResult", "compile_model", "plan_model"]
 
+_HOMES = {
+    "CompileRequest": "request",
+    "CompileResult": "compiler",
+    "PlanResult": "planner",
+    "compile_model": "compiler",
+    "plan_model": "planner",
+}
+
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for, so that `moac run` starts without transformers.
-    if name in ("compile_model", "CompileResult"):
-        from moac import compiler
-
-        return getattr(compiler, name)
-    if name in ("plan_model", "PlanResult"):
-        from moac import planner
-
-        return getattr(planner, name)
-    if name == "CompileRequest":
-        from moac.request import CompileRequest
-
-        return CompileRequest
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"moac.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or extra_of(error.name) is None:
+            raise
+        raise MoacError(f"moac.{name} needs {missing(error.name, extra='compile')}") from None

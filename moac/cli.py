@@ -14,6 +14,7 @@ from moac.bench.command import bench_command
 from moac.clean_command import clean_command
 from moac.completion import RunCommand
 from moac.doctor.command import doctor_command
+from moac.extras import require
 from moac.options import given, numbers, planning_options, size, words
 from moac_runtime.errors import CheckFailed, UsageError
 from moac_runtime.process import run_process
@@ -98,7 +99,7 @@ def plan_command(
 
     The stages are those of moac compile, kept in the same work folder.
     """
-    _require_compile_extra()
+    require("compile")
     from moac.request import CompileRequest
 
     request = CompileRequest(**given(choices))
@@ -175,7 +176,7 @@ def compile_command(
     Finds out how far back each attention head looks, hands the budget out over the heads, writes
     the package and verifies it.
     """
-    _require_compile_extra()
+    require("compile")
     from moac.request import CompileRequest
 
     request = CompileRequest(**given(choices))
@@ -288,11 +289,11 @@ def verify_command(
     package: Path, source: str | None, lengths: tuple[int, ...] | None, as_json: bool
 ) -> None:
     """Check PACKAGE: its files, its golden logits and, with --source, the original model."""
+    require("torch" if source is None else "compile")
     from moac.verify import verify
 
     checkpoint = None
     if source is not None:
-        _require_compile_extra()
         from moac.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(source)
@@ -386,7 +387,7 @@ def eval_command(
     Everything is made on this machine and runs through the packaged runtime. The same command
     goes on where it was interrupted.
     """
-    _require_compile_extra()
+    require("compile")
     from moac.evaluation import EvalRequest, evaluate, evaluation_text
 
     found = evaluate(package, source, request=EvalRequest(**choices), work_dir=work_dir)
@@ -396,14 +397,3 @@ def eval_command(
 cli.add_command(bench_command)
 cli.add_command(doctor_command)
 cli.add_command(clean_command)
-
-
-def _require_compile_extra() -> None:
-    from importlib.util import find_spec
-
-    for name in ("transformers", "accelerate", "highspy", "rich"):
-        if find_spec(name) is None:
-            raise UsageError(
-                f"this command needs {name}, which is not installed; "
-                "run: pip install 'moac[compile]'"
-            )

@@ -36,6 +36,7 @@ from moac.planner import (
     Planned,
     check_packaging,
     find_plan,
+    longest_session,
     open_bench,
     prepare,
     taken_plan,
@@ -101,7 +102,10 @@ def compile_model(
     checkpoint = open_checkpoint(str(source), revision=request.revision)
     notes(checkpoint.notes)
     file = None if plan is None else read_plan_file(Path(plan), checkpoint, request)
-    lengths, layout = prepare(checkpoint, request) if file is None else file.prepared()
+    if file is None:
+        lengths, layout = prepare(checkpoint, request)
+    else:
+        lengths, layout = file.prepared(longest_session(checkpoint, request))
     request = check_packaging(checkpoint, request)
     clock = Clock()
     with clock("load"):

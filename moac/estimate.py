@@ -20,7 +20,13 @@ from moac.lengths import Lengths
 from moac.loss_model import LADDER_PLANS
 from moac.packaging.staging import check_target
 from moac.plan_file import check_plan_target, read_plan_file
-from moac.planner import check_packaging, measuring_dtype, prepare, sample_counts
+from moac.planner import (
+    check_packaging,
+    longest_session,
+    measuring_dtype,
+    prepare,
+    sample_counts,
+)
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, tile_bytes
 from moac.progress import notes
 from moac.request import CompileRequest
@@ -61,7 +67,8 @@ def estimate(
         lengths, _ = prepare(checkpoint, request)
         planning = _planning(checkpoint, request, lengths)
     else:
-        lengths, _ = read_plan_file(plan, checkpoint, request).prepared()
+        file = read_plan_file(plan, checkpoint, request)
+        lengths, _ = file.prepared(longest_session(checkpoint, request))
         planning = []
     check_packaging(checkpoint, request)
     return [*planning, _emit(checkpoint, request, lengths)]
@@ -97,7 +104,7 @@ def _planning(
     refine = (
         StageEstimate(
             "refine",
-            f"{len(later)} samples around {request.measuring.drafts} drafts of the plan",
+            f"{len(later)} samples around {_drafts(request)} of the plan",
             3 * _forward(spec, later) / rate + _SOLVE_SECONDS,
             base + working,
         ),
@@ -131,6 +138,11 @@ def _planning(
             base + working // 4,
         ),
     ]
+
+
+def _drafts(request: CompileRequest) -> str:
+    drafts = request.measuring.drafts
+    return f"{drafts} draft{'s' if drafts > 1 else ''}"
 
 
 def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> StageEstimate:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moac.packaging.cpu_kernels import packaged_cpu_kernels
 from moac.packaging.kernels import packaged_kernels
+from moac.planning.capacities import largest_record
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.cpu.opening import host_obstacle
 from moac_runtime.generation import DTYPE_BYTES
@@ -23,6 +24,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
     `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
     `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
+    `largest_density`: of all sessions from the shortest planned length to the capacity.
     `cpu_note`: why the native CPU kernels do not run on this host, None where they do.
     """
     record = load_plan_record(artifact)
@@ -45,6 +47,9 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "min_span": plan.min_span,
         "rules": plan.to_json()["rules"],
         "density": {str(n): plan.density(n) for n in lengths},
+        "largest_density": largest_record(
+            plan, range(lengths[0], max(lengths[-1], artifact.capacity) + 1)
+        ),
         "kv_bytes": {str(n): kv_bytes(artifact, n) for n in lengths},
         "spans": {
             str(n): [[head.size for head in layer] for layer in plan.spans(n)] for n in lengths

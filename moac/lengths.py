@@ -15,12 +15,14 @@ _LONGER_ON_GPU = 2  # times
 class Lengths:
     """Tokens. `profiled`: where influence is measured, ascending. `extrapolated`: where the
     budget must hold too, None where the context ends before. `unseen`: where plans are compared.
-    `capped`: the length of the session whose KV bytes are bounded, where they are.
+    `upto`: the longest session. `capped`: the length of the one whose KV bytes are bounded, where
+    they are.
     """
 
     profiled: tuple[int, ...]
     extrapolated: int | None
     unseen: int
+    upto: int
     capped: int | None = None
 
     @property
@@ -28,6 +30,11 @@ class Lengths:
         """Every length at which the plan meets the budget, ascending."""
         others = {n for n in (self.extrapolated, self.capped) if n is not None}
         return tuple(sorted({*self.profiled, *others}))
+
+    @property
+    def capacities(self) -> range:
+        """Every capacity at which the plan meets the budget: from the shortest planned length."""
+        return range(self.planned[0], max(self.planned[-1], self.upto) + 1)
 
 
 def choose_lengths(
@@ -38,11 +45,13 @@ def choose_lengths(
     min_span: int,
     gpu: bool,
     effort: Effort,
+    upto: int | None = None,
     capped: int | None = None,
 ) -> Lengths:
     """The lengths asked for, else as many doubling ones as `effort` says, up to half the context.
 
-    `capped`: a length whose KV bytes are bounded, at which the budget holds too.
+    `upto`: the longest session, None for one of the whole context. `capped`: a length whose KV
+    bytes are bounded, at which the budget holds too.
 
     Raises UsageError for a length beyond the context or too short to hold a span and more.
     """
@@ -64,6 +73,7 @@ def choose_lengths(
         profiled=tuple(profiled),
         extrapolated=extrapolated if extrapolated > longest else None,
         unseen=_unseen(profiled, block),
+        upto=upto or context,
         capped=capped,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from moac.calibration import CalibrationSample
 from moac.lengths import Lengths
 from moac.planning import FrontPoint, Problem, smallest_budget
+from moac.planning.between import spend_between
 from moac.planning.prediction import LEVEL, Curve, Estimate, SpanCosts, left_out, root
 from moac.progress import stage
 from moac.stages import Bench, Measured, best_weighted, measure, optimise, unseen_samples
@@ -193,7 +194,11 @@ def _ladder_plans(bench: Bench, lengths: Lengths, problem_at: ProblemAt) -> dict
     """
     low, high = _densities(bench, lengths)
     densities = [low + share * (high - low) for share in _LADDER]
-    return {f"density {d:.3f}": best_weighted(bench, problem_at(d)).plan for d in densities}
+    problems = {f"density {density:.3f}": problem_at(density) for density in densities}
+    return {
+        name: spend_between(problem, best_weighted(bench, problem).plan)
+        for name, problem in problems.items()
+    }
 
 
 def _rung(row: Measured, dense: Measured, plan: Plan, costs: SpanCosts, length: int) -> Rung:

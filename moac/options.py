@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from moac.effort import EFFORTS, STANDARD
+from moac.sizes import parse_size
 from moac_runtime.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,8 +36,6 @@ def words(
 
 def size(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
     """`24GiB` as bytes."""
-    from moac.packaging.writer import parse_size
-
     if value is None:
         return None
     try:

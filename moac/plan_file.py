@@ -38,13 +38,14 @@ class PlanFile:
     sha256: str
     edited: bool
 
-    def prepared(self) -> tuple[Lengths, Layout]:
-        """The lengths and the layout that the plan was made for."""
+    def prepared(self, upto: int) -> tuple[Lengths, Layout]:
+        """The lengths and the layout that the plan was made for; `upto`: the longest session."""
         record = self.record
         lengths = Lengths(
             profiled=tuple(record["lengths"]),
             extrapolated=record["extrapolated"],
             unseen=record["unseen"],
+            upto=upto,
             capped=record.get("kv_cap", {}).get("length"),
         )
         return lengths, Layout.of(self.plan)

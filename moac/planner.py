@@ -22,7 +22,8 @@ from moac.loss_model import learn, smallest_within
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
 from moac.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
-from moac.planning import FrontPoint, Layout, Problem, largest_density_between, layerwise_plan
+from moac.planning import FrontPoint, Layout, Problem, largest_density, layerwise_plan
+from moac.planning.capacities import largest_record
 from moac.planning.problem import check_budget
 from moac.progress import notes
 from moac.reading import open_reader
@@ -133,6 +134,7 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, L
         min_span=request.min_span,
         gpu=pick_device().type == "cuda",
         effort=request.measuring,
+        upto=longest_session(checkpoint, request),
         capped=None if cap is None else cap.length,
     )
     check_budget(layout, _budget(request, cap, layout, lengths), lengths.planned)
@@ -177,6 +179,11 @@ def check_capacity(checkpoint: Checkpoint, request: CompileRequest) -> None:
             f"the capacity {request.capacity} is not within 1 and the model's context of "
             f"{context} tokens"
         )
+
+
+def longest_session(checkpoint: Checkpoint, request: CompileRequest) -> int:
+    """The tokens of the longest session that the package opens."""
+    return request.capacity or checkpoint.spec.context
 
 
 def open_bench(
@@ -271,23 +278,30 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
 def taken_plan(bench: Bench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
     """The plan of a file. One that was edited is measured, and told without what no longer holds.
 
-    Its densities are counted again; where they pass the budget that the file names, they are the
-    budget of the package.
+    Densities are counted again, up to the longest session of this package; where one passes the
+    budget that the file names, that is said, and it is the budget of the package.
     """
     origin = {"file": file.path.name, "sha256": file.sha256, "edited": file.edited}
-    if not file.edited:
-        return Planned(file.plan, file.record, origin)
-    with clock("validate"):
-        _, measured = validate(bench, [file.plan], lengths)
-    plan, record = file.plan, {k: v for k, v in file.record.items() if k not in _OF_THE_SEARCH}
-    densest = max(plan.density(n) for n in lengths.planned)
-    record |= {
-        "budget": max(record["budget"], densest),
-        "chosen": measured[0].name,
-        **density_record(plan, lengths.planned),
-        **measured_record(measured),
-    }
-    return Planned(plan, record, origin)
+    plan, record = file.plan, file.record
+    notes(_over_budget(file, lengths))
+    if file.edited:
+        with clock("validate"):
+            _, measured = validate(bench, [plan], lengths)
+        record = {k: v for k, v in record.items() if k not in _OF_THE_SEARCH}
+        record |= {"chosen": measured[0].name, **measured_record(measured)}
+    held = density_record(plan, lengths)
+    budget = max(record["budget"], held["largest_density"]["density"])
+    return Planned(plan, {**record, "budget": budget, **held}, origin)
+
+
+def _over_budget(file: PlanFile, lengths: Lengths) -> Iterator[str]:
+    """What there is to say where the plan of a file holds more than the budget it names."""
+    density, length = largest_density(file.plan, lengths.capacities)
+    if density > file.record["budget"]:
+        yield (
+            f"the plan {file.path} holds {density:.4f} of the dense KV memory at {length} tokens, "
+            f"above its budget of {file.record['budget']:g}; the package tells that as its budget"
+        )
 
 
 def planning_record(
@@ -305,7 +319,7 @@ def planning_record(
         "extrapolated": lengths.extrapolated,
         "unseen": lengths.unseen,
         "rules_per_layer": problem.rules_per_layer,
-        **density_record(chosen.plan, lengths.planned),
+        **density_record(chosen.plan, lengths),
         **measured_record(measured),
         "solver": asdict(chosen.record),
         "chosen": f"plan {[point is chosen for point in front].index(True) + 1}",
@@ -322,12 +336,11 @@ def planning_record(
     }
 
 
-def density_record(plan: Plan, lengths: Sequence[int]) -> dict[str, Any]:
-    """Densities at the planned lengths, and the largest that rounding makes in between."""
-    most, where = largest_density_between(plan, lengths[0], lengths[-1])
+def density_record(plan: Plan, lengths: Lengths) -> dict[str, Any]:
+    """Densities at the planned lengths, and the largest of any session from the shortest up."""
     return {
-        "density": {str(n): plan.density(n) for n in lengths},
-        "largest_density_between": {"density": most, "length": where},
+        "density": {str(n): plan.density(n) for n in lengths.planned},
+        "largest_density": largest_record(plan, lengths.capacities),
     }
 
 

@@ -30,6 +30,7 @@ from moac.planning import (
     solve_weighted,
     uniform_plan,
 )
+from moac.planning.between import spend_between
 from moac.planning.beyond import spend_beyond
 from moac.planning.objectives import COUNTING, length_objectives
 from moac.planning.prediction import student
@@ -128,6 +129,7 @@ def planning_problem(
         objectives=tuple(length_objectives(samples, tables, uniform)),
         budget=budget,
         rules_per_layer=request.rules_per_layer,
+        upto=lengths.upto,
     )
 
 
@@ -181,7 +183,7 @@ def optimise(
 ) -> list[FrontPoint]:
     """`first`, or the plan that loses least over all lengths together, then others of the front.
 
-    What they leave of the budget beyond the profiled lengths is spent.
+    What they leave of the budget beyond the profiled lengths is spent, then what is left between.
     """
     request = bench.request
     options = _solver_options(request)
@@ -194,6 +196,7 @@ def optimise(
         points = [first, *others[: plans - 1]]
         advance(1, 2)
         spent = [spend_beyond(problem, point.plan, kept, options=options) for point in points]
+        spent = [spend_between(problem, plan) for plan in spent]
         advance(2, 2)
     return [replace(point, plan=plan) for point, plan in zip(points, spent, strict=True)]
 

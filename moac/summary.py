@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def goal_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if "max_loss" in record:
         facts = [("budget", f"{record['budget']:.4f}, the least with at most "
                   f"{record['max_loss']:g} nats a token predicted to be lost")]  # fmt: skip
+    facts += held_facts(record["largest_density"], record)
     if "kv_cap" in record:
         cap = record["kv_cap"]
         facts.append(
@@ -68,6 +69,20 @@ def goal_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
             ("predicted", f"{found['loss']:.4f} nats a token above dense at {found['length']} "
              f"tokens, {found['level']:.0%} interval {low:.4f} to {high:.4f}")
         )  # fmt: skip
+    return facts
+
+
+def held_facts(largest: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The most that any session holds, and from where on nothing else is known."""
+    profiled = record["lengths"][-1]
+    facts = [
+        ("held", f"at most {largest['density']:.4f} of it from {largest['shortest']} to "
+         f"{largest['longest']} tokens, at {largest['length']}")
+    ]  # fmt: skip
+    if largest["longest"] > profiled:
+        facts.append(
+            ("beyond", f"past {profiled} tokens no loss was measured; only what is held is known")
+        )
     return facts
 
 
@@ -109,6 +124,8 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
             f"smallest span {found['min_span']}",
         ),
+        *held_facts(found["largest_density"], found["planning"]),
+        *_effort(found["planning"]),
         *_prompts(found["planning"]),
         ("source", told_model(provenance)),
         ("made", f"{provenance['created']} with {versions}"),
@@ -120,6 +137,21 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _effort(planning: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured to make the plan, where it tells."""
+    asked = planning.get("arguments", {})
+    if "effort" not in asked:
+        return []
+    lengths = ", ".join(map(str, planning["lengths"]))
+    return [
+        (
+            "effort",
+            f"{asked['effort']}: profiled at {lengths} tokens, {asked['samples']} samples of text "
+            f"at the shortest, {asked['plans']} plans measured",
+        )
+    ]
 
 
 def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,15 +11,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import Tensor
 
 from moac.atomic import sweep
 from moac.kept import RESULTS, Damaged, Header, mark_used, read_result, write_result
 from moac_runtime.errors import MoacError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Workspace:
 
     def load_tensors(self, kind: str, key: str) -> dict[str, Tensor] | None:
         """The stored tensors; None, with a line that says why, where damaged, or absent."""
+        import torch
+
         arrays = self._load(kind, key)
         if arrays is None:
             return None
@@ -121,4 +125,6 @@ def release_memory() -> None:
 
 def pick_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

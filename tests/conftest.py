@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from base_install import link_libraries
 from families import save_checkpoint, tiny_model
 from tiny import CONTEXT, Compiled, request
 
@@ -50,3 +51,22 @@ def tiny_package(
     made = Compiled(checkpoint, folder / "out", folder / "work")
     compile_model(checkpoint, made.package, request=request(), work_dir=made.work_dir)
     return made
+
+
+@pytest.fixture(scope="session")
+def cpu_package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with native CPU kernels; a test that asks for it needs a compiler."""
+    from moac import compile_model
+
+    out = tmp_path_factory.mktemp("cpu") / "out"
+    asked = request(targets=("torch", "cpu:avx2"))
+    compile_model(tiny_package.checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
+    return out
+
+
+@pytest.fixture(scope="session")
+def base_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the libraries that the base install brings, for `base_install.python_on`."""
+    site = tmp_path_factory.mktemp("site")
+    link_libraries(site)
+    return site

@@ -15,12 +15,20 @@ from moac.checkpoint.model_spec import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.cpu_build import build_cpu, build_obstacle
 from moac_runtime.cpu.engine import CpuEngine
-from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features, open_library
+from moac_runtime.cpu.library import (
+    INSTRUCTION_SETS,
+    host_features,
+    open_library,
+    runnable_sets,
+)
 from moac_runtime.cpu.session import CpuSession
 from moac_runtime.plan import Plan
 
 needs_compiler = pytest.mark.skipif(
     build_obstacle() is not None, reason=build_obstacle() or "CPU kernels can be built"
+)
+needs_avx2 = pytest.mark.skipif(
+    not runnable_sets(["cpu"]), reason="this processor has none of the instruction sets"
 )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moac.packaging import rename, writer
 from moac.packaging.staging import check_target, staged
+from moac.sizes import parse_size
 from moac_runtime.artifact import (
     WEIGHT_INDEX,
     load_plan_record,
@@ -621,13 +622,13 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused(tmp_path: Path, value: fl
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
-    assert writer.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "2XB", "1iB", "2 G B", "1e", "0", "0.1B"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):
-        writer.parse_size(text)
+        parse_size(text)
 
 
 def test_records_stay_json(tmp_path: Path) -> None:
@@ -805,6 +806,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
+from moac.sizes import parse_size
 from moac.packaging.staging import staged
 from moac.packaging.writer import write_weights
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cpu_kernels import needs_compiler
-from tiny import Compiled, moac_command, options, request
+from cpu_kernels import needs_avx2, needs_compiler
+from tiny import Compiled, moac_command, options
 
-from moac import compile_model
 from moac.evaluation import EvalRequest, evaluate
 from moac.inspection import inspect_package
 from moac.packaging import cpu_kernels
@@ -28,17 +27,12 @@ from moac_runtime.cpu.opening import host_obstacle, open_cpu
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.generation import choose_backend, load
 
-RUNS = bool(runnable_sets(["cpu"]))
-needs_avx2 = pytest.mark.skipif(not RUNS, reason="this processor has none of the instruction sets")
 HERE, BARE = INSTRUCTION_SETS["avx2"], frozenset(("sse2",))
 
 
-@pytest.fixture(scope="module")
-def package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cpu") / "out"
-    asked = request(targets=("torch", "cpu:avx2"))
-    compile_model(tiny_package.checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
-    return out
+@pytest.fixture
+def package(cpu_package: Path) -> Path:
+    return cpu_package
 
 
 @needs_compiler

@@ -6,19 +6,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import distribution, version
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from base_install import MOAC, python_on, sources
 from machines import V2, machine
 from tiny import Compiled, moac_command
 
-import moac_kernels
-import moac_runtime
 from moac.doctor import backends, libraries
 from moac.doctor import machine as told
 from moac.doctor.command import examine
@@ -31,49 +30,13 @@ from moac_runtime.cpu import library
 from moac_runtime.cpu.library import INSTRUCTION_SETS
 from moac_runtime.generation import choose_backend
 
-ROOT = Path(__file__).parents[1]
-BASE = ("click", "jinja2", "markupsafe", "numpy", "safetensors", "tokenizers", "moac")
-
 Doctor = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def sources() -> list[str]:
-    return [
-        str(ROOT),
-        *(str(Path(m.__file__ or "").parents[1]) for m in (moac_runtime, moac_kernels)),
-    ]
-
-
-@pytest.fixture(scope="module")
-def base_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of libraries that holds what `pip install moac` brings, torch left out."""
-    site = tmp_path_factory.mktemp("site")
-    for name in BASE:
-        found = distribution(name)
-        tops = {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", ".")}
-        for top in tops - {"__pycache__"}:
-            if not top.endswith(".pth"):
-                (site / top).symlink_to(str(found.locate_file(top)))
-    return site
-
-
 @pytest.fixture
-def doctor(base_install: Path, tmp_path: Path) -> Doctor:
+def doctor(base_site: Path, tmp_path: Path) -> Doctor:
     """`doctor(*words, **environment)`: the command on the base install."""
-
-    def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(base_install), *sources()])
-        code = "import sys; from moac.cli import main; main(['doctor', *sys.argv[1:]])"
-        return subprocess.run(
-            [sys.executable, "-S", "-c", code, *map(str, words)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    return run
+    return partial(python_on, base_site, "-c", MOAC, "doctor", cwd=tmp_path)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -87,6 +50,8 @@ def test_a_base_install_is_told_what_it_lacks(doctor: Doctor) -> None:
     assert found["moac"] == version("moac")
     assert found["libraries"]["numpy"]["version"]
     for name, extra in (
+        ("torch", "torch"),
+        ("cuda-bindings", "cuda"),
         ("transformers", "compile"),
         ("highspy", "compile"),
         ("onnxruntime", "onnx"),
@@ -113,10 +78,10 @@ def test_a_package_on_a_base_install(doctor: Doctor, tiny_package: Compiled) -> 
     assert f"{tiny_package.package} cannot run here" in text.stdout
 
 
-def test_without_a_single_library(tmp_path: Path, base_install: Path, doctor: Doctor) -> None:
+def test_without_a_single_library(tmp_path: Path, base_site: Path, doctor: Doctor) -> None:
     # numpy is what the CPU kernels hand over
     site = tmp_path / "site"
-    shutil.copytree(base_install, site, symlinks=True)
+    shutil.copytree(base_site, site, symlinks=True)
     for path in site.glob("numpy*"):
         path.unlink()
     found = document(doctor("--json", PYTHONPATH=os.pathsep.join([str(site), *sources()])))
@@ -128,9 +93,9 @@ def runs_kernels() -> bool:
     return any(not lacking for lacking in told.processor()["kernels"].values())
 
 
-def test_run_from_sources_alone(tmp_path: Path, base_install: Path, doctor: Doctor) -> None:
+def test_run_from_sources_alone(tmp_path: Path, base_site: Path, doctor: Doctor) -> None:
     site = tmp_path / "site"
-    shutil.copytree(base_install, site, symlinks=True)
+    shutil.copytree(base_site, site, symlinks=True)
     for path in site.glob("moac*"):
         path.unlink()
     done = doctor(PYTHONPATH=os.pathsep.join([str(site), *sources()]))
@@ -255,18 +220,20 @@ def test_the_limits_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_markers_of_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
-        "torch>=2.11",
+        "numpy>=2",
         "triton>=3.6; (platform_system == 'Linux') and extra == 'compile'",
         'thing[more] (<3,>=1) ; extra == "onnx"',
         "other; platform_system == 'Plan9' and extra == 'onnx'",
         "pytest>=8; extra == 'dev'",
         "torch>=2.11; extra == 'compile'",
+        "torch>=2.11; extra == 'torch'",
+        "numpy>=2; extra == 'compile'",
         "moac[compile]; extra == 'onnx'",
     ]
 
     class Metadata:
         def get_all(self, name: str) -> list[str]:
-            return ["dev", "compile", "onnx"]
+            return ["dev", "compile", "onnx", "torch"]
 
     monkeypatch.setattr(libraries, "requires", lambda name: lines)
     monkeypatch.setattr(libraries, "metadata", lambda name: Metadata())
@@ -274,7 +241,8 @@ def test_markers_of_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries.platform, "system", lambda: "Linux")
     found = [(one.name, one.wanted, one.extra) for one in libraries.libraries()]
     assert found == [
-        ("torch", ">=2.11", None),
+        ("numpy", ">=2", None),
+        ("torch", ">=2.11", "torch"),
         ("triton", ">=3.6", "compile"),
         ("thing", "<3,>=1", "onnx"),
     ]

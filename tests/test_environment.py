@@ -96,6 +96,12 @@ def test_what_is_brought_is_pinned_too(name: str) -> None:
     }
 
 
+def test_the_base_install_brings_no_torch() -> None:
+    names = {key.partition("[")[0] for key in brought(["moac"], set(), set())}
+    assert names >= {"moac", "tokenizers", "numpy", "click"}
+    assert names & {"torch", "transformers", "onnxruntime", "rich"} == set()
+
+
 # ---- the command that makes the files
 
 

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import Compiled
+from cpu_kernels import needs_avx2, needs_compiler
+from tiny import Compiled, built_for
+
+from moac_runtime.cuda.host import has_driver
+from moac_runtime.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"transformers", "accelerate", "gguf", "highspy", "onnx", "onnxruntime", "rich", "moac"}
@@ -77,16 +81,20 @@ def test_the_folders_are_no_packages(folder: str) -> None:
     assert not list((ROOT / folder).glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "script", [RUN_AS_COMMAND, RUN_AS_FOLDER, RUN_AS_MOAC], ids=["command", "folder", "moac"]
+@pytest.fixture(
+    params=[RUN_AS_COMMAND, RUN_AS_FOLDER, RUN_AS_MOAC], ids=["command", "folder", "moac"]
 )
-def test_running_a_package_imports_the_runtime_alone(
-    tiny_package: Compiled, script: str, tmp_path: Path
-) -> None:
-    arguments = [str(tiny_package.package), "--prompt", "hi", "--max-tokens", "3"]
+def script(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def loaded(script: str, package: Path, cwd: Path) -> tuple[Path, set[str]]:
+    """What a process that ran `package` had loaded: where the runtime lies, top-level modules."""
+    arguments = [str(package), "--prompt", "hi", "--max-tokens", "3"]
     done = subprocess.run(
         [sys.executable, "-c", script + TELL, *arguments],
-        cwd=tmp_path,
+        cwd=cwd,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -95,7 +103,31 @@ def test_running_a_package_imports_the_runtime_alone(
     assert done.returncode == 0, done.stderr
     code, runtime, modules = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, done.stderr
-    allowed = {"moac"} if script == RUN_AS_MOAC else set()
-    assert HEAVY & set(modules) == allowed
-    inside = Path(runtime).is_relative_to(tiny_package.package)
-    assert inside == (script == RUN_AS_FOLDER)
+    return Path(runtime), set(modules)
+
+
+def test_running_a_package_imports_the_runtime_alone(
+    tiny_package: Compiled, script: str, tmp_path: Path
+) -> None:
+    runtime, modules = loaded(script, tiny_package.package, tmp_path)
+    assert HEAVY & modules == ({"moac"} if script == RUN_AS_MOAC else set())
+    assert runtime.is_relative_to(tiny_package.package) == (script == RUN_AS_FOLDER)
+
+
+@needs_compiler
+@needs_avx2
+def test_cpu_kernels_run_on_the_base_install_alone(
+    cpu_package: Path, script: str, tmp_path: Path
+) -> None:
+    _, modules = loaded(script, cpu_package, tmp_path)
+    assert modules & {library for libraries in EXTRAS.values() for library in libraries} == set()
+    assert modules & {"numpy", "tokenizers", "jinja2"} == {"numpy", "tokenizers", "jinja2"}
+
+
+@needs_compiler
+@needs_avx2
+@pytest.mark.skipif(has_driver(), reason="this machine may have a GPU")
+def test_a_host_without_a_gpu_asks_no_torch_for_one(cpu_package: Path, tmp_path: Path) -> None:
+    package = built_for(cpu_package, ["torch", "cpu:avx2", "cuda"], tmp_path / "out")
+    _, modules = loaded(RUN_AS_MOAC, package, tmp_path)
+    assert "torch" not in modules

@@ -21,13 +21,14 @@ from tiny import Compiled, moac_command, options, plan_options, request
 from moac import CompileRequest, compile_model
 from moac.cap import KvCap
 from moac.checkpoint import open_checkpoint
-from moac.packaging.writer import parse_size
 from moac.planner import plan_model
 from moac.planning import Layout
 from moac.planning.problem import allowed_tokens
+from moac.sizes import parse_size
 from moac_runtime.artifact import load_plan_record, open_artifact
 from moac_runtime.decoder import Decoder
 from moac_runtime.errors import UsageError
+from moac_runtime.plan import Plan
 from moac_runtime.session import Session
 from moac_runtime.weights import load_weights
 
@@ -89,6 +90,53 @@ def test_a_plan_is_what_a_compile_would_package(made: Path, tiny_package: Compil
     assert found["model"] == packaged["model"]
     provenance = open_artifact(tiny_package.package).provenance
     assert found["model"]["identity"] == provenance["identity"]
+
+
+def test_every_session_is_within_the_budget_and_the_most_is_told(
+    made: Path, tiny_package: Compiled, capsys: Capture
+) -> None:
+    plan, told = Plan.from_json(read(made)), read(made)["largest_density"]
+    densities = {n: plan.density(n) for n in range(512, 2049)}
+    most = max(densities.values())
+    assert told == {
+        "density": most,
+        "length": next(n for n, density in densities.items() if density == most),
+        "shortest": 512,
+        "longest": 2048,
+    }
+    assert most <= 0.5
+    assert moac_command("inspect", tiny_package.package) == 0
+    shown = capsys.readouterr().out
+    where = f"from 512 to 2048 tokens, at {told['length']}"
+    assert f"held      at most {most:.4f} of it {where}\n" in shown
+    assert shown.count("past 768 tokens no loss was measured; only what is held is known") == 1
+    assert moac_command("inspect", tiny_package.package, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["largest_density"] == told
+
+
+def test_a_package_of_shorter_sessions_promises_as_far_as_it_opens_them(
+    compiling: list[object], plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert moac_command(*compiling, "--plan", plan_file, "--capacity", 1600) == 0
+    assert "above its budget" not in capsys.readouterr().err
+    record = load_plan_record(open_artifact(tmp_path / "out"))
+    assert record["largest_density"]["longest"] == 1600
+    assert moac_command(*compiling, "--plan", plan_file, "--capacity", 600, "--force") == 0
+    record = load_plan_record(open_artifact(tmp_path / "out"))
+    assert record["largest_density"]["longest"] == 1536  # planned for, whatever is opened
+
+
+def test_a_plan_that_passes_its_budget_between_the_lengths_alone_is_told(
+    compiling: list[object], plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """What moac itself once wrote: half of every planned length, and a block more right after."""
+    edit(plan_file, lambda data: data.update(rules=[[[0, 0.5]] * 2] * 2))
+    assert moac_command(*compiling, "--plan", plan_file) == 0
+    err = capsys.readouterr().err
+    assert "holds 0.5302 of the dense KV memory at 513 tokens, above its budget of 0.5" in err
+    record = load_plan_record(open_artifact(tmp_path / "out"))
+    assert set(record["density"].values()) == {0.5}
+    assert record["budget"] == record["largest_density"]["density"] == 272 / 513
 
 
 def test_a_plan_tells_its_loss_before_it_is_run(made: Path) -> None:
@@ -226,13 +274,17 @@ def test_an_edited_rule_is_measured_and_told(
 
     edit(plan_file, widen)
     assert moac_command(*compiling, "--plan", plan_file) == 0
-    assert "validate: done" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "validate: done" in err
     out = tmp_path / "out"
     artifact = open_artifact(out)
     record = load_plan_record(artifact)
     assert artifact.plan.to_json()["rules"][1][0] == [0, 1.0]
     assert artifact.provenance["plan"]["edited"] is True
-    assert record["budget"] == max(record["density"].values()) > 0.5
+    most = max(artifact.plan.density(n) for n in range(512, 2049))
+    assert record["budget"] == record["largest_density"]["density"] == most > 0.5
+    assert f"plan.json holds {most:.4f} of the dense KV memory at " in err
+    assert "tokens, above its budget of 0.5; the package tells that as its budget" in err
     assert [row["plan"] for row in record["measured_loss"]] == ["plan 1", "uniform", "dense"]
     assert not {"predicted_loss", "front", "solver"} & set(record)
     assert record["density"]["512"] == artifact.plan.density(512)
@@ -402,8 +454,10 @@ def test_a_session_never_allocates_more_than_the_cap(
     session = Session(decoder, artifact.plan, artifact.head_order, batch=batch, capacity=length)
     held = session.kv_bytes()
     assert held == told["held_bytes"] <= most
+    shorter = [artifact.plan.held_tokens(n) * token * batch for n in range(1, length + 1)]
+    assert max(shorter) == held
     budget = load_plan_record(artifact)["budget"]
-    assert all(artifact.plan.density(n) <= budget for n in (512, 768, 1536))
+    assert all(artifact.plan.density(n) <= budget for n in range(512, artifact.capacity + 1))
 
 
 def test_a_plan_under_a_cap_keeps_it_in_the_package(
@@ -525,6 +579,7 @@ def test_the_least_memory_that_keeps_a_loss(
     assert found["predicted_loss"]["interval"][1] <= limit
     assert f"{found['budget']:.4f}, the least with at most" in told
     assert max(found["density"].values()) <= found["budget"] < 1
+    assert all(Plan.from_json(found).density(n) <= found["budget"] for n in range(512, 2049))
 
 
 def test_a_loss_that_no_plan_keeps(

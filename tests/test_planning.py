@@ -17,7 +17,6 @@ from moac.planning import (
     Problem,
     SolverOptions,
     candidate_rules,
-    largest_density_between,
     matching_uniform,
     pareto_front,
     plan_losses,
@@ -81,14 +80,14 @@ def every_plan(problem: Problem) -> list[tuple[Plan, tuple[float, ...]]]:
         if limit is not None and any(len(set(row)) > limit for row in rows):
             continue
         plan = layout.plan(rows)
-        if all(plan.density(n) <= problem.budget for n in problem.lengths):
+        if all(plan.density(n) <= problem.budget for n in problem.capacities):
             found.append((plan, plan_losses(plan, problem.objectives)))
     return found
 
 
 def assert_meets(problem: Problem, plan: Plan) -> None:
-    for length in problem.lengths:
-        assert plan.density(length) <= problem.budget
+    for capacity in range(min(problem.lengths), max(*problem.lengths, problem.upto) + 1):
+        assert plan.density(capacity) <= problem.budget
     if problem.rules_per_layer is not None:
         assert max(len(set(layer)) for layer in plan.rules) <= problem.rules_per_layer
 
@@ -400,17 +399,3 @@ def test_matching_uniform_of_a_plan_just_under_its_budget_is_the_budgets():
     short = layout.plan(spans)
     assert short.density(512) < half.density(512)
     assert matching_uniform(short, lengths=(512,)).density(512) == half.density(512)
-
-
-def test_largest_density_between_looks_at_every_capacity():
-    plan = solve_weighted(make_problem(windows=(None, 100)), {"128": 1.0}).plan
-    density, length = largest_density_between(plan, 128, 300)
-    assert density == max(plan.density(n) for n in range(128, 301))
-    assert plan.density(length) == density
-
-
-def test_density_between_the_planned_lengths_can_pass_the_budget():
-    plan = uniform_plan(make_layout(), budget=0.5, lengths=(256, 512))
-    density, length = largest_density_between(plan, 256, 512)
-    assert (density, length) == (plan.density(257), 257)
-    assert density > 0.5

@@ -185,6 +185,18 @@ def test_every_span_is_in_the_heat_maps(page: Page, found: dict[str, Any]) -> No
         assert str(span) in numbers
 
 
+def test_the_most_that_is_held_is_told_with_where_and_what_was_not_measured(
+    page: Page, found: dict[str, Any]
+) -> None:
+    largest, profiled = found["largest_density"], found["planning"]["lengths"][-1]
+    assert (
+        f"From {largest['shortest']:,} to {largest['longest']:,} tokens at most "
+        f"{wording.percent(largest['density'])} is kept, at {largest['length']:,} tokens."
+    ) in page.words
+    assert page.words.count(f"Past {profiled:,} tokens no loss was measured") == 1
+    assert f"at every length from {largest['shortest']:,} tokens on" in page.words
+
+
 def test_figures_are_those_of_inspect(page: Page, found: dict[str, Any]) -> None:
     table = set(page.within("td"))
     for length in found["lengths"]:

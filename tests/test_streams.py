@@ -61,7 +61,7 @@ def commands(tiny: Compiled, folder: Path) -> dict[str, list[Any]]:
     plan = ["plan", tiny.checkpoint, *plan_options(), "-o", folder / "p.json", *asked]
     compile_ = ["compile", tiny.checkpoint, *options(), "-o", folder / "out", *asked]
     few = ("--tasks", "passkey", "--lengths", "512", "--samples", "1", "--against", "dense")
-    short = ("--against", "dense", "--context", "32", "--tokens", "2", "--threads", "1")
+    short = ("--against", "moac", "--context", "32", "--tokens", "2", "--threads", "1")
     return {
         "plan": plan,
         "plan --dry-run": [*plan, "--dry-run"],

@@ -213,7 +213,11 @@ def test_chat_reads_as_transformers_renders_it(
     name: str, conversation: str, add_generation_prompt: bool
 ) -> None:
     from transformers import PreTrainedTokenizerFast  # other tests import this file, not that one
+    from transformers.utils import chat_template_utils
 
+    renders_as_today = hasattr(chat_template_utils, "_alias_reasoning_fields")
+    if conversation in ("tools", "reasoning") and not renders_as_today:
+        pytest.skip("this transformers renders None as a word, and one name of reasoning alone")
     messages = CONVERSATIONS[conversation]
     reference: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=byte_backend(), bos_token="<s>", eos_token="</s>"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import moac.cli
 from moac import CompileRequest
+from moac_runtime.manifest import manifest_digest
 
 CONTEXT = 2048
 LENGTHS = (512, 768)
@@ -43,6 +47,15 @@ def plan_options(**changes: Any) -> list[str]:
     for name, value in chosen.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
+
+
+def built_for(package: Path, targets: Sequence[str], copy: Path) -> Path:
+    """A copy of `package` whose manifest says that it is built for `targets`."""
+    shutil.copytree(package, copy)
+    manifest = json.loads((copy / "moac.json").read_text()) | {"targets": list(targets)}
+    manifest["digest"] = manifest_digest(manifest)
+    (copy / "moac.json").write_text(json.dumps(manifest))
+    return copy
 
 
 def moac_command(*arguments: object) -> int:

@@ -13,6 +13,7 @@ from moac_runtime.artifact import open_artifact
 from moac_runtime.cpu.library import runnable_sets
 from moac_runtime.cuda.source import can_build
 from moac_runtime.errors import MoacError
+from moac_runtime.extras import missing
 
 _OURS = ("moac", "dense", "uniform")
 
@@ -42,7 +43,7 @@ def obstacle(name: str, request: BenchRequest) -> str | None:
     if name == "onnx":
         return _onnx_obstacle(request)
     if find_spec("transformers") is None:
-        return "it needs transformers; run: pip install 'moac[compile]'"
+        return f"it needs {missing('transformers')}"
     if request.source is None and request.shape is None:
         return "it runs the original model; give its checkpoint with --source"
     return None if name == "hf" else _compiler_obstacle(request.device)
@@ -80,7 +81,7 @@ def _onnx_obstacle(request: BenchRequest) -> str | None:
     if request.device != "cpu":
         return "it runs on the CPU; leave out --device"
     if find_spec("onnxruntime") is None:
-        return "it needs onnxruntime; run: pip install 'moac[onnx]'"
+        return f"it needs {missing('onnxruntime')}"
     if request.package is None:
         return "a shape has no ONNX graph; give a package"
     if "onnx" not in open_artifact(request.package, check="sizes").targets:

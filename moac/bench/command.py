@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moac.extras import require
 from moac_runtime.errors import MoacError
 
 
@@ -91,11 +92,14 @@ def bench_command(target: str | None, **choices: Any) -> None:
     All systems run in turns in one go, each in its own process. Floor is the time to read the
     weights and the KV cache once at the measured bandwidth.
     """
-    from moac.bench.report import bench_table
     from moac.bench.request import BenchRequest
+
+    request = BenchRequest(**choices)
+    require("torch" if request.shape is None else "compile")
+    from moac.bench.report import bench_table
     from moac.bench.runner import run_bench
 
-    result = run_bench(BenchRequest(**choices))
+    result = run_bench(request)
     text = json.dumps(result.to_json(), indent=2)
     if target == "-":
         click.echo(text)

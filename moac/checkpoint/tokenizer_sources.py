@@ -10,6 +10,7 @@ from typing import Any
 from moac.checkpoint.source import read_json
 from moac.checkpoint.stand_ins import check_file
 from moac_runtime.errors import CheckpointError, MoacError
+from moac_runtime.extras import missing
 
 _SOURCES = ("tokenizer.json", "tokenizer.model")
 _TIKTOKEN = "tiktoken.model"
@@ -24,9 +25,7 @@ def check_installed(*packages: str) -> None:
     for package in packages:
         parent = package.partition(".")[0]
         if find_spec(parent) is None or find_spec(package) is None:
-            raise MoacError(
-                f"opening this checkpoint needs {package}; run `pip install 'moac[compile]'`"
-            )
+            raise MoacError(f"opening this checkpoint needs {missing(package)}")
 
 
 def check_sources(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from moac_runtime.artifact import open_artifact
 from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS, runnable_sets
-from moac_runtime.cuda.host import NO_GPU, has_driver
 from moac_runtime.generation import RUNNABLE, backend_obstacle
 
 
@@ -42,8 +40,6 @@ def package_backends(path: Path) -> dict[str, Any]:
 
 def obstacle(name: str, targets: Sequence[str]) -> str | None:
     """Why a backend cannot run packages built for `targets` here; None where it can."""
-    if name == "cuda" and "torch" not in sys.modules and not has_driver():
-        return NO_GPU  # as torch would say after seconds of loading
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 
@@ -14,7 +15,7 @@ _NO_USER = "dev"  # the extra of those who change moac itself
 class Library:
     """`found`: the version installed, None where it is not; `wanted`: as moac states it.
 
-    `extra`: the first extra of moac that brings it, None where moac always does.
+    `extra`: the smallest extra of moac that brings it, None where moac always does.
     """
 
     name: str
@@ -39,11 +40,12 @@ def libraries() -> list[Library]:
         stated, extras = requires("moac") or [], metadata("moac").get_all("Provides-Extra") or []
     except PackageNotFoundError:
         return []
-    order = [None, *(extra for extra in extras if extra != _NO_USER)]
+    lines = [_parsed(line) for line in stated]
+    sizes = Counter(_extra(marker) for _, _, marker in lines)
+    order = sorted((extra for extra in extras if extra != _NO_USER), key=sizes.__getitem__)
     found: dict[str, Library] = {}
-    for extra in order:
-        for line in stated:
-            name, wanted, marker = _parsed(line)
+    for extra in (None, *order):
+        for name, wanted, marker in lines:
             if _extra(marker) == extra and name not in ("moac", *found) and _applies(marker):
                 found[name] = Library(name, wanted, installed(name), extra)
     return list(found.values())

@@ -8,9 +8,20 @@ Python, import this module and call `lm_eval.simple_evaluate(model="moac", ...)`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from moac.extras import require
+from moac_runtime.errors import MoacError, UsageError
+
+if __name__ == "__main__":  # before the imports that would fail
+    try:
+        require("eval")
+    except MoacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 import click
 import torch
@@ -25,7 +36,6 @@ from moac.evaluation.methods import OWN, method_plans
 from moac.evaluation.sessions import EvalSession, open_sessions
 from moac.evaluation.tokenizer import read_tokenizer, tokenizer_digest
 from moac_runtime.artifact import open_artifact
-from moac_runtime.errors import UsageError
 from moac_runtime.generation import Model
 
 _HARNESS_DEVICE = "cuda:0"  # what its command line hands over where nobody named a device

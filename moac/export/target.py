@@ -13,6 +13,7 @@ from moac.checkpoint import Checkpoint
 from moac.packaging.golden import reference_logits
 from moac.request import CompileRequest
 from moac_runtime.errors import UsageError
+from moac_runtime.extras import missing
 from moac_runtime.golden import GoldenPrompt
 from moac_runtime.plan import Plan
 
@@ -21,10 +22,7 @@ def require_onnx() -> None:
     """Raise UsageError where a package that compiling for onnx needs is not installed."""
     for name in ("onnx", "onnx_ir", "onnxruntime"):
         if find_spec(name) is None:
-            raise UsageError(
-                f"the target onnx needs {name}, which is not installed; "
-                "run: pip install 'moac[onnx]'"
-            )
+            raise UsageError(f"the target onnx needs {missing(name)}")
 
 
 def emit_onnx(

@@ -15,6 +15,7 @@ from moac_kernels.tiles import ARCHS
 from moac_runtime.artifact import Artifact
 from moac_runtime.cores import default_threads
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.extras import missing
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
@@ -32,10 +33,7 @@ def cuda_archs(targets: Sequence[str]) -> tuple[int, ...]:
 def require_kernels(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelShape:
     """The shape to build for. Raises UsageError where Triton is missing or no kernel serves it."""
     if find_spec("triton") is None:
-        raise UsageError(
-            "the target cuda needs triton, which is not installed; "
-            "run: pip install 'moac[compile]' (on Linux)"
-        )
+        raise UsageError(f"the target cuda needs {missing('triton')} (on Linux)")
     try:
         return KernelShape(
             num_heads=spec.num_heads,

@@ -19,7 +19,7 @@ from torch import Tensor
 from moac.packaging.quantise import quantised
 from moac_runtime import errors as runtime_module
 from moac_runtime.artifact import PLAN, WEIGHT_INDEX
-from moac_runtime.errors import CheckpointError, UsageError
+from moac_runtime.errors import CheckpointError
 from moac_runtime.golden import GOLDEN, GoldenPrompt
 from moac_runtime.integrity import MANIFEST, hash_files, package_files
 from moac_runtime.manifest import FORMAT, SCHEMA_VERSION, manifest_digest
@@ -27,9 +27,6 @@ from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 DEFAULT_SHARD_SIZE = 10**9
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d{1,2})?)\s*([kmgt]?)(i?)b?")
-_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 _MAIN = '''\
 """`python PACKAGE`: run this package with the runtime it carries."""
@@ -40,20 +37,6 @@ from moac_runtime.command import main
 
 raise SystemExit(main(package=Path(__file__).resolve().parent))
 '''
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of `"2GB"` (powers of 1000), `"500MiB"` (of 1024) or a plain number such as `"1e9"`.
-
-    Raises UsageError.
-    """
-    match = _SIZE.fullmatch(str(size).strip().lower())
-    if not match or (match[3] and not match[2]):
-        raise UsageError(f"{size!r} is not a size, expected one like 2GB, 500MiB or 1000000")
-    count = int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2]])
-    if count < 1:
-        raise UsageError(f"{size!r} is no bytes at all, expected a size of at least one byte")
-    return count
 
 
 def write_weights(

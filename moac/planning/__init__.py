@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moac.planning.capacities import largest_density
     from moac.planning.front import pareto_front
     from moac.planning.layerwise import layerwise_plan
     from moac.planning.milp import (
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
     from moac.planning.rules import candidate_rules
     from moac.planning.solver import SolverOptions
-    from moac.planning.uniform import largest_density_between, matching_uniform, uniform_plan
+    from moac.planning.uniform import matching_uniform, uniform_plan
 
 __all__ = [
     "FrontPoint",
@@ -27,7 +28,7 @@ __all__ = [
     "SolverOptions",
     "SolverRecord",
     "candidate_rules",
-    "largest_density_between",
+    "largest_density",
     "layerwise_plan",
     "matching_uniform",
     "pareto_front",
@@ -46,7 +47,7 @@ _HOMES = {
     "SolverOptions": "solver",
     "SolverRecord": "milp",
     "candidate_rules": "rules",
-    "largest_density_between": "uniform",
+    "largest_density": "capacities",
     "layerwise_plan": "layerwise",
     "matching_uniform": "uniform",
     "pareto_front": "front",

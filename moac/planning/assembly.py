@@ -1,7 +1,7 @@
 """A goal over choices as one mixed-integer program.
 
 Multiple-choice knapsack: a binary `x[h, r]` per head and rule, one rule a head, tokens held within
-the budget at every length (whole numbers, so exact), losses as objective or as bounds. Where a
+the budget where bounded (whole numbers, so exact), losses as objective or as bounds. Where a
 layer has more rules to choose from than it may use, a binary `y[l, r]` opens a rule for it.
 MoA, arXiv 2406.14909, section 4.3.
 """
@@ -46,8 +46,8 @@ def _add_heads(program: Program, choices: Choices) -> None:
 
 
 def _add_budget(program: Program, choices: Choices) -> None:
-    """Tokens held within the budget at every length, in units of their greatest divisor."""
-    for column, length in enumerate(choices.problem.lengths):
+    """Tokens held within the budget where bounded, in units of their greatest divisor."""
+    for column, length in enumerate(choices.problem.bounded):
         tokens = choices.tokens[:, column]
         divisor = max(int(np.gcd.reduce(tokens)), 1)
         most = choices.problem.allowed_tokens(length) // divisor

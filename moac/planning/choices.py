@@ -14,7 +14,7 @@ from moac_runtime.plan import Plan
 class Choices:
     """The problem's columns: `layer`, `head` and `rule` of every choice that is left, `[C]`.
 
-    `tokens` `[C, lengths]` whole numbers; `losses` `[C, objectives]`, from each head's own best
+    `tokens` `[C, bounded]` whole numbers; `losses` `[C, objectives]`, from each head's own best
     choice upward, in units of `scale` `[objectives]`; `ideal` `[objectives]` the sum of those
     bests. Shifted and scaled so that solver tolerances mean the same for every table.
     """

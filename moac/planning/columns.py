@@ -57,7 +57,7 @@ class Relaxation:
         self._missing: Bools = np.ones(shape, dtype=np.bool_)
         self._missing[choices.layer, head, choices.rule] = False
         # Tokens in shares of the budget, times heads: like the losses, of the order of one a head.
-        allowed = np.array([problem.allowed_tokens(n) for n in problem.lengths])
+        allowed = np.array([problem.allowed_tokens(n) for n in problem.bounded])
         self._budget = np.full(len(allowed), float(layout.num_heads))
         self._tokens = problem.sizes() * (self._budget / allowed)
         self._columns = self._smallest()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moac.planning.assembly import assemble
+from moac.planning.capacities import over_budget
 from moac.planning.choices import Choices, Goal
 from moac.planning.columns import Relaxation
 from moac.planning.layers import num_sets
@@ -108,9 +109,16 @@ def solve_minmax(
 
 
 class Optimiser:
-    """Finds plans of one problem; what one goal teaches about layers helps with the next."""
+    """Finds plans of one problem; what one goal teaches about layers helps with the next.
+
+    The program counts tokens at a few capacities. Where a plan passes the budget at others, they
+    are counted too, for every goal from then on, and the goal is solved again.
+    """
 
     def __init__(self, problem: Problem) -> None:
+        self._set(problem)
+
+    def _set(self, problem: Problem) -> None:
         self.choices = Choices.of(problem)
         limit = problem.limit
         few = limit is not None and num_sets(len(problem.rules), limit) <= MOST_SETS
@@ -131,9 +139,33 @@ class Optimiser:
         `weights`, `bounds` and `units`: `[objectives]`. None where no plan keeps the bounds, or
         where none was found in time, or (with few rules a layer) at most the share `within` above
         what the best plan is known to cost at least. The budget alone always leaves a plan. Where
-        no plan can be better than one of `known` by more than the gap, that one is returned.
+        no plan can be better than one of `known` by more than the gap, that one is returned. A
+        time limit holds for each time that the goal is solved.
         """
         started = time.perf_counter()
+        while True:
+            found = self._minimise(weights, bounds, options, units, known, within, started)
+            if found is None or found in known:
+                return found
+            problem, plan = self.choices.problem, found.plan
+            _check(problem, plan)
+            capacities, bounded = problem.capacities, problem.bounded
+            passed = over_budget(plan, problem.budget, capacities, between=bounded)
+            if not passed:
+                return found
+            self._set(replace(problem, between=(*problem.between, *passed)))
+
+    def _minimise(
+        self,
+        weights: Floats,
+        bounds: Floats,
+        options: SolverOptions,
+        units: Floats | None,
+        known: Sequence[FrontPoint],
+        within: float,
+        started: float,
+    ) -> FrontPoint | None:
+        """`minimise` with the budget at the bounded capacities alone."""
         goal = Goal.of(self.choices, weights, bounds, units)
         value, at_hand = self._best_known(goal, known)
         outcome = self._solve(goal, options, value, within)
@@ -143,7 +175,6 @@ class Optimiser:
         if chosen is None:
             return None
         plan = self.choices.plan(chosen)
-        _check(self.choices.problem, plan)
         losses = plan_losses(plan, self.choices.problem.objectives)
         record = _record(goal, outcome, np.array(losses), weights, units, options, started)
         return FrontPoint(plan, losses, record)
@@ -194,7 +225,7 @@ def _record(
 
 def _check(problem: Problem, plan: Plan) -> None:
     """The solver works in floating point; a plan is believed only after counting tokens."""
-    for length in problem.lengths:
+    for length in problem.bounded:
         if plan.density(length) > problem.budget:
             raise RuntimeError(
                 f"the solver returned a plan of density {plan.density(length)} at length "

@@ -97,10 +97,13 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """One rule per KV head, mean span over length at most `budget` at every one of `lengths`.
+    """One rule per KV head, mean span over length at most `budget` at every capacity.
 
-    `lengths` (tokens) holds the planned and the extrapolated lengths. `rules_per_layer` limits the
-    distinct rules of a layer (the paper's plans use 2); None sets no limit.
+    `lengths` (tokens) holds the planned and the extrapolated lengths; capacities are all from the
+    shortest of them to the longest, or to `upto`, the longest session, where that is longer.
+    `between`: those where a plan that keeps the budget at `lengths` was found to pass it.
+    `rules_per_layer` limits the distinct rules of a layer (the paper's plans use 2); None sets no
+    limit.
     Raises UsageError for a budget outside (0, 1], BudgetError for one that no plan meets, and
     ValueError for tables that do not fit.
     """
@@ -111,6 +114,8 @@ class Problem:
     objectives: tuple[Objective, ...]
     budget: float
     rules_per_layer: int | None = None
+    upto: int = 0
+    between: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_budget(self.layout, self.budget, self.lengths)
@@ -132,9 +137,19 @@ class Problem:
         limit = self.rules_per_layer
         return limit if limit is not None and limit < self.layout.num_kv_heads else None
 
+    @property
+    def capacities(self) -> range:
+        """Every capacity, in tokens, at which the budget must hold."""
+        return range(min(self.lengths), max(*self.lengths, self.upto) + 1)
+
+    @property
+    def bounded(self) -> tuple[int, ...]:
+        """The capacities at which the program counts tokens, ascending."""
+        return tuple(sorted({*self.lengths, *self.between, self.capacities[-1]}))
+
     def sizes(self) -> Ints:
-        """Tokens held, `[layers, rules, lengths]`."""
-        return self.layout.sizes(self.rules, self.lengths)
+        """Tokens held, `[layers, rules, bounded]`."""
+        return self.layout.sizes(self.rules, self.bounded)
 
     def losses(self) -> Floats:
         """Predicted loss of every choice, `[layers, kv_heads, rules, objectives]`."""
@@ -193,14 +208,19 @@ def check_budget(layout: Layout, budget: float, lengths: Sequence[int]) -> None:
 
 
 def allowed_tokens(layout: Layout, budget: float, length: int) -> int:
-    """The most tokens all heads together may hold at `length` within `budget`.
+    """The most tokens all heads together may hold at `length` within `budget`."""
+    return int(allowed_at(layout, budget, np.array([length]))[0])
+
+
+def allowed_at(layout: Layout, budget: float, capacities: Ints) -> Ints:
+    """The same at each of `capacities`.
 
     Found with the division `Plan.density` makes, so that the two can never disagree.
     """
-    whole = layout.num_heads * length
-    tokens = math.floor(budget * whole) + 1
-    while tokens / whole > budget:
-        tokens -= 1
+    whole = layout.num_heads * capacities
+    tokens: Ints = np.floor(budget * whole).astype(np.int64) + 1
+    while (over := tokens / whole > budget).any():
+        tokens = tokens - over
     return tokens
 
 

@@ -6,6 +6,7 @@ MoA, arXiv 2406.14909, section 4.1, searches `alpha` in -2048..8192 by 1024 and 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from moac_runtime.span import DENSE, Rule, span_tokens
@@ -25,7 +26,7 @@ def candidate_rules(
 
     `alpha` runs from minus the shortest to plus the longest planned length, in steps of half the
     shortest, halved until `at_least` rules differ or the step is one block. The minimum span at
-    every length and the dense rule are always among them.
+    every length and the dense rule are always among them. Each jumps as late as it can (`latest`).
     """
     if not lengths:
         raise ValueError("lengths must name at least one planned length")
@@ -54,4 +55,24 @@ def _distinct(
     for rule in (DENSE, minimum, *sorted(grid, key=lambda rule: (abs(rule.alpha), rule))):
         spans = tuple(span_tokens(rule, n, block=block, min_span=min_span) for n in lengths)
         chosen.setdefault(spans, rule)
-    return tuple(chosen[spans] for spans in sorted(chosen))
+    return tuple(
+        latest(chosen[spans], lengths, block=block, min_span=min_span) for spans in sorted(chosen)
+    )
+
+
+def latest(rule: Rule, lengths: Sequence[int], *, block: int, min_span: int) -> Rule:
+    """The rule with the spans of `rule` at all of `lengths` and the least `alpha` within a block.
+
+    Spans grow in jumps of a block. With `alpha` in blocks every head of a plan jumps right after
+    a planned length, which all of them meet exactly, and the plan passes its budget there; with
+    the least, right before it would fall short. One that is dense at every length stays so.
+    """
+    if rule.beta == 0 or (rule.beta == 1 and rule.alpha >= 0):
+        return rule
+
+    def spans(alpha: int) -> list[int]:
+        other = Rule(alpha, rule.beta)
+        return [span_tokens(other, n, block=block, min_span=min_span) for n in lengths]
+
+    wanted, near = spans(rule.alpha), range(rule.alpha - block + 1, rule.alpha + 1)
+    return Rule(near[bisect_left(near, True, key=lambda alpha: spans(alpha) == wanted)], rule.beta)

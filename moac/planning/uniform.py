@@ -1,15 +1,14 @@
-"""Baselines: every head the same rule (attention sink and recent tokens), and density scans."""
+"""Baselines: every head the same rule (attention sink and recent tokens)."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 from moac.planning.problem import Layout, allowed_tokens, check_budget
 from moac_runtime.plan import Plan
-from moac_runtime.span import Rule, head_span
+from moac_runtime.span import Rule
 
 BETA_STEPS = 1024
 
@@ -17,7 +16,8 @@ BETA_STEPS = 1024
 def uniform_plan(layout: Layout, *, budget: float, lengths: Sequence[int]) -> Plan:
     """Every head the same rule, density at most `budget` at every length and as near as can be.
 
-    Raises BudgetError where even the minimum span is too dense.
+    A yardstick at those lengths, not a plan to run: all heads jump at once, so that between the
+    lengths it passes the budget. Raises BudgetError where even the minimum span is too dense.
     """
     check_budget(layout, budget, lengths)
     return _fullest(layout, {n: allowed_tokens(layout, budget, n) for n in lengths})
@@ -32,37 +32,6 @@ def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
     layout = Layout.of(plan)
     half = layout.num_heads * layout.block // 2
     return _fullest(layout, {n: plan.held_tokens(n) + half for n in lengths})
-
-
-def largest_density_between(plan: Plan, shortest: int, longest: int) -> tuple[float, int]:
-    """The greatest density over every capacity from `shortest` to `longest`, and where it is.
-
-    Rounding up to blocks makes density jump between the planned lengths; this looks at each.
-    """
-    if not 1 <= shortest <= longest:
-        raise ValueError(f"shortest must be from 1 to longest, got {shortest} and {longest}")
-    heads = Counter(
-        (rule, window)
-        for layer, window in zip(plan.rules, plan.windows, strict=True)
-        for rule in layer
-    )
-    most, length = 0, 1
-    for capacity in range(shortest, longest + 1):
-        held = sum(n * _held(plan, *head, capacity) for head, n in heads.items())
-        if held * length > most * capacity:
-            most, length = held, capacity
-    return plan.density(length), length
-
-
-def _held(plan: Plan, rule: Rule, window: int | None, capacity: int) -> int:
-    return head_span(
-        rule,
-        capacity,
-        sink=plan.sink,
-        block=plan.block,
-        min_span=plan.min_span,
-        window=window,
-    ).size
 
 
 def _fullest(layout: Layout, allowed: Mapping[int, int]) -> Plan:

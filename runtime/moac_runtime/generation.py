@@ -6,6 +6,7 @@ package run by onnxruntime needs no torch.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from moac_runtime.arrays import Array
 from moac_runtime.artifact import Artifact, Opening, start_opening
 from moac_runtime.chosen import ChosenSampling, choose_sampling
 from moac_runtime.cores import MOST_THREADS, set_torch_threads
+from moac_runtime.cuda.host import NO_GPU, has_driver
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.extras import missing
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
 from moac_runtime.messages import Message, check_prompt, plain_messages, text_of
@@ -30,12 +33,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BACKENDS = ("cpu", "cuda", "onnx", "torch")  # every name a package or a user may use
 RUNNABLE = ("cuda", "cpu", "torch", "onnx")  # those this runtime has, best first
 
-# What a backend needs on its host, and how to get it.
-_NEEDS = {
-    "cuda": ("torch", "pip install torch"),
-    "torch": ("torch", "pip install torch"),
-    "onnx": ("onnxruntime", "pip install 'moac[onnx]'"),
-}
+# What each backend but cpu loads; the extra of its name brings it.
+_NEEDS = {"cuda": "torch", "torch": "torch", "onnx": "onnxruntime"}
 
 _LESS_MEMORY = (
     "run fewer prompts at once (--max-batch, max_batch=), give a smaller capacity, or end other "
@@ -298,7 +297,6 @@ def peak_memory_bytes() -> int | None:
     """The most memory this process ever held, in bytes; None where the system does not tell."""
     try:
         import resource
-        import sys
     except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -687,7 +685,7 @@ def choose_backend(asked: str | None, targets: Sequence[str], *, dtype: str | No
         if obstacle is None:
             return name
         obstacles.append(obstacle)
-    raise MoacError(obstacles[0])
+    raise MoacError("; and ".join(obstacles))
 
 
 def backend_obstacle(backend: str, targets: Sequence[str], dtype: str | None = None) -> str | None:
@@ -699,9 +697,10 @@ def backend_obstacle(backend: str, targets: Sequence[str], dtype: str | None = N
         from moac_runtime.cpu.opening import host_obstacle
 
         return host_obstacle(targets, dtype)
-    module, remedy = _NEEDS[backend]
-    if find_spec(module) is None:
-        return f"the backend {backend} needs {module}, which is not installed; run: {remedy}"
+    if backend == "cuda" and "torch" not in sys.modules and not has_driver():
+        return NO_GPU  # as torch would say after seconds of loading
+    if find_spec(_NEEDS[backend]) is None:
+        return f"the backend {backend} needs {missing(_NEEDS[backend], extra=backend)}"
     if backend != "cuda":
         return None
     from moac_runtime.cuda.opening import device_obstacle

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from moac_runtime.errors import MoacError
+from moac_runtime.extras import install
 from moac_runtime.shortage import shortage
 from moac_runtime.streams import results_alone
 
@@ -78,7 +79,7 @@ def _refused(error: Exception) -> MoacError | None:
     """The sentence for what the system refused; None where the fault is the program's own."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         name = error.name.partition(".")[0]
-        return MoacError(f"{name} is not installed; run: pip install {name}")
+        return MoacError(f"{name} is not installed; run: {install(name)}")
     if isinstance(error, ValueError) and "null byte" in str(error):
         return MoacError("a path holds a NUL character, which no file name does; correct the path")
     if not isinstance(error, OSError) or error.strerror is None:

@@ -12,6 +12,7 @@ from moac_runtime.cpu.library import library_name, open_library, runnable_sets
 from moac_runtime.cpu.session import CpuSession
 from moac_runtime.cpu.weights import map_weights
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.extras import missing
 from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
@@ -42,7 +43,7 @@ def host_obstacle(
     if dtype == "float16":
         return "the CPU kernels compute in bfloat16 and float32; choose one of these with --dtype"
     if find_spec("numpy") is None and find_spec("torch") is None:
-        return "the CPU kernels hand over numpy arrays; run: pip install numpy"
+        return f"the CPU kernels hand over arrays of {missing('numpy')}"
     return None
 
 

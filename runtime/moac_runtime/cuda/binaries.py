@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from moac_runtime.artifact import Artifact
 from moac_runtime.errors import ArtifactError, MoacError
+from moac_runtime.extras import install
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
 
@@ -112,7 +113,7 @@ def choose(
     if driver is None:
         raise MoacError(
             "launching the package's kernels needs cuda-bindings, which is not installed; "
-            "run: pip install 'moac[cuda]'"
+            f"run: {install('cuda')}"
         )
     raise MoacError(
         f"the NVIDIA driver serves CUDA up to {version(driver)}, but the package's kernels for "
