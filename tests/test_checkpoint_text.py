@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from families import FAMILIES, VOCAB, save_checkpoint, tiny_model, tiny_tokenizer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_checkpoint import edit_json, refusal
@@ -37,6 +38,11 @@ TEXTS = (
     "<s>[INST] hi [/INST]",
     "foo</s>bar <|im_end|>x",
     "",
+)
+# Earlier ones make another tokenizer of a bare tokenizer.model, which we then follow and tell of.
+READS_AS_TODAY = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
+    reason="this transformers reads a tokenizer.model by itself in another way",
 )
 NEEDS_TOOLS = "{% for tool in tools %}{{ tool }}{% endfor %}{{ messages[0]['content'] }}"
 BROKEN = "{% for message in messages %}{{ message.content }"
@@ -110,6 +116,7 @@ def assert_same_ids(folder: Path) -> Checkpoint:
 # ---- tokenizers made of other files
 
 
+@READS_AS_TODAY
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_sentencepiece_model_alone(
@@ -141,6 +148,7 @@ def test_a_sentencepiece_checkpoint_compiles_and_answers(
     assert read.encode("The key.", special=True) == theirs("The key.")["input_ids"]
 
 
+@READS_AS_TODAY
 def test_a_class_that_reads_other_ids_than_sentencepiece_is_told(tmp_path: Path) -> None:
     folder = sentencepiece_checkpoint(tmp_path / "c", trained("unigram"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
