@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from drawn import measured
 from drawn.measured import Point
@@ -161,6 +161,7 @@ def prediction(theme: Theme) -> Figure:
             color=theme["accent"],
         )
         axes.set_title(domain)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter("{x:g}")
