@@ -11,7 +11,8 @@ EVERY := dev,eval,cuda
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-oldest test-newest test-race lock lint format types clean
+.PHONY: help quickstart test test-slow test-oldest test-newest test-race lock lint format types \
+	docs pictures clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
@@ -23,6 +24,8 @@ help:
 	@echo 'make lock         choose versions anew: both constraints files'
 	@echo 'make lint types   check style and types'
 	@echo 'make format       write the style'
+	@echo 'make docs         write docs/CLI.md from the help of the commands'
+	@echo 'make pictures     draw docs/pictures from benchmarks/results'
 	@echo 'make clean        remove what the tools leave, and the environment'
 
 quickstart: $(MODEL)/config.json
@@ -66,6 +69,12 @@ format: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python tools/cli_reference.py docs/CLI.md
+
+pictures: $(INSTALLED)
+	$(BIN)/python benchmarks/pictures.py docs/pictures
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

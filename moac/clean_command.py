@@ -39,12 +39,19 @@ def _age(context: click.Context, option: click.Parameter, value: str | None) -> 
     metavar="DIR",
     help="the work folder  [$MOAC_CACHE or ~/.cache/moac]",
 )
-@click.option("--older-than", callback=_age, metavar="AGE", help="what was of no use for so long")
-@click.option("--damaged", is_flag=True, help="what is cut short, altered or of another version")
-@click.option("--partial", is_flag=True, help="what killed runs left half-written")
-@click.option("--all", "every", is_flag=True, help="everything that moac keeps there")
+@click.option(
+    "--older-than",
+    callback=_age,
+    metavar="AGE",
+    help="remove what was not used for so long, as 30d, 12h, 90m or 2w",
+)
+@click.option(
+    "--damaged", is_flag=True, help="remove what is cut short, altered or of another version"
+)
+@click.option("--partial", is_flag=True, help="remove what killed runs left half-written")
+@click.option("--all", "every", is_flag=True, help="remove everything that moac keeps there")
 @click.option("--dry-run", is_flag=True, help="tell what would be removed, and remove nothing")
-@click.option("--yes", is_flag=True, help="remove without asking")
+@click.option("--yes", is_flag=True, help="do not ask before removing")
 @click.option("--json", "as_json", is_flag=True, help="the same as JSON")
 def clean_command(
     work_dir: Path | None, dry_run: bool, yes: bool, as_json: bool, **asked: Any

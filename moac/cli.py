@@ -84,7 +84,14 @@ def run_command(arguments: tuple[str, ...]) -> None:
 
 @cli.command("plan")
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="the plan.json to write",
+)
 @planning_options
 def plan_command(
     model: str,
@@ -117,7 +124,14 @@ def plan_command(
 
 @cli.command("compile")
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="the package to write, a directory",
+)
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),
@@ -137,20 +151,20 @@ def plan_command(
     type=click.Choice(("full", "int8")),
     default="full",
     show_default=True,
-    help="full (as --dtype says), or int8: every matrix in 8 bits with a scale a row, half the "
-    "bytes of bfloat16",
+    help="how weights are stored: full (as --dtype says), or int8, every matrix in 8 bits "
+    "with a scale for each row, half the bytes of bfloat16",
 )
 @click.option(
     "--onnx-dtype",
     metavar="NAME",
-    help="float32 or float16, of the ONNX graph  [--dtype, float32 for bfloat16]",
+    help="dtype of the ONNX graph, float32 or float16  [--dtype, float32 for bfloat16]",
 )
 @click.option(
     "--onnx-weights",
     default="shared",
     show_default=True,
     metavar="NAME",
-    help="of the ONNX graph: shared (the package's own) or int8",
+    help="weights of the ONNX graph: shared (the package's own) or int8",
 )
 @click.option(
     "--max-shard-size",
@@ -337,7 +351,7 @@ def verify_command(
     default=50,
     show_default=True,
     metavar="N",
-    help="cases a task and length; windows of each kind of text",
+    help="cases for each task and length; windows of each kind of text",
 )
 @click.option(
     "--against",
@@ -365,7 +379,7 @@ def verify_command(
     metavar="KIND,...",
     help="what nll reads: prose, code, documentation  [all of them]",
 )
-@click.option("--seed", default=0, show_default=True, metavar="N", help="of the cases")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="seed of the cases")
 @click.option("--batch", default=8, show_default=True, metavar="N", help="cases run at once")
 @click.option(
     "--backend",

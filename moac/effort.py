@@ -33,6 +33,6 @@ STANDARD = "standard"
 
 EFFORTS: Mapping[str, Effort] = {
     "quick": Effort(samples=3, plans=1, lengths=2, longest=2048, drafts=1, rows=512),
-    STANDARD: Effort(samples=5, plans=5, lengths=3, longest=4096, drafts=3, rows=1024),
+    STANDARD: Effort(samples=5, plans=5, lengths=3, longest=4096, drafts=3, rows=None),
     "thorough": Effort(samples=20, plans=5, lengths=3, longest=4096, drafts=3, rows=None),
 }

@@ -144,9 +144,9 @@ _PLANNING = (
         help="plans of the Pareto front to compare  [by effort]",
     ),
     click.option(
-        "--seed", default=0, show_default=True, metavar="N", help="of the calibration samples"
+        "--seed", default=0, show_default=True, metavar="N", help="seed of the calibration samples"
     ),
-    click.option("--revision", metavar="NAME", help="revision of a hub id"),
+    click.option("--revision", metavar="NAME", help="revision of a hub id  [main]"),
     click.option(
         "--work-dir",
         type=click.Path(path_type=Path),

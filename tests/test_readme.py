@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, on a tiny checkpoint in the real one's place."""
+"""README and guides: commands and snippets run, on a tiny checkpoint in the real one's place."""
 
 from __future__ import annotations
 
@@ -11,29 +11,36 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 from tiny import Compiled, moac_command, options, plan_options, request
 
 import moac
-from moac.cli import cli
-from moac_runtime.command import _parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+LINKED = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 CHECKPOINT = ".cache/smollm2-135m-instruct"
 TINY = {"60MiB": "1.5MiB", "0.1": "5"}  # what is asked for, of the tiny checkpoint
 MAKE_TARGETS = {"quickstart", "test"}
+COMMANDS = ("compile", "plan", "run", "inspect", "verify", "eval", "bench", "doctor", "clean")
 
 
 def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    """The pages' fenced blocks of one language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [block for page in PAGES.values() for block in fence.findall(page)]
 
 
 def commands() -> list[str]:
-    """Every line of the README's shell blocks, in order."""
-    return [line for block in blocks("sh") for line in block.splitlines()]
+    """Every line of the pages' shell blocks, in order, each once."""
+    return list(dict.fromkeys(line for block in blocks("sh") for line in block.splitlines()))
 
 
 def shell_commands() -> list[str]:
@@ -86,8 +93,13 @@ def script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_the_commands_are_found() -> None:
     found = commands()
-    starts = ("moac compile", "moac run", "moac inspect", "moac verify", "python out/")
-    for start in (*starts, "python examples/compile_model.py", "python examples/run_package.py"):
+    starts = [f"moac {name}" for name in COMMANDS]
+    for start in (
+        *starts,
+        "python out/",
+        "python examples/compile_model.py",
+        "python examples/run_package.py",
+    ):
         assert any(line.startswith(start) for line in found), start
     assert {line.removeprefix("make ") for line in set(found) - set(shell_commands())} == (
         MAKE_TARGETS
@@ -107,7 +119,7 @@ def test_a_command_runs(
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_a_snippet_runs(snippet: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "docs/RUN.md", "exec"), {})
     density = float(capsys.readouterr().out.splitlines()[0])
     assert 0.4 < density <= 0.5  # the tiny model has few spans to choose from
 
@@ -124,24 +136,9 @@ def test_examples_end_in_a_sentence(
     assert [line.split()[0] for line in err.splitlines()] == ["error:"] * 3
 
 
-def test_every_option_stands_in_the_readme() -> None:
-    groups = [cli.commands[name] for name in ("compile", "eval")]
-    wanted = {
-        name
-        for group in groups
-        for parameter in group.params
-        if isinstance(parameter, click.Option)
-        for name in parameter.opts
-        if name.startswith("--")
-    }
-    wanted |= {name for name in _parser(None)._option_string_actions if name.startswith("--")}
-    missing = {name for name in wanted if not re.search(rf"{name}(?![\w-])", README)}
-    assert missing == {"--output"}  # shown as -o
-
-
-def test_the_makefile_has_what_the_readme_calls() -> None:
+def test_the_makefile_has_what_the_pages_call() -> None:
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = re.findall(r"`make ([a-z -]+)`", README)
+    named = [words for page in PAGES.values() for words in re.findall(r"`make ([a-z -]+)`", page)]
     targets = {*MAKE_TARGETS, *(word for words in named for word in words.split())}
     assert targets >= {"test-slow", "test-oldest", "test-newest", "lock", "lint", "types"}
     for target in targets:
@@ -151,7 +148,28 @@ def test_the_makefile_has_what_the_readme_calls() -> None:
     assert "--constraint $(2)" in rules
 
 
-def test_linked_files_are_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert all((ROOT / link).is_file() for link in links)
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into `page` may name: its headings, as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    links += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    guides = {str(path) for path in PAGES if path.parts[0] == "docs"}
+    assert guides <= set(re.findall(r"\]\(([^)#]+)", README))

@@ -27,17 +27,21 @@ def _names(
 
 @click.command("bench")
 @click.argument("package", required=False, type=click.Path(path_type=Path, readable=False))
-@click.option("--source", metavar="MODEL", help="the package's checkpoint: hf, hf-static, flex")
+@click.option(
+    "--source", metavar="MODEL", help="the package's checkpoint, which hf, hf-static and flex run"
+)
 @click.option(
     "--shape",
     metavar="NAME",
-    help="no package, random weights: smollm2-135m, llama3.2-1b, vicuna-7b, llama3-8b",
+    help="in place of PACKAGE, random weights of a shape: smollm2-135m, llama3.2-1b, "
+    "vicuna-7b, llama3-8b",
 )
 @click.option(
     "--against",
     callback=_names,
     metavar="NAME,...",
-    help="hf, hf-static, dense, uniform, flex, llamacpp, onnx  [all that can run here]",
+    help="systems to compare with: hf, hf-static, dense, uniform, flex, llamacpp, onnx  "
+    "[all that can run here]",
 )
 @click.option(
     "--batch",
@@ -65,24 +69,34 @@ def _names(
     default=1,
     show_default=True,
     metavar="N",
-    help="measure prefill and decode so often",
+    help="times that prefill and decode are measured",
 )
 @click.option(
-    "--dtype", metavar="NAME", help="float32, bfloat16 or float16  [the package's, bfloat16]"
+    "--dtype",
+    metavar="NAME",
+    help="float32, bfloat16 or float16  [the package's; bfloat16 with --shape]",
 )
 @click.option(
     "--backend",
     metavar="NAME",
-    help="of our runtime: cpu, torch, onnx, cuda  [the best that package and device have]",
+    help="backend of our runtime: cpu, torch, onnx, cuda  [the best that package and device have]",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda")
 @click.option(
-    "--density", default=0.5, show_default=True, metavar="SHARE", help="of the plan for --shape"
+    "--device", default="cpu", show_default=True, metavar="NAME", help="where it runs: cpu or cuda"
 )
-@click.option("--seed", default=0, show_default=True, metavar="N", help="of tokens, weights, plan")
+@click.option(
+    "--density",
+    default=0.5,
+    show_default=True,
+    metavar="SHARE",
+    help="density of the plan that --shape draws",
+)
+@click.option(
+    "--seed", default=0, show_default=True, metavar="N", help="seed of tokens, weights and plan"
+)
 @click.option("--threads", type=int, metavar="N", help="CPU threads of each system  [all cores]")
 @click.option(
-    "--gguf", type=click.Path(path_type=Path), metavar="FILE", help="the model for llamacpp"
+    "--gguf", type=click.Path(path_type=Path), metavar="FILE", help="the file that llamacpp runs"
 )
 @click.option("--sequential", is_flag=True, help="one system at a time, to save memory")
 @click.option("--json", "target", metavar="FILE", help="write the result as JSON; - prints it")

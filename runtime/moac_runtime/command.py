@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 _SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
+_CHOICE: tuple[tuple[str, type, str, str], ...] = (
+    ("--temperature", float, "T", "0 takes the likeliest token (the checkpoint's, else 0)"),
+    ("--top-k", int, "K", "draw from the K likeliest tokens (the checkpoint's, else all)"),
+    ("--top-p", float, "P", "draw from the likeliest of mass P (the checkpoint's, else all)"),
+    ("--min-p", float, "P", "drop tokens below P times the best (the checkpoint's, else none)"),
+    ("--repetition-penalty", float, "X", "above 1 repeats less (the checkpoint's, else 1)"),
+    ("--seed", int, "N", "makes sampling repeatable (another one each time)"),
+)
 
 
 def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> int:
@@ -95,13 +103,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    add("--temperature", type=float, metavar="T", help="0 is greedy")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="keep a probability mass of P")
-    add("--min-p", type=float, metavar="P", help="drop below P times the best")
-    add("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less")
-    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+    for name, kind, metavar, told in _CHOICE:
+        add(name, type=kind, metavar=metavar, help=told)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends an answer; may be repeated",
+    )
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
