@@ -214,8 +214,10 @@ def test_backends_of_torch_and_compiles_bring_it() -> None:
 def test_the_makefile_and_the_lock_take_every_extra() -> None:
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
     lock = (ROOT / "tools" / "lock.py").read_text(encoding="utf-8")
-    for text in re.findall(r'^EVERY := (.+)$|^EXTRAS = "(.+)"$', rules + lock, re.MULTILINE):
-        waiting, reached = "".join(text).split(","), set[str]()
+    stated = re.findall(r'^EVERY := (.+)$|^EXTRAS = "(.+)"$', rules + lock, re.MULTILINE)
+    assert len(stated) == 2
+    for one, other in stated:
+        waiting, reached = (one or other).split(","), set[str]()
         while waiting:
             extra = waiting.pop()
             reached.add(extra)
