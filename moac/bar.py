@@ -23,6 +23,7 @@ class Bar:
         """The stage to name."""
         self._progress.update(self._task, description=name)
         self.look(name)
+        self._progress.refresh()
 
     def look(self, name: str) -> None:
         """Show what is left now; the bar never goes back."""

@@ -152,8 +152,10 @@ def test_all_that_was_planned_is_done_in_the_end(
     for name, planned in begun.items():
         for kind, amount in planned.items():
             done = sum(a for s, k, a in seen if (s, k) == (name, kind))
-            # rules of tiny models leave a plan less dense than was asked for, samples shorter
-            assert done == pytest.approx(amount, rel=0.25), (name, kind)
+            # samples are no longer than their length, tiny plans less dense than they may be
+            assert done >= 0.75 * amount, (name, kind)
+            # a plan that loses less than the first is measured at another length too
+            assert done <= 1.25 * amount or name == "validate", (name, kind)
 
 
 # ---- stages and steps
