@@ -23,6 +23,7 @@ from judging import show
 
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
+from moac.cost import Kind
 from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Layout, matching_uniform
 from moac.planning.objectives import ANSWERS, COUNTING
@@ -45,6 +46,8 @@ class Losses:
         self._bench, self._samples = bench, samples
         self._dense = self._by_domain(None)
         self._uniform = self._by_domain(uniform)
+        density = uniform.density(samples[0].length)
+        self.work = sum(bench.costs.forward(len(s.token_ids), density) for s in samples)
 
     def __call__(self, plan: Plan) -> float:
         found = self._by_domain(plan)
@@ -69,14 +72,13 @@ def search(
     rng = random.Random(0)
     best = losses(plan_of(layout, spans))
     course = [best]
-    with stage("search") as advance:
-        for step in range(1, steps + 1):
+    with stage("search", {Kind.MEASURE: steps * losses.work}):
+        for _ in range(steps):
             proposed = exchanged(layout, spans, length, rng)
             loss = losses(plan_of(layout, proposed))
             if loss < best:
                 best, spans = loss, proposed
             course.append(best)
-            advance(step, steps)
     return spans, course
 
 

@@ -36,6 +36,7 @@ from moac.calibration import (
 )
 from moac.calibration import samples as sample_making
 from moac.checkpoint import open_checkpoint
+from moac.cost import Kind
 from moac.planner import open_bench, prepare, sample_counts
 from moac.planning import Layout, Problem, candidate_rules, solve_weighted, uniform_plan
 from moac.planning.objectives import length_objectives
@@ -191,13 +192,13 @@ def measure(
     bench: Bench, held_out: Sequence[CalibrationSample], plans: Sequence[Drawn]
 ) -> dict[str, Floats]:
     """Increase of loss over dense in nats a token, `[plans, samples]` by domain."""
-    with stage("measure") as advance:
+    work = sum(bench.costs.forward(len(sample.token_ids)) for sample in held_out)
+    with stage("measure", {Kind.MEASURE: (1 + len(plans)) * work}):
         dense = [sample_loss(bench, sample, None) for sample in held_out]
         rows = []
-        for done, drawn in enumerate(plans, start=1):
+        for drawn in plans:
             found = [sample_loss(bench, sample, drawn.plan) for sample in held_out]
             rows.append([loss - least for loss, least in zip(found, dense, strict=True)])
-            advance(done, len(plans))
     table = np.array(rows)
     domains = np.array([sample.domain for sample in held_out])
     return {domain: table[:, domains == domain] for domain in DOMAINS}

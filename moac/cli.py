@@ -113,7 +113,8 @@ def plan_command(
     if dry_run:
         from moac.estimate import estimate_plan
 
-        _show_estimate(estimate_plan(model, output, request, force=force), as_json=as_json)
+        stages = estimate_plan(model, output, request, force=force, work_dir=work_dir)
+        _show_estimate(stages, as_json=as_json)
         return
     from moac.planner import plan_model
     from moac.summary import plan_summary
@@ -197,7 +198,7 @@ def compile_command(
     if dry_run:
         from moac.estimate import estimate
 
-        stages = estimate(model, output, request, force=force, plan=plan)
+        stages = estimate(model, output, request, force=force, plan=plan, work_dir=work_dir)
         _show_estimate(stages, as_json=as_json)
         return
     from moac.compiler import compile_model

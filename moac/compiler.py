@@ -15,11 +15,12 @@ import torch
 
 from moac.calibration import plain_text_windows
 from moac.checkpoint import open_checkpoint
+from moac.cost import Costs, Kind
 from moac.export.target import emit_onnx
 from moac.inspection import inspect_artifact
 from moac.packaging.cpu_kernels import emit_cpu_kernels
 from moac.packaging.fuse import head_order, pack_weights
-from moac.packaging.golden import expected_prompts, largest_error, unrounded
+from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
 from moac.packaging.kernels import emit_kernels
 from moac.packaging.quantise import disturb_weights
 from moac.packaging.staging import check_target, staged
@@ -36,12 +37,13 @@ from moac.planner import (
     Planned,
     check_packaging,
     find_plan,
+    forecast,
     longest_session,
     open_bench,
     prepare,
     taken_plan,
 )
-from moac.progress import notes, stage
+from moac.progress import notes, stage, step, whole
 from moac.report import write_report
 from moac.request import PLANNING, CompileRequest
 from moac.stages import Bench
@@ -49,17 +51,20 @@ from moac.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
 from moac.workspace import peak_memory_bytes, release_memory
 from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import CheckFailed
+from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.golden import GoldenPrompt
 from moac_runtime.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "highspy")
-_INSIDE_TOKENS = 64
 DISTURBED_DRAWS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class CompileResult:
-    """What was written. `checks`: the verification that the package passed before it stood."""
+    """What was written. `checks`: the verification that the package passed before it stood.
+
+    `stages`: the seconds that each took, and those estimated at the start.
+    """
 
     path: Path
     plan: Plan
@@ -67,6 +72,7 @@ class CompileResult:
     checks: tuple[Check, ...]
     seconds: float
     peak_memory_bytes: int
+    stages: dict[str, dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rules, which stand in the package."""
@@ -76,6 +82,7 @@ class CompileResult:
             "checks": [check.to_json() for check in self.checks],
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "stages": self.stages,
         }
 
 
@@ -107,15 +114,18 @@ def compile_model(
     else:
         lengths, layout = file.prepared(longest_session(checkpoint, request))
     request = check_packaging(checkpoint, request)
-    clock = Clock()
-    with clock("load"):
-        bench = open_bench(checkpoint, layout, request, work_dir)
-    if file is None:
-        planned = find_plan(bench, lengths, clock)
-    else:
-        planned = taken_plan(bench, file, lengths, clock)
-    planned = replace(planned, record=sealed(planned.plan, planned.record))
-    checks = emit(Path(out), bench, planned, clock, force=force)
+    ahead = forecast(checkpoint, request, lengths, work_dir)
+    work = ahead.compile() if file is None else ahead.package(measured=file.edited)
+    clock = Clock(work.seconds)
+    with whole(work.time_left()):
+        with clock("load"):
+            bench = open_bench(checkpoint, layout, request, work_dir)
+        if file is None:
+            planned = find_plan(bench, lengths, clock)
+        else:
+            planned = taken_plan(bench, file, lengths, clock)
+        planned = replace(planned, record=sealed(planned.plan, planned.record))
+        checks = emit(Path(out), bench, planned, clock, force=force)
     return CompileResult(
         path=Path(out),
         plan=planned.plan,
@@ -123,6 +133,7 @@ def compile_model(
         checks=checks,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        stages=clock.stages(),
     )
 
 
@@ -146,38 +157,39 @@ def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
     plan, record = planned.plan, planned.record
     dtype = request.dtype or checkpoint.dtype
     order = head_order(plan)
-    with stage("emit") as advance:
-        write_weights(
-            staging,
-            pack_weights(checkpoint.tensor, checkpoint.spec, order),
-            dtype=getattr(torch, dtype),
-            weights=request.weights,
-            max_shard_size=request.max_shard_size,
-        )
-        advance(1, 3)
+    with stage("emit"):
+        with step(Kind.WRITE, Costs(checkpoint.spec, DTYPE_BYTES[dtype]).weights):
+            write_weights(
+                staging,
+                pack_weights(checkpoint.tensor, checkpoint.spec, order),
+                dtype=getattr(torch, dtype),
+                weights=request.weights,
+                max_shard_size=request.max_shard_size,
+            )
         write_plan(staging, plan, record)
         checkpoint.save_tokenizer(staging / "tokenizer")
-        prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype)
+        with step(Kind.CHECK):
+            prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype)
         write_golden(staging, prompts)
         targets = request.targets or ()
         if "onnx" in targets:
             limits |= emit_onnx(staging, checkpoint, request, plan, order, prompts)
-        emit_kernels(staging, checkpoint.spec, plan, dtype, targets)
-        emit_cpu_kernels(staging, targets, bench.workspace.root)
-        advance(2, 3)
+        with step(Kind.BUILD):
+            emit_kernels(staging, checkpoint.spec, plan, dtype, targets)
+            emit_cpu_kernels(staging, targets, bench.workspace.root)
         embed_runtime(staging)
-        write_manifest(
-            staging,
-            model=checkpoint.spec,
-            dtype=dtype,
-            capacity=request.capacity or checkpoint.spec.context,
-            head_order=order,
-            targets=list(targets),
-            provenance=provenance(bench, planned),
-            verification={"limits": limits},
-            weights=request.weights,
-        )
-        advance(3, 3)
+        with step(Kind.WRITE):
+            write_manifest(
+                staging,
+                model=checkpoint.spec,
+                dtype=dtype,
+                capacity=request.capacity or checkpoint.spec.context,
+                head_order=order,
+                targets=list(targets),
+                provenance=provenance(bench, planned),
+                verification={"limits": limits},
+                weights=request.weights,
+            )
 
 
 def golden_prompts(
@@ -191,7 +203,7 @@ def golden_prompts(
     """
     checkpoint, weights, seed = bench.checkpoint, bench.request.weights, bench.request.seed
     tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
-    short = tokens[: min(_INSIDE_TOKENS, length)]
+    short = tokens[: min(INSIDE_TOKENS, length)]
     exact = checkpoint.load_model(dtype).float()
     prompts = expected_prompts(exact, plan, (short, tokens), weights=weights)
     limits = {"float32": FLOAT32_LIMIT}
@@ -240,9 +252,8 @@ def provenance(bench: Bench, planned: Planned) -> dict[str, Any]:
 
 def check_package(staging: Path) -> tuple[Check, ...]:
     """Verify the staged package. Raises CheckFailed."""
-    with stage("verify") as advance:
+    with stage("verify"), step(Kind.CHECK):
         checks = tuple(verify(staging))
-        advance(1, 1)
     failed = [check for check in checks if not check.ok]
     if failed:
         worst = failed[0]

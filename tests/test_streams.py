@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ import pytest
 from tiny import Compiled, options, plan_options
 
 from moac.planning.highs import new_solver
-from moac_runtime.streams import native_output_to_stderr, results_alone
+from moac_runtime.streams import native_output_dropped, results_alone
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -164,8 +163,7 @@ def test_a_solver_is_made_in_silence(capfd: Capture, monkeypatch: pytest.MonkeyP
     new_solver()
     ctypes.CDLL(None).fflush(None)
     out, err = capfd.readouterr()
-    assert out == ""
-    assert "Running HiGHS\nCopyright\n" in err
+    assert (out, err) == ("", "")
 
 
 def test_there_is_one_way_to_a_solver() -> None:
@@ -222,7 +220,7 @@ with results_alone():
 def test_closed_descriptors_stay_closed(closed: str, tmp_path: Path) -> None:
     script = f"""
 import os
-from moac_runtime.streams import native_output_to_stderr, results_alone
+from moac_runtime.streams import native_output_dropped, results_alone
 
 def is_open(descriptor):
     try:
@@ -231,7 +229,7 @@ def is_open(descriptor):
         return False
 
 before = [is_open(number) for number in range(3)]
-for manager in (results_alone, native_output_to_stderr):
+for manager in (results_alone, native_output_dropped):
     with manager():
         os.write(1, b"noise\\n")  # goes nowhere else: not into the next file that is opened
         with open({str(tmp_path / "file")!r}, "wb") as file:
@@ -243,7 +241,7 @@ print("result")
     code, out, err = in_a_process(script, redirect=closed)
     assert code == 0, err
     assert out == ("result\n" if closed == "2>&-" else "")
-    assert err == ("noise\n" * 4 if closed == ">&-" else "")
+    assert err == ("noise\n" * 2 if closed == ">&-" else "")
 
 
 def test_results_that_cannot_be_written_are_told_once() -> None:
@@ -272,7 +270,7 @@ def test_a_capture_of_python_s_own_stays(capsys: Capture) -> None:
 def test_threads_put_the_descriptor_back(capfd: Capture) -> None:
     def redirect() -> None:
         for _ in range(200):
-            with native_output_to_stderr():
+            with native_output_dropped():
                 os.write(1, b"noise\n")
 
     threads = [threading.Thread(target=redirect) for _ in range(4)]
@@ -281,6 +279,4 @@ def test_threads_put_the_descriptor_back(capfd: Capture) -> None:
     for thread in threads:
         thread.join()
     os.write(1, b"result\n")
-    out, err = capfd.readouterr()
-    assert out == "result\n"
-    assert len(re.findall("noise", err)) == 800
+    assert capfd.readouterr() == ("result\n", "")

@@ -28,7 +28,7 @@ from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
 from moac.origin import check_source
-from moac.progress import Advance, stage
+from moac.progress import stage, step
 from moac_runtime.artifact import Artifact, open_artifact
 from moac_runtime.cores import set_torch_threads
 from moac_runtime.cpu.engine import obstacle
@@ -38,6 +38,7 @@ from moac_runtime.plan import Plan
 from moac_runtime.spec import ModelSpec
 
 _BLOCK_STEPS = 8
+_PREFILL, _DECODE = "prefill", "decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +231,8 @@ def _measure(
         with ExitStack() as stack:
             with stage(f"load for {where}"):
                 workers = [stack.enter_context(Worker(n, subjects[n], load)) for n in group]
-            with stage(where) as advance:
-                times = _alternate(workers, request, advance)
+            with stage(where, _amounts(len(group), request)):
+                times = _alternate(workers, request)
             usages = [worker.usage() for worker in workers]
         for name, found, usage in zip(group, times, usages, strict=True):
             yield _row(name, load, subjects[name], found, usage, bandwidth)
@@ -253,19 +254,24 @@ def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
     )
 
 
-def _alternate(workers: Sequence[Worker], request: BenchRequest, advance: Advance) -> list[Times]:
+def _amounts(systems: int, request: BenchRequest) -> dict[str, float]:
+    """How many prefills and decode steps are timed; within a stage all are of one length."""
+    rounds = systems * request.repeats
+    return {_PREFILL: rounds, _DECODE: rounds * request.tokens}
+
+
+def _alternate(workers: Sequence[Worker], request: BenchRequest) -> list[Times]:
     """Prefill each, then blocks of steps in turns; again for every repeat."""
     times = [Times() for _ in workers]
-    total, done = len(workers) * request.repeats * request.tokens, 0
     for _ in range(request.repeats):
         for worker, found in zip(workers, times, strict=True):
-            found.prefill_s.append(worker.prefill())
+            with step(_PREFILL, 1):
+                found.prefill_s.append(worker.prefill())
         for start in range(0, request.tokens, _BLOCK_STEPS):
             steps = min(_BLOCK_STEPS, request.tokens - start)
             for worker, found in zip(workers, times, strict=True):
-                found.blocks.append(worker.decode(steps))
-                done += steps
-                advance(done, total)
+                with step(_DECODE, steps):
+                    found.blocks.append(worker.decode(steps))
     return times
 
 

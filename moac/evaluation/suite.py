@@ -16,6 +16,7 @@ import click
 import torch
 
 from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.cost import Costs
 from moac.evaluation.case import Case
 from moac.evaluation.kept import KeptCells, Row, library_versions
 from moac.evaluation.longeval import longeval
@@ -25,7 +26,7 @@ from moac.evaluation.passkey import passkey
 from moac.evaluation.request import NLL, NLL_PARTS, RULER, EvalRequest
 from moac.evaluation.results import Difference, Evaluation, Outcome, Result, compare, summarise
 from moac.evaluation.ruler import RULER_TASKS, ruler
-from moac.evaluation.runner import Runner, TextLoss
+from moac.evaluation.runner import STEPPED, TEXT_STEPPED, Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
@@ -33,16 +34,19 @@ from moac.evaluation.wordings import WordingKind
 from moac.inspection import planned_lengths
 from moac.origin import check_source
 from moac.plan_file import read_plan_file
-from moac.progress import Advance, notes, stage
+from moac.progress import notes, passed, stage, step
 from moac.request import CompileRequest
 from moac.work_dir import default_work_dir
 from moac.workspace import Workspace
 from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.errors import CheckFailed, UsageError
+from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.plan import Plan
 
 Item = TypeVar("Item")
 Text = tuple[int, ...]
+
+_PREPARED = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,16 @@ class _Cell:
     @property
     def size(self) -> int:
         return len(self.cases) or len(self.texts)
+
+    @property
+    def kind(self) -> str:
+        """Of its steps, for the time left: texts take fewer decode steps than cases."""
+        return "texts" if self.texts else "cases"
+
+    def cost(self, costs: Costs) -> float:
+        """Operations of running it under one plan, about."""
+        steps = sum(STEPPED + case.limit for case in self.cases) or self.size * TEXT_STEPPED
+        return self.size * costs.forward(self.length) + steps * costs.decode()
 
     def asked(self) -> object:
         """All that is asked, as JSON values: what a cell's results are kept under."""
@@ -102,8 +116,7 @@ def evaluate(
     plans = _plans(artifact, checkpoint, request.against)
     own = read_tokenizer(artifact)
     tokenizer = in_transformers(own, artifact.spec.vocab_size)
-    with stage("prepare") as advance:
-        cells = _cells(request, tokenizer, lengths, advance)
+    cells = _cells(request, tokenizer, lengths)
     sessions = open_sessions(artifact, request.backend)
     if sessions.note is not None:
         click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
@@ -117,8 +130,7 @@ def evaluate(
         own.eos_token_ids,
         KeptCells.of(workspace, artifact, sessions, batch=request.batch),
     )
-    with stage("evaluate") as advance:
-        results, differences, kept = _run(bench, cells, plans, request, advance)
+    results, differences, kept = _run(bench, cells, plans, request)
     if kept:
         total = len(cells) * len(plans)
         click.echo(f"note: {kept} of {total} cells were kept from an earlier run", err=True)
@@ -162,20 +174,20 @@ def _lengths(artifact: Artifact, request: EvalRequest) -> tuple[int, ...]:
     return lengths
 
 
-def _cells(
-    request: EvalRequest, tokenizer: Any, lengths: Sequence[int], advance: Advance
-) -> list[_Cell]:
+def _cells(request: EvalRequest, tokenizer: Any, lengths: Sequence[int]) -> list[_Cell]:
     counts = [
         (task, wording, count)
         for task in request.synthetic()
         for wording, count in request.counts(task).items()
     ]
     cells: list[_Cell] = []
-    for length in lengths:
-        for task, wording, count in counts:
-            cases = _task_cases(request, tokenizer, task, length, wording, count)
-            cells.append(_Cell.of_cases(task, length, cases, wording))
-            advance(len(cells), len(lengths) * len(counts))
+    tokens = sum(lengths) * sum(count for *_, count in counts)
+    with stage("prepare", {_PREPARED: tokens}):
+        for length in lengths:
+            for task, wording, count in counts:
+                with step(_PREPARED, count * length):
+                    cases = _task_cases(request, tokenizer, task, length, wording, count)
+                cells.append(_Cell.of_cases(task, length, cases, wording))
     if NLL in request.names:
         cells += _text_cells(request, tokenizer, lengths)
     if request.task is not None:
@@ -244,30 +256,29 @@ class _Bench:
     eos: frozenset[int]
     kept: KeptCells
 
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.artifact.spec, DTYPE_BYTES[self.artifact.dtype])
+
 
 def _run(
     bench: _Bench,
     cells: Sequence[_Cell],
     plans: dict[str, PlanAt],
     request: EvalRequest,
-    advance: Advance,
 ) -> tuple[list[Result], list[Difference], int]:
     """The figures, the differences, and how many cells were kept from an earlier run."""
-    total, done, kept = len(plans) * sum(cell.size for cell in cells), 0, 0
+    kept = 0
     measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
-    for cell in cells:
-        for method, plan in plans.items():
-
-            def step(size: int, before: int = done) -> None:
-                advance(before + size, total)
-
-            rows, old = _kept_rows(bench, cell, plan, request, step)
-            done, kept = done + cell.size, kept + old
-            step(cell.size)
-            for task, outcome in _outcomes(bench.artifact, cell, rows):
-                for name, counted in _counted(task, outcome, request):
-                    found = measured.setdefault((name, cell.length), {})
-                    found.setdefault(method, []).append(counted)
+    with stage("evaluate", _amounts(bench, cells, len(plans))):
+        for cell in cells:
+            for method, plan in plans.items():
+                rows, old = _kept_rows(bench, cell, plan, request)
+                kept += old
+                for task, outcome in _outcomes(bench.artifact, cell, rows):
+                    for name, counted in _counted(task, outcome, request):
+                        found = measured.setdefault((name, cell.length), {})
+                        found.setdefault(method, []).append(counted)
     results: list[Result] = []
     differences: list[Difference] = []
     for (task, length), by_method in measured.items():
@@ -275,6 +286,14 @@ def _run(
             results += summarise(task, length, method, outcomes)
         differences += compare(task, length, by_method)
     return results, differences, kept
+
+
+def _amounts(bench: _Bench, cells: Sequence[_Cell], plans: int) -> dict[str, float]:
+    """What there is to run, by kind, under every plan."""
+    amounts: dict[str, float] = {}
+    for cell in cells:
+        amounts[cell.kind] = amounts.get(cell.kind, 0.0) + plans * cell.cost(bench.costs)
+    return amounts
 
 
 def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tuple[str, Outcome]]:
@@ -292,12 +311,9 @@ def _undeep(outcome: Outcome) -> Outcome:
 
 
 def _kept_rows(
-    bench: _Bench, cell: _Cell, plan: PlanAt, request: EvalRequest, step: Callable[[int], None]
+    bench: _Bench, cell: _Cell, plan: PlanAt, request: EvalRequest
 ) -> tuple[list[Row], bool]:
-    """The rows of a cell under a plan, and whether they were there already.
-
-    `step`: called with how many of the cell's cases are done.
-    """
+    """The rows of a cell under a plan, and whether they were there already."""
     name = bench.kept.key(
         plan(cell.length),
         asked=cell.asked(),
@@ -308,13 +324,18 @@ def _kept_rows(
         eos=sorted(bench.eos),
     )
     found = bench.kept.load(name)
+    cost = cell.cost(bench.costs)
     if found is not None:
+        passed(cell.kind, cost)
         return found, True
     rows: list[Row] = []
     measure = _text_rows if cell.texts else _case_rows
-    for batch in measure(bench, cell, plan(cell.length), request.batch):
-        rows += batch
-        step(len(rows))
+    batches = -(-cell.size // request.batch)
+    with step(cell.kind, cost) as part:
+        runs = measure(bench, cell, plan(cell.length), request.batch)
+        for done, batch in enumerate(runs, start=1):
+            rows += batch
+            part(done, batches)
     bench.kept.save(name, rows)
     return rows, False
 

@@ -76,10 +76,18 @@ def built_library(kept: Path, name: str) -> Path:
     return folder / f"{name}.so"
 
 
+def unbuilt(kept: Path, names: Sequence[str]) -> int:
+    """How many of the kernels for these instruction sets would have to be built."""
+    return sum(not _folder(kept, name).exists() for name in names)
+
+
+def _folder(kept: Path, name: str) -> Path:
+    return kept / f"{KERNELS}-{build_key([name])}"
+
+
 def _built(kept: Path, name: str) -> tuple[Path, dict[str, bytes]]:
     """The folder of a build and its files, `NAME.so` and `NAME.json`, proven."""
-    key = build_key([name])
-    folder = kept / f"{KERNELS}-{key}"
+    folder = _folder(kept, name)
     try:
         _, files = read_folder(folder)
     except FileNotFoundError:
@@ -89,7 +97,9 @@ def _built(kept: Path, name: str) -> tuple[Path, dict[str, bytes]]:
         files = None
     try:
         if files is None:
-            write_folder(folder, Header(KERNELS, key), lambda place: build_cpu(place, [name]))
+            write_folder(
+                folder, Header(KERNELS, build_key([name])), lambda place: build_cpu(place, [name])
+            )
             _, files = read_folder(folder)
     except OSError as error:
         raise unwritable(kept, error) from error

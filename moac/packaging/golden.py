@@ -14,6 +14,9 @@ from moac.packaging.quantise import round_weights
 from moac_runtime.golden import GoldenPrompt
 from moac_runtime.plan import Plan
 
+INSIDE_TOKENS = 64
+"""The golden prompt that lies within every span."""
+
 
 @torch.inference_mode()
 def reference_logits(

@@ -25,6 +25,7 @@ _KINDS = {
 _CURVE_STEPS = 128
 _STAGES = (
     "load",
+    "rehearse",
     "calibrate",
     "profile",
     "predict",

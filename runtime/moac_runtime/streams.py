@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -25,33 +25,33 @@ def results_alone() -> Iterator[None]:
     OSError on leaving where the last results cannot be written.
     """
     if sys.stdout is None or not _writes_to_1(sys.stdout):
-        with _descriptor_1_at_stderr():
+        with _descriptor_1_at(_point_1_at_stderr):
             yield
         return
     sys.stdout.flush()
-    with _descriptor_1_at_stderr() as kept, _stdout_on(kept):
+    with _descriptor_1_at(_point_1_at_stderr) as kept, _stdout_on(kept):
         yield
 
 
 @contextmanager
-def native_output_to_stderr() -> Iterator[None]:
-    """For one call of a library that prints: descriptor 1 is stderr's meanwhile.
+def native_output_dropped() -> Iterator[None]:
+    """For one call of a library that prints what nobody needs: descriptor 1 leads nowhere.
 
-    Descriptors are the process's: what other threads print meanwhile goes there, too.
+    Descriptors are the process's: what other threads print there meanwhile is lost, too.
     """
-    with _one_redirect, _descriptor_1_at_stderr():
+    with _one_redirect, _descriptor_1_at(_point_1_nowhere):
         yield
 
 
 @contextmanager
-def _descriptor_1_at_stderr() -> Iterator[int]:
+def _descriptor_1_at(point: Callable[[], None]) -> Iterator[int]:
     """Yields a duplicate of what descriptor 1 was, -1 where it was closed."""
     _flush_native()
     try:
         kept = _duplicate(1)
     except OSError:  # it is closed
         kept = -1
-    _point_1_at_stderr()
+    point()
     try:
         yield kept
     finally:
@@ -124,10 +124,14 @@ def _point_1_at_stderr() -> None:
     try:
         os.dup2(2, 1)
     except OSError:  # standard error is closed
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        if nowhere != 1:
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
+        _point_1_nowhere()
+
+
+def _point_1_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != 1:
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
 
 def _flush_native() -> None:
