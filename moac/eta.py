@@ -195,11 +195,12 @@ class Steady:
         """The time to tell where `seconds` are left, `elapsed` seconds after the beginning."""
         most = self.least * MOST_GROWTH
         shown = _rounded(seconds)
-        if shown > most:
+        held_back = shown > most
+        if held_back:
             shown = math.floor(most / _step(most)) * _step(most)
         if elapsed >= SETTLING:
             self.least = min(self.least, shown)
-        return Told(shown, more=seconds > MOST_GROWTH * shown)
+        return Told(shown, more=held_back and seconds > MOST_GROWTH * shown)
 
 
 def _rounded(seconds: float) -> int:

@@ -223,6 +223,7 @@ def forecast(
     work_dir: str | Path | None,
 ) -> Forecast:
     """What the work of a request will be, before any of it is done."""
+    set_torch_threads()  # the machine's speed is measured as it will be used
     device = pick_device()
     return Forecast(
         checkpoint=checkpoint,

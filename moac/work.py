@@ -24,7 +24,6 @@ from moac.packaging.golden import INSIDE_TOKENS
 from moac.packaging.kernels import cuda_archs
 from moac.request import CompileRequest
 from moac.stages import REHEARSED, VALIDATION_SAMPLES, front_solves
-from moac_runtime.cores import set_torch_threads
 from moac_runtime.cpu.library import CPU_TARGETS, runnable_sets
 from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
@@ -229,7 +228,6 @@ class Forecast:
 
 def measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:
     """Operations a second of this model's largest product, at 512 rows."""
-    set_torch_threads()
     kind: torch.dtype = getattr(torch, dtype)
     x = torch.ones(512, spec.hidden_size, dtype=kind, device=device)
     weight = torch.ones(spec.intermediate_size, spec.hidden_size, dtype=kind, device=device)

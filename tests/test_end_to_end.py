@@ -347,8 +347,8 @@ def test_a_dry_run_writes_nothing(
     assert moac_command(*command, "--json") == 0
     stages_told = json.loads(capsys.readouterr().out)
     names = [stage["name"] for stage in stages_told]
-    planning = ["calibrate", "profile", "predict", "refine", "optimise", "validate"]
-    assert names == [*planning, "emit"]
+    planning = ["load", "rehearse", "calibrate", "profile", "predict", "refine", "optimise"]
+    assert names == [*planning, "validate", "emit", "verify"]
     assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 for stage in stages_told)
     assert not out.exists()
 

@@ -280,3 +280,37 @@ def test_long_samples_are_profiled_first_and_tables_stay_in_order(
     tables = profile(_bench(tmp_path), samples)
     assert profiled == [32, 16, 8]
     assert [int(one) for one in tables] == [8, 32, 16]
+
+
+# ---- an evaluation
+
+
+def test_an_evaluation_weighs_its_cells_by_what_they_cost(
+    tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[float] = []
+    done: list[float] = []
+    begin, passing = TimeLeft.begin, TimeLeft.passed
+
+    def beginning(self: TimeLeft, name: str, amounts: Any = None) -> None:
+        if name == "evaluate":
+            begun.extend(amounts.values())
+        begin(self, name, amounts)
+
+    def consuming(self: TimeLeft, kind: str, amount: float) -> None:
+        if self._stage == "evaluate":
+            done.append(amount)
+        passing(self, kind, amount)
+
+    monkeypatch.setattr(TimeLeft, "begin", beginning)
+    monkeypatch.setattr(TimeLeft, "passed", consuming)
+    words = ["eval", tiny_package.package, "--source", tiny_package.checkpoint]
+    words += ["--tasks", "passkey,nll", "--text", "prose", "--samples", "2", "--batch", "1"]
+    words += ["--lengths", "512,768", "--against", "dense", "--work-dir", tmp_path / "work"]
+    for _ in range(2):  # the second time all cells are kept
+        done.clear()
+        begun.clear()
+        assert moac_command(*words) == 0
+        assert len(begun) == 1
+        assert sum(filter(None, done)) == pytest.approx(begun[0])
+        assert max(done) > 1.2 * min(filter(None, done))

@@ -109,8 +109,8 @@ def test_it_says_what_inspect_says(tiny_package: Compiled, found: dict[str, Any]
 def test_the_manifest_keeps_verdict_and_cost(found: dict[str, Any]) -> None:
     assert found["verification"]["checks"]
     cost = found["provenance"]
-    stages = ["load", "calibrate", "profile", "predict", "refine", "optimise", "validate"]
-    stages += ["emit", "verify"]
+    stages = ["load", "rehearse", "calibrate", "profile", "predict", "refine", "optimise"]
+    stages += ["validate", "emit", "verify"]
     assert list(cost["seconds"]) == sorted(stages)  # as JSON keeps them
     assert cost["peak_memory_by_stage"].keys() == cost["seconds"].keys()
     assert cost["peak_memory_bytes"] == max(cost["peak_memory_by_stage"].values())

@@ -46,7 +46,7 @@ from moac_runtime.plan import Plan
 Item = TypeVar("Item")
 Text = tuple[int, ...]
 
-_PREPARED = "tokens"
+_PREPARED, _RUN = "tokens", "operations"  # what there is to do, for the time left
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,6 @@ class _Cell:
     @property
     def size(self) -> int:
         return len(self.cases) or len(self.texts)
-
-    @property
-    def kind(self) -> str:
-        """Of its steps, for the time left: texts take fewer decode steps than cases."""
-        return "texts" if self.texts else "cases"
 
     def cost(self, costs: Costs) -> float:
         """Operations of running it under one plan, about."""
@@ -270,7 +265,8 @@ def _run(
     """The figures, the differences, and how many cells were kept from an earlier run."""
     kept = 0
     measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
-    with stage("evaluate", _amounts(bench, cells, len(plans))):
+    work = len(plans) * sum(cell.cost(bench.costs) for cell in cells)
+    with stage("evaluate", {_RUN: work}):
         for cell in cells:
             for method, plan in plans.items():
                 rows, old = _kept_rows(bench, cell, plan, request)
@@ -286,14 +282,6 @@ def _run(
             results += summarise(task, length, method, outcomes)
         differences += compare(task, length, by_method)
     return results, differences, kept
-
-
-def _amounts(bench: _Bench, cells: Sequence[_Cell], plans: int) -> dict[str, float]:
-    """What there is to run, by kind, under every plan."""
-    amounts: dict[str, float] = {}
-    for cell in cells:
-        amounts[cell.kind] = amounts.get(cell.kind, 0.0) + plans * cell.cost(bench.costs)
-    return amounts
 
 
 def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tuple[str, Outcome]]:
@@ -326,12 +314,12 @@ def _kept_rows(
     found = bench.kept.load(name)
     cost = cell.cost(bench.costs)
     if found is not None:
-        passed(cell.kind, cost)
+        passed(_RUN, cost)
         return found, True
     rows: list[Row] = []
     measure = _text_rows if cell.texts else _case_rows
     batches = -(-cell.size // request.batch)
-    with step(cell.kind, cost) as part:
+    with step(_RUN, cost) as part:
         runs = measure(bench, cell, plan(cell.length), request.batch)
         for done, batch in enumerate(runs, start=1):
             rows += batch
