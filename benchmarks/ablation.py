@@ -27,7 +27,7 @@ def proportional(problem: Problem) -> Problem:
     """The same problem with shares of the length alone, and the smallest span."""
     least = Rule(problem.layout.min_span, 0.0)
     block = problem.layout.block  # within which a rule's jumps were moved
-    rules = tuple(rule for rule in problem.rules if -block < rule.alpha <= 0 or rule == least)
+    rules = tuple(rule for rule in problem.rules if -block <= rule.alpha <= 0 or rule == least)
     return replace(problem, rules=rules)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 
 from moac_runtime.span import DENSE, Rule, span_tokens
 
 BETA_STEPS = 8
+NUDGE = 1e-7  # over a million tokens less than an eighth, the least part of one in a share
 
 
 def candidate_rules(
@@ -65,14 +67,26 @@ def latest(rule: Rule, lengths: Sequence[int], *, block: int, min_span: int) -> 
 
     Spans grow in jumps of a block. With `alpha` in blocks every head of a plan jumps right after
     a planned length, which all of them meet exactly, and the plan passes its budget there; with
-    the least, right before it would fall short. One that is dense at every length stays so.
+    the least, at the length itself. A share of the length that is no whole number of tokens would
+    jump some tokens before it, and so `beta` is larger by `NUDGE`. A rule that is dense at every
+    length stays as it is.
     """
     if rule.beta == 0 or (rule.beta == 1 and rule.alpha >= 0):
         return rule
 
-    def spans(alpha: int) -> list[int]:
-        other = Rule(alpha, rule.beta)
+    def spans(alpha: int, beta: float) -> list[int]:
+        other = Rule(alpha, beta)
         return [span_tokens(other, n, block=block, min_span=min_span) for n in lengths]
 
-    wanted, near = spans(rule.alpha), range(rule.alpha - block + 1, rule.alpha + 1)
-    return Rule(near[bisect_left(near, True, key=lambda alpha: spans(alpha) == wanted)], rule.beta)
+    wanted = spans(rule.alpha, rule.beta)
+
+    def wide_enough(alpha: int, beta: float) -> bool:
+        return all(a >= b for a, b in zip(spans(alpha, beta), wanted, strict=True))
+
+    near = range(rule.alpha - block, rule.alpha + 1)
+    more = min(round(rule.beta + NUDGE, 7), 1.0)
+    for beta, widest in ((more, near[:-1]), (rule.beta, near)):
+        place = bisect_left(widest, True, key=partial(wide_enough, beta=beta))
+        if place < len(widest) and spans(widest[place], beta) == wanted:
+            return Rule(widest[place], beta)
+    return rule
