@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moac.calibration import CalibrationSample
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.estimate import exact_bytes, held_bytes, working_bytes
 from moac.planning import Layout
-from moac.profiling.influence import sample_influence
+from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, sample_influence
 from moac.reading import open_reader
 from moac.workspace import release_memory
 
@@ -85,3 +86,11 @@ def test_what_a_backward_pass_keeps(wide: Checkpoint) -> None:
     sample_influence(model, wide.spec, sample, layout)  # what the first pass alone allocates
     took = peak_of(lambda: sample_influence(model, wide.spec, sample, layout))
     assert took == pytest.approx(working_bytes(wide.spec, 512, "float32", 16), rel=0.15)
+
+
+def test_answers_may_take_more_than_longer_losses(wide: Checkpoint) -> None:
+    """At 4096 tokens of this shape text is made anew, layer by layer, and answers are not."""
+    spec = replace(wide.spec, num_layers=36)
+    whole = backward_bytes(spec, 4096, 0, 2)
+    assert whole < ACTIVATION_BYTES_LIMIT < backward_bytes(spec, 4096, 1024, 2)
+    assert whole < working_bytes(spec, 4096, "bfloat16", 64) < 1.2 * whole
