@@ -26,6 +26,7 @@ from moac_runtime.generation import DTYPE_BYTES
 from moac_runtime.spec import ModelSpec
 
 _LIBRARIES_BYTES = 450 << 20
+_ANSWER_TOKENS = 70  # that the dense model writes for one sample, about
 _COPIES = 2  # the dense model in transformers, and the same weights as our runtime has them
 
 
@@ -150,9 +151,20 @@ def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
 
 
 def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
-    """What profiling running text takes beside the weights: its loss stands at the most tokens."""
-    scored, itemsize = min(length * 3 // 4, TEXT_TOKENS), DTYPE_BYTES[dtype]
-    kept = backward_bytes(spec, length, scored, itemsize)
-    if kept > ACTIVATION_BYTES_LIMIT:
-        kept = backward_bytes(spec, length, scored, itemsize, layers=2)
+    """What profiling takes beside the weights.
+
+    Running text has a loss at the most tokens; answers leave room for every layer's activations
+    at lengths where text makes them anew.
+    """
+    text = min(length * 3 // 4, TEXT_TOKENS)
+    kept = max(_kept_bytes(spec, length, scored, dtype) for scored in (text, _ANSWER_TOKENS))
     return kept + tile_bytes(spec, length, block)
+
+
+def _kept_bytes(spec: ModelSpec, length: int, scored: int, dtype: str) -> int:
+    itemsize = DTYPE_BYTES[dtype]
+    kept = backward_bytes(spec, length, scored, itemsize)
+    if kept <= ACTIVATION_BYTES_LIMIT:
+        return kept
+    inputs = length * spec.hidden_size * spec.num_layers * itemsize  # of the layers made anew
+    return inputs + backward_bytes(spec, length, scored, itemsize, layers=2)
