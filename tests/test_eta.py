@@ -20,6 +20,7 @@ from moac.lengths import Lengths
 from moac.planner import sample_counts
 from moac.request import CompileRequest
 from moac.work import Forecast, Work
+from moac_kernels.cpu_build import build_key
 from moac_runtime.spec import ModelSpec
 
 # The shape of SmolLM2-135M, on a machine of 250 GFLOPS: its compile takes some ten minutes.
@@ -33,7 +34,7 @@ LENGTHS = Lengths((1024, 2048, 4096), 8192, 1536)
 @pytest.fixture
 def forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Forecast:
     monkeypatch.setattr(work_module, "measured_rate", lambda *_: 2.5e11)
-    monkeypatch.setattr(work_module, "runnable_sets", lambda targets: ("avx512", "avx2"))
+    monkeypatch.setattr(work_module, "runnable_sets", lambda targets: ("avx512bf16", "avx2"))
     monkeypatch.setattr(work_module, "cpu_obstacle", lambda *_: None)
     request = CompileRequest(targets=("torch", "cpu"))
     spec: ModelSpec = SimpleNamespace(**SHAPE)  # type: ignore[assignment]
@@ -185,6 +186,13 @@ def test_the_work_has_the_stages_of_a_compile(forecast: Forecast, max_loss: floa
     samples = {n: sum(kinds.values()) for n, kinds in forecast.counts.items()}
     profiled = sum(ahead.samples.values()) - sum(ahead.later.values())
     assert sum(samples.values()) - profiled == (0 if max_loss else 15)
+
+
+def test_kernels_that_lie_in_the_work_folder_are_not_built_again(forecast: Forecast) -> None:
+    assert [forecast.compile().stages[name][Kind.BUILD] for name in ("load", "emit")] == [1, 1]
+    for name in ("avx512bf16", "avx2"):
+        (forecast.kept / f"cpu-{build_key([name])}").mkdir()
+    assert [forecast.compile().stages[name][Kind.BUILD] for name in ("load", "emit")] == [0, 0]
 
 
 # ---- one kind
