@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
     **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30},
     **{"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "tied_embeddings": True},
 }
-LENGTHS = Lengths((1024, 2048, 4096), 8192, 1536)
+LENGTHS = Lengths((1024, 2048, 4096), 8192, 1536, 8192)
 
 
 @pytest.fixture
