@@ -61,11 +61,13 @@ class Profiler:
         self.drafts: list[str] = []
         self.interrupt_at: int | None = None
 
-    def __call__(self, model: Any, spec: Any, sample: Any, layout: Any, around: Any) -> Any:
+    def __call__(
+        self, model: Any, spec: Any, sample: Any, layout: Any, around: Any, *, stride: int
+    ) -> Any:
         if len(self.domains) == self.interrupt_at:
             raise KeyboardInterrupt
         (self.domains if around is None else self.drafts).append(sample.domain)
-        return sample_influence(model, spec, sample, layout, around)
+        return sample_influence(model, spec, sample, layout, around, stride=stride)
 
 
 @pytest.fixture

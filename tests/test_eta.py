@@ -39,7 +39,7 @@ def forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Forecast:
     request = CompileRequest(targets=("torch", "cpu"))
     spec: ModelSpec = SimpleNamespace(**SHAPE)  # type: ignore[assignment]
     checkpoint: Any = SimpleNamespace(spec=spec, dtype="bfloat16")
-    counts = sample_counts(LENGTHS, request.samples)
+    counts = sample_counts(LENGTHS, request.measuring.samples)
     cpu = torch.device("cpu")
     return Forecast(checkpoint, request, LENGTHS, counts, "bfloat16", cpu, tmp_path)
 

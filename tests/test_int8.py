@@ -226,7 +226,7 @@ def test_a_dry_run_tells_of_int8(
 ) -> None:
     asked = ("compile", tiny_package.checkpoint, *options(), "-o", tmp_path / "out", "--dry-run")
     assert moac_command(*asked, "--weights", "int8") == 0
-    assert "int8 weights, golden logits, checks" in capsys.readouterr().out
+    assert "int8 weights, golden logits, kernels" in capsys.readouterr().out
 
 
 # ---- verification
