@@ -99,7 +99,7 @@ def _told(ahead: Forecast, plans: int) -> dict[str, str]:
     """What each stage does, where `plans` are found."""
     request, lengths = ahead.request, ahead.lengths
     samples, later = sum(ahead.samples.values()), sum(ahead.later.values())
-    at = ", ".join(map(str, lengths.profiled))
+    at, drafts = ", ".join(map(str, lengths.profiled)), request.measuring.drafts
     kind = "" if request.weights == "full" else "int8 "
     return {
         "load": "the model, native kernels",
@@ -107,9 +107,9 @@ def _told(ahead: Forecast, plans: int) -> dict[str, str]:
         "calibrate": f"{samples} samples",
         "profile": f"{samples - later} samples at {at} tokens",
         "predict": f"{len(LADDER)} plans of other densities measured",
-        "refine": f"{later} samples around {_drafts(request)} of the plan",
+        "refine": f"{later} samples around {_counted(drafts, 'draft')} of the plan",
         "bisect": "the smallest density that keeps the loss",
-        "optimise": f"{plans} plans",
+        "optimise": _counted(plans, "plan"),
         "validate": f"{plans + 2} plans at {lengths.unseen} tokens",
         "emit": f"{kind}weights, golden logits, kernels",
         "verify": "golden logits, by every target",
@@ -131,9 +131,8 @@ def _memory(ahead: Forecast) -> dict[str, int]:
     }
 
 
-def _drafts(request: CompileRequest) -> str:
-    drafts = request.measuring.drafts
-    return f"{drafts} draft{'s' if drafts > 1 else ''}"
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def held_bytes(spec: ModelSpec, dtype: str) -> int:
