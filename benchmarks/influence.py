@@ -121,14 +121,12 @@ class _Forms(influence_attention._SpanSums):
         self.forms[:, torch.isinf(self.total)] = float("inf")
         self.made.append(self.forms)
 
-    def add(
-        self, rows: influence_attention._Rows, weights: Tensor, flows: Tensor, left: Tensor | None
-    ) -> None:
-        super().add(rows, weights, flows, left)
+    def add(self, weights: Tensor, flows: Tensor, left: Tensor | None) -> None:
+        super().add(weights, flows, left)
         entries = -flows / (1 - weights).clamp_min(influence_attention._LEAST_MASS_LEFT)
         first = self.sink // self.block + 1
         for form, tile in zip(self.forms, (entries, entries.abs()), strict=True):
-            change = self._beyond(tile, rows.stride).sum((1, 2), dtype=torch.float64)
+            change = self._beyond(tile).sum((1, 2), dtype=torch.float64)
             count = min(change.shape[-1] - 1, form.shape[1] - first)
             form[:, first : first + count] += change[:, 1 : 1 + count]
 

@@ -375,11 +375,9 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
 
 
 def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) -> Tensor:
-    stride = bench.request.measuring.stride(sample.length)
     name = bench.key(
         "profile",
         sample=asdict(sample),
-        stride=stride,
         sink=bench.layout.sink,
         block=bench.layout.block,
         around=None if around is None else around.to_json(),
@@ -390,7 +388,7 @@ def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) 
         with step(Kind.BACKWARD, work):
             kept = {
                 "influence": sample_influence(
-                    bench.model, bench.checkpoint.spec, sample, bench.layout, around, stride=stride
+                    bench.model, bench.checkpoint.spec, sample, bench.layout, around
                 )
             }
         bench.workspace.save_tensors("profile", name, kept)

@@ -61,13 +61,11 @@ class Profiler:
         self.drafts: list[str] = []
         self.interrupt_at: int | None = None
 
-    def __call__(
-        self, model: Any, spec: Any, sample: Any, layout: Any, around: Any, *, stride: int
-    ) -> Any:
+    def __call__(self, model: Any, spec: Any, sample: Any, layout: Any, around: Any) -> Any:
         if len(self.domains) == self.interrupt_at:
             raise KeyboardInterrupt
         (self.domains if around is None else self.drafts).append(sample.domain)
-        return sample_influence(model, spec, sample, layout, around, stride=stride)
+        return sample_influence(model, spec, sample, layout, around)
 
 
 @pytest.fixture

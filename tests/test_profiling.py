@@ -75,31 +75,6 @@ def test_influence_equals_its_definition(
     assert table[:, -1].abs().max() == 0  # a span of the whole length drops nothing
 
 
-@pytest.mark.parametrize("held", [None, (96, 144)])
-@pytest.mark.parametrize(("stride", "exact"), [(4, 30), (3, 0), (8, 299)])
-def test_rows_drawn_at_random_stand_for_all(
-    stride: int, exact: int, held: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over every draw the mean is the whole sum, and one draw alone is another number."""
-    monkeypatch.setattr(profiled, "TILE_ELEMENTS", 1 << 16)
-    q, k, v, grad = _qkv(300)
-
-    def table(**sampling: int) -> Tensor:
-        recorder = InfluenceRecorder(
-            SINK, BLOCK, (None,), None if held is None else [held], **sampling
-        )
-        influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
-        return recorder.tables[0][:, SINK // BLOCK + 1 :]
-
-    draws = []
-    for offset in range(stride):
-        monkeypatch.setattr(profiled.random.Random, "randrange", lambda *_, at=offset: at)
-        draws.append(table(stride=stride, exact=exact))
-    whole = table()
-    torch.testing.assert_close(torch.stack(draws).mean(0), whole, atol=2e-4, rtol=1e-4)
-    assert (draws[0] - whole).abs().max() > 1e-2 or exact == 299
-
-
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_backward_pass_is_that_of_attention(window: int | None) -> None:
     q, k, v, grad = _qkv(200)
@@ -352,19 +327,19 @@ def _reference(layout: Layout) -> Plan:
 def test_profiling_stores_tables_not_matrices(length: int) -> None:
     """What outlives a backward pass is O(heads x spans), and no tile passes its fixed size."""
     sizes: list[int] = []
-    original = profiled._Tiles.tile
+    original = profiled._Backward.tile
 
     def spying(
-        self: profiled._Tiles, rows: profiled._Rows
+        self: profiled._Backward, start: int, block: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weights, flows, left = original(self, rows)
+        weights, flows, left = original(self, start, block)
         sizes.append(weights.numel())
         return weights, flows, left
 
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (None,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiled._Tiles, "tile", spying)
+        patch.setattr(profiled._Backward, "tile", spying)
         influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
     assert max(sizes) <= max(profiled.TILE_ELEMENTS, KV_HEADS * GROUP * BLOCK * length)
     assert recorder.tables[0].numel() == KV_HEADS * (length // BLOCK + 1)

@@ -1,4 +1,4 @@
-"""Causal attention that, on the way back, also measures what masking each span would cost.
+"""Causal attention whose backward pass also measures what masking each span would cost.
 
 First-order influence in its joint form. Row i attends with weights A_ij; a candidate span masks
 the set M_i of keys, of mass m_i. Renormalised, the output moves by
@@ -6,12 +6,9 @@ the set M_i of keys, of mass m_i. Renormalised, the output moves by
 
     -(1 / (1 - m_i)) * sum_{j in M_i} A_ij (G_ij - dO_i . O_i),    G_ij = dO_i . V_j.
 
-Influence needs the output's gradient dO alone, so the library's fused attention computes the
-gradients, and no N x N matrix is kept. MoA (arXiv 2406.14909, section 4.2) gives the single-entry
-form; the joint form counts a whole set.
-
-Influence is a sum over rows. Of a stratum of `stride` rows in a row, one drawn at random stands
-for all of them, but for the last rows, where the answers are: each of these counts by itself.
+`A_ij (G_ij - dO_i . O_i)` is what flash attention's backward calls dS, so influence costs two
+block sums on tiles the backward pass computes anyway, and no N x N matrix is kept.
+MoA (arXiv 2406.14909, section 4.2) gives the single-entry form; the joint form counts a whole set.
 
 Around a plan, rather than the dense model, row i attends to what its head's span leaves, of mass
 `l_i`, with weights `A_ij / l_i`. Setting the span to another one drops a set of keys, or takes one
@@ -20,8 +17,7 @@ in: the same formula, with those weights and the mass taken in counted negative.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,17 +38,13 @@ class InfluenceRecorder:
     `s * block` tokens, `sink` of them pinned; spans at or under the sink are infinite.
     `windows[layer]` is the checkpoint's own sliding window in tokens, or None. `held[layer]`: the
     tokens that each KV head holds, a multiple of `block`, in the plan around which is measured;
-    None is the dense model. `stride`: of so many rows in a row one is looked at, all of the last
-    `exact` ones; `seed` draws them.
+    None is the dense model.
     """
 
     sink: int
     block: int
     windows: tuple[int | None, ...]
     held: Sequence[Sequence[int]] | None = None
-    stride: int = 1
-    exact: int = 0
-    seed: int = 0
     tables: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,20 +71,14 @@ def influence_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int, recorder: InfluenceRecorder
 ) -> Tensor:
     """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward."""
-    out = _attention(q, k, v, scale, recorder.reach(layer))
-    watched: Tensor = _Watched.apply(  # type: ignore[no-untyped-call]
-        out, q.detach(), k.detach(), v.detach(), scale, layer, recorder
-    )
-    return watched
+    out: Tensor = _InfluenceAttention.apply(q, k, v, scale, layer, recorder)  # type: ignore[no-untyped-call]
+    return out
 
 
-class _Watched(torch.autograd.Function):
-    """The output as it is; its gradient, passing by, tells the influence of every span."""
-
+class _InfluenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        out: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -100,51 +86,22 @@ class _Watched(torch.autograd.Function):
         layer: int,
         recorder: InfluenceRecorder,
     ) -> Tensor:
-        ctx.save_for_backward(out, q, k, v)
+        out = _attention(q, k, v, scale, recorder.reach(layer))
+        ctx.save_for_backward(q, k, v, out)
         ctx.scale, ctx.layer, ctx.recorder = scale, layer, recorder
-        return out.view_as(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        out, q, k, v = ctx.saved_tensors
+        q, k, v, out = ctx.saved_tensors
         recorder: InfluenceRecorder = ctx.recorder
         reach = recorder.reach(ctx.layer)
-        tiles = _Tiles(q, k, v, out, grad_out, ctx.scale, reach)
+        grads = _Backward(q, k, v, out, grad_out, ctx.scale, reach)
         spans = _SpanSums(k.shape[1], k.shape[2], reach, recorder.block, q.device)
-        for rows in _looked_at(q.shape[2], tiles.most_rows(recorder.block), recorder, ctx.layer):
-            spans.add(rows, *tiles.tile(rows))
+        for start in range(0, q.shape[2], grads.tile_rows(recorder.block)):
+            spans.add(*grads.tile(start, recorder.block))
         recorder.tables[ctx.layer] = spans.total
-        return grad_out, None, None, None, None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """`count` rows, every `stride`-th from `first` on; each counts for `stride` of them."""
-
-    first: int
-    count: int
-    stride: int
-
-    @property
-    def stop(self) -> int:
-        """Behind the last row: the keys that the rows see between them."""
-        return self.first + (self.count - 1) * self.stride + 1
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """These rows of `[K, G, T, D]`."""
-        return tensor[:, :, self.first : self.stop : self.stride]
-
-
-def _looked_at(length: int, most: int, recorder: InfluenceRecorder, layer: int) -> Iterator[_Rows]:
-    """The rows of a layer that are looked at, at most `most` in a tile."""
-    stride = recorder.stride
-    sampled = max(0, length - recorder.exact) // stride if stride > 1 else 0
-    generator = random.Random(f"{recorder.seed}/{layer}")
-    for start in range(0, sampled, most):
-        first = start * stride + generator.randrange(stride)
-        yield _Rows(first, min(most, sampled - start), stride)
-    for start in range(sampled * stride, length, most):
-        yield _Rows(start, min(most, length - start), 1)
+        return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: _Reach) -> Tensor:
@@ -199,8 +156,8 @@ def _seen_attention(
     return torch.cat(parts, dim=2)
 
 
-class _Tiles:
-    """Attention's weights and flows, a tile of query rows against all their keys at a time.
+class _Backward:
+    """Attention's backward pass, a tile of query rows against all their keys at a time.
 
     Keys run newest first inside a tile, so that distance grows along a row.
     """
@@ -227,47 +184,65 @@ class _Tiles:
         self.window, self.sink = reach.window, reach.sink
         recent = reach.recent
         self.recent = None if recent is None else torch.tensor(recent, device=q.device)
+        self.dq = torch.zeros_like(self.q)
+        self.dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        self.dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
 
-    def most_rows(self, block: int) -> int:
+    def tile_rows(self, block: int) -> int:
         """Rows of a tile: a multiple of `block` whose score matrix stays in cache."""
         per_row = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         return max(1, TILE_ELEMENTS // per_row // block) * block
 
-    def tile(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights A and flows A (G - dO . O) of `rows`, `[K, G, R, keys]`, newest key first.
+    def tile(self, start: int, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights A and flows A (G - dO . O) of one tile, `[K, G, R, keys]`, newest key first.
 
-        Around a plan the weights are those of the dense model, and the mass `[K, G, R, 1]` that
-        the spans leave of them comes with them.
+        Around a plan also the mass `[K, G, R, 1]` that the spans leave of A.
         """
         groups, share, length, dim = self.q.shape
-        keys = slice(length - rows.stop, length)
-        flat, shape = (groups, share * rows.count, dim), (groups, share, rows.count, rows.stop)
-        scores = (rows.of(self.q).reshape(flat) @ self.keys[:, keys].mT).float().view(shape)
-        ahead = torch.arange(rows.count - 1, -1, -1, device=scores.device) * rows.stride
-        distance = torch.arange(rows.stop, device=scores.device) - ahead[:, None]
-        self._mask(scores.mul_(self.scale), distance)
+        stop = min(start + self.tile_rows(block), length)
+        rows = stop - start
+        keys, values = self.keys[:, length - stop :], self.values[:, length - stop :]
+        q = self.q[:, :, start:stop].reshape(groups, share * rows, dim)
+        grad_out = self.grad_out[:, :, start:stop].reshape(groups, share * rows, dim)
+        scores = (q @ keys.mT).float().view(groups, share, rows, stop).mul_(self.scale)
+        self._mask(scores, rows)
         weights = scores.softmax(-1)
-        flows = (rows.of(self.grad_out).reshape(flat) @ self.values[:, keys].mT).float()
-        flows = flows.view(shape).sub_(rows.of(self.delta)).mul_(weights)
-        if self.recent is None:
-            return weights, flows, None
-        dropped = self._dropped(self.recent, distance)
-        left = weights.masked_fill(dropped, 0).sum(-1, keepdim=True)
-        return weights, flows, left.clamp_min_(_LEAST_MASS_LEFT**2)
+        flows = (grad_out @ values.mT).float().view(groups, share, rows, stop)
+        flows.sub_(self.delta[:, :, start:stop]).mul_(weights)
+        near, near_flows, left = weights, flows, None
+        if self.recent is not None:
+            dropped = self._dropped(self.recent, rows, stop)
+            near, near_flows = weights.masked_fill(dropped, 0), flows.masked_fill(dropped, 0)
+            left = near.sum(-1, keepdim=True).clamp_min_(_LEAST_MASS_LEFT**2)
+            flat_left = left.view(groups, share * rows, 1)
+            q, grad_out = (q / flat_left).to(q.dtype), (grad_out / flat_left).to(q.dtype)
+        flat_flows = near_flows.view(groups, share * rows, stop).to(q.dtype)
+        flat_weights = near.view(groups, share * rows, stop).to(q.dtype)
+        dq = (flat_flows @ keys).view(groups, share, rows, dim) * self.scale
+        self.dq[:, :, start:stop] = dq if left is None else dq / left
+        self._add(self.dk, (flat_flows.mT @ q).mul_(self.scale), stop)
+        self._add(self.dv, flat_weights.mT @ grad_out, stop)
+        return weights, flows, left
 
-    def _dropped(self, recent: Tensor, distance: Tensor) -> Tensor:
+    def _dropped(self, recent: Tensor, rows: int, keys: int) -> Tensor:
         """Keys that the spans leave out, `[K, 1, R, keys]`."""
-        keys = distance.shape[-1]
+        row = torch.arange(rows, device=recent.device)[:, None]
         column = torch.arange(keys, device=recent.device)
-        dropped = (distance >= recent[:, None, None, None]) & (column < keys - self.sink)
+        far = column - (rows - 1 - row) >= recent[:, None, None, None]
+        dropped = far & (column < keys - self.sink)
         return dropped.repeat(self.q.shape[0] // len(recent), 1, 1, 1)
 
-    def _mask(self, scores: Tensor, distance: Tensor) -> None:
-        """Leave out what a row does not see: later keys, and those beyond its window."""
-        latest = int(-distance.min())
-        scores[..., :latest].masked_fill_(distance[:, :latest] < 0, float("-inf"))
+    def _mask(self, scores: Tensor, rows: int) -> None:
+        # In column c of row r the key is c - (rows - 1 - r) tokens back.
+        future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).tril(-1).flip(0)
+        scores[..., :rows].masked_fill_(future, float("-inf"))
         if self.window is not None and self.window < scores.shape[-1]:
-            scores.masked_fill_(distance >= self.window, float("-inf"))
+            row = torch.arange(rows, device=scores.device)[:, None]
+            column = torch.arange(scores.shape[-1], device=scores.device)
+            scores.masked_fill_(column - (rows - 1 - row) >= self.window, float("-inf"))
+
+    def _add(self, total: Tensor, part: Tensor, stop: int) -> None:
+        total.view(part.shape[0], -1, part.shape[2])[:, :stop] += part.flip(1)
 
 
 class _SpanSums:
@@ -282,14 +257,14 @@ class _SpanSums:
         self.total = torch.zeros(kv_heads, spans, dtype=torch.float64, device=device)
         self.total[:, : self.sink // block + 1] = float("inf")
 
-    def add(self, rows: _Rows, weights: Tensor, flows: Tensor, left: Tensor | None) -> None:
+    def add(self, weights: Tensor, flows: Tensor, left: Tensor | None) -> None:
         """Tiles `[K, G, R, keys]`, newest key first, and the mass `[K, G, R, 1]` that is left."""
-        mass, flow = self._beyond(weights, rows.stride), self._beyond(flows, rows.stride)
+        mass, flow = self._beyond(weights), self._beyond(flows)
         if left is None:
             joint = -flow / (1 - mass).clamp_min(_LEAST_MASS_LEFT)
         else:
             joint = self._around(mass / left, flow / left)
-        change = joint.sum((1, 2), dtype=torch.float64) * rows.stride
+        change = joint.sum((1, 2), dtype=torch.float64)
         change = change.view(-1, self.kv_heads, change.shape[-1]).sum(0)
         first = self.sink // self.block + 1
         count = min(change.shape[-1] - 1, self.total.shape[1] - first)
@@ -309,18 +284,17 @@ class _SpanSums:
         place = torch.tensor(places, device=beyond.device).repeat(len(found) // len(places))
         return found.gather(-1, place.view(-1, 1, 1, 1).expand(*found.shape[:-1], 1))
 
-    def _beyond(self, tile: Tensor, stride: int) -> Tensor:
+    def _beyond(self, tile: Tensor) -> Tensor:
         """Sums `[K, G, R, blocks]` over keys past the sink at least `b * block` tokens back."""
         *_, rows, keys = tile.shape
         blocks = -(-keys // self.block)
-        ahead = (rows - 1) * stride
-        pitch = ahead + stride + blocks * self.block
+        pitch = rows + blocks * self.block
         padded = tile.new_zeros(*tile.shape[:-1], pitch)
         kept = max(keys - self.sink, 0)
         padded[..., :kept] = tile[..., :kept]
-        # Stepping `stride` elements less per row lines the rows up by distance.
-        strides = (*padded.stride()[:-2], pitch - stride, self.block, 1)
+        # Stepping one element less per row lines the rows up by distance.
+        strides = (*padded.stride()[:-2], pitch - 1, self.block, 1)
         by_distance = padded.as_strided(
-            (*tile.shape[:-1], blocks, self.block), strides, padded.storage_offset() + ahead
+            (*tile.shape[:-1], blocks, self.block), strides, padded.storage_offset() + rows - 1
         )
         return by_distance.sum(-1).flip(-1).cumsum(-1).flip(-1)

@@ -21,7 +21,6 @@ from moac_runtime.spec import ModelSpec
 RUNNING_TEXT = "text"
 ACTIVATION_BYTES_LIMIT = 3 << 30
 _TILE_COPIES = 8  # float32: scores, weights, flows, what is made of them
-_ROWS_BEFORE = 128  # an answer: the question, most of all
 _LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gradient
 
 
@@ -31,13 +30,8 @@ def sample_influence(
     sample: CalibrationSample,
     layout: Layout,
     plan: Plan | None = None,
-    *,
-    stride: int = 1,
 ) -> Tensor:
     """First-order change of one sample's loss, `[layers, kv_heads, spans]` float32.
-
-    Of `stride` query rows in a row one, drawn at random, stands for all: but for the rows of an
-    answer and those shortly before it, which carry most of the gradient.
 
     Entry `s` is that of a span of `s * block` tokens, up to the sample's planned length; spans at
     or under the sink are infinite. Measured around the dense model, or around `plan`: there a
@@ -50,18 +44,7 @@ def sample_influence(
         full = sample.length + layout.sink
         spans = plan.spans(sample.length)
         held = [[head.size if head.sink else full for head in layer] for layer in spans]
-    exact = 0
-    if sample.domain != RUNNING_TEXT:
-        exact = len(sample.token_ids) - sample.decisive[0][0] + _ROWS_BEFORE
-    recorder = InfluenceRecorder(
-        layout.sink,
-        layout.block,
-        layout.windows,
-        held,
-        stride=stride,
-        exact=exact,
-        seed=sum(sample.token_ids),
-    )
+    recorder = InfluenceRecorder(layout.sink, layout.block, layout.windows, held)
     with attention(model, INFLUENCE), _recomputing(model, spec, sample):
         ids = torch.tensor([sample.token_ids], device=model.device)
         # The weights stay without gradients: only activations carry them.
