@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moac.packaging.rename import exchange
+from moac.packaging.rename import ASIDE, exchange
 
 PARTIAL = ".partial-"
 """How the name of something begins that is being written, or was when its process died."""
@@ -38,7 +38,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
-    with _partial(path.parent, _new_folder) as (partial, _):
+    with partial_folder(path.parent) as partial:
         yield partial
         sync_tree(partial)
         try:
@@ -48,6 +48,13 @@ def writing_folder(path: Path) -> Iterator[Path]:
                 raise
             exchange(partial, path)  # what stood there is removed under the partial's name
         sync(path.parent)
+
+
+@contextmanager
+def partial_folder(parent: Path, prefix: str = PARTIAL) -> Iterator[Path]:
+    """A locked new folder in `parent`, gone in the end unless it was renamed. Raises OSError."""
+    with _partial(parent, _new_folder, prefix) as (partial, _):
+        yield partial
 
 
 def sync_tree(folder: Path) -> None:
@@ -92,11 +99,16 @@ def remove_abandoned(path: Path) -> bool:
         return found
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`, as far as it can be removed."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        with suppress(OSError):
-            remove_abandoned(path)
+def sweep(folder: Path, prefix: str = PARTIAL) -> None:
+    """Remove what killed processes left half-written in `folder`, as far as it can be removed.
+
+    What `exchange` moved aside stays, since it may be all that is left of what it was.
+    """
+    with suppress(OSError):  # a folder that nobody may list
+        for path in list(folder.iterdir()):
+            if path.name.startswith(prefix) and not path.name.endswith(ASIDE):
+                with suppress(OSError):
+                    remove_abandoned(path)
 
 
 @contextmanager
@@ -119,10 +131,12 @@ def _lock_of_nobody(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _partial(folder: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+def _partial(
+    folder: Path, create: Callable[[Path], int], prefix: str = PARTIAL
+) -> Iterator[tuple[Path, int]]:
     """A locked file or folder of a temporary name, gone in the end unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, lock = _create(folder, create)
+    path, lock = _create(folder, create, prefix)
     try:
         yield path, lock
     finally:
@@ -131,15 +145,15 @@ def _partial(folder: Path, create: Callable[[Path], int]) -> Iterator[tuple[Path
         os.close(lock)
 
 
-def _create(folder: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    path = folder / f"{PARTIAL}{secrets.token_hex(8)}"
+def _create(folder: Path, create: Callable[[Path], int], prefix: str) -> tuple[Path, int]:
+    path = folder / f"{prefix}{secrets.token_hex(8)}"
     lock = create(path)
     with suppress(OSError):  # without locks here, no other process can tell, and none removes it
         fcntl.flock(lock, fcntl.LOCK_EX)
     if path.exists():
         return path, lock
     os.close(lock)  # another process took it for abandoned before it was locked
-    return _create(folder, create)
+    return _create(folder, create, prefix)
 
 
 def _new_file(path: Path) -> int:

@@ -28,6 +28,7 @@ from moac.atomic import PARTIAL, is_abandoned, write_whole
 from moac.kept import Damaged, Header, read_result, write_result
 from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import built_library, emit_cpu_kernels
+from moac.packaging.rename import ASIDE
 from moac.workspace import Workspace
 from moac_runtime.errors import MoacError
 
@@ -334,6 +335,14 @@ def test_what_a_killed_run_left_goes_and_what_another_writes_stays(workspace: Wo
     assert is_abandoned(left)
     workspace.prepare()
     assert kept(workspace) == []
+
+
+def test_what_was_moved_aside_is_nobodys_to_sweep(workspace: Workspace) -> None:
+    """A process killed between two renames leaves the old folder under such a name alone."""
+    aside = workspace.root / f"{PARTIAL}0123456789abcdef{ASIDE}"
+    aside.mkdir(parents=True)
+    workspace.prepare()
+    assert list(workspace.root.iterdir()) == [aside]
 
 
 def test_what_is_taken_for_abandoned_before_its_lock_is_made_again(

@@ -7,6 +7,9 @@ import errno
 import os
 from pathlib import Path
 
+ASIDE = ".replaced"
+"""How the name of a folder ends that a process killed between two renames moved away."""
+
 # linux/fcntl.h and linux/fs.h
 _AT_FDCWD = -100
 _NOREPLACE = 1
@@ -33,7 +36,7 @@ def exchange(source: Path, target: Path) -> None:
     """
     if _renameat2(source, target, _EXCHANGE):
         return
-    aside = source.with_name(f"{source.name}.replaced")
+    aside = source.with_name(f"{source.name}{ASIDE}")
     target.rename(aside)
     try:
         source.rename(target)

@@ -6,15 +6,13 @@ Needs no torch: a compile refuses a bad target before it loads anything.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from moac.atomic import sync, sync_tree
+from moac.atomic import partial_folder, sweep, sync, sync_tree
 from moac.packaging.rename import exchange, move_new
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.integrity import MANIFEST
@@ -44,24 +42,14 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     check_target(target, force=force)
     target = target.resolve()
     with _explaining(target):
+        prefix = f".{target.name}.staging-"
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        with _staging(target) as staging:
+        sweep(target.parent, prefix)
+        with partial_folder(target.parent, prefix) as staging:  # then of the package replaced
             yield staging
             _open_to_read(staging)
             sync_tree(staging)
             _publish(staging, target, force=force)
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A staging folder, locked while its process lives, and removed in the end."""
-    staging, lock = _create(target)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # after an exchange, the package replaced
-        os.close(lock)
 
 
 def _check_existing(target: Path, *, force: bool) -> None:
@@ -88,47 +76,6 @@ def _check_parent(target: Path) -> None:
         raise UsageError(f"{parent} is a file, expected a folder: choose another name")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{parent} is not writable: choose another folder")
-
-
-def _create(target: Path) -> tuple[Path, int]:
-    """A new staging folder and the lock that says its process lives."""
-    staging = target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}")
-    staging.mkdir()
-    lock = os.open(staging, os.O_RDONLY)
-    with suppress(OSError):  # without locks here, no other process can tell, and none removes it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    if staging.exists():
-        return staging, lock
-    os.close(lock)  # another process took it for abandoned before it was locked
-    return _create(target)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.staging-"
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove staging folders whose process died: the system drops a lock with its process.
-
-    A process id in the name would not do, since containers start theirs from 1 again.
-    """
-    for folder in target.parent.iterdir():
-        if folder.name.startswith(_prefix(target)) and not folder.name.endswith(".replaced"):
-            _remove_unlocked(folder)
-
-
-def _remove_unlocked(folder: Path) -> None:
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # gone meanwhile, or not ours
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # its process lives, or nobody can tell
-        return
-    finally:
-        os.close(lock)
 
 
 def _open_to_read(staging: Path) -> None:

@@ -201,17 +201,13 @@ def _standard_input() -> bytes:
 
 def _check_prompts(prompts: Sequence[str], system: str | None, *, raw: bool) -> None:
     """What can be refused before a package is read; an error names one prompt of several."""
-    from moac_runtime.messages import check_prompt, text_of
+    from moac_runtime.messages import check_prompt, named_prompt, text_of
 
     if system is not None:
         text_of(system, "the system message")
     for number, prompt in enumerate(prompts, start=1):
-        try:
+        with named_prompt(number, len(prompts)):
             check_prompt(prompt, raw=raw)
-        except UsageError as error:
-            if len(prompts) == 1:
-                raise
-            raise UsageError(f"prompt {number} of {len(prompts)}: {error}") from None
 
 
 def _print_stream(model: Model, prompt: str, asked: Any, sampling: Sampling) -> Generation:

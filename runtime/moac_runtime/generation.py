@@ -23,7 +23,7 @@ from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.extras import missing
 from moac_runtime.integrity import REMEDY
 from moac_runtime.manifest import read_json
-from moac_runtime.messages import Message, check_prompt, plain_messages, text_of
+from moac_runtime.messages import Message, check_prompt, named_prompt, plain_messages, text_of
 from moac_runtime.sampling import Sampler, SamplingOptions, check_chosen
 from moac_runtime.shortage import telling_shortage
 from moac_runtime.spec import ModelSpec
@@ -450,13 +450,8 @@ class Model:
             raise UsageError("there is no prompt; give at least one")
         rows = []
         for number, prompt in enumerate(prompts, start=1):
-            try:
+            with named_prompt(number, len(prompts)):
                 rows.append(self._tokens(prompt, system, raw, parse_special))
-            except MoacError as error:
-                if len(prompts) == 1:
-                    raise
-                named = f"prompt {number} of {len(prompts)}: {error}"
-                raise type(error)(named) from None
         return rows
 
     def _tokens(

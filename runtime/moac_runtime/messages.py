@@ -8,11 +8,12 @@ other reaches the template, as in transformers, since some templates have fields
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
-from moac_runtime.errors import UsageError
+from moac_runtime.errors import MoacError, UsageError
 
 Message = Mapping[str, Any]
 
@@ -68,6 +69,17 @@ def check_prompt(prompt: object, *, raw: bool) -> None:
         text_of(prompt, "the prompt")
         if not prompt or (not raw and is_blank(prompt)):
             raise UsageError(f"the prompt is {'blank' if prompt else 'empty'}; give some text")
+
+
+@contextmanager
+def named_prompt(number: int, total: int) -> Iterator[None]:
+    """What is wrong with prompt `number` of `total` names it, where there are several."""
+    try:
+        yield
+    except MoacError as error:
+        if total == 1:
+            raise
+        raise type(error)(f"prompt {number} of {total}: {error}") from None
 
 
 def is_blank(text: str) -> bool:
