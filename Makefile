@@ -29,7 +29,7 @@ help:
 	@echo 'make clean        remove what the tools leave, and the environment'
 
 quickstart: $(MODEL)/config.json
-	MOAC_CACHE=.cache/moac $(BIN)/moac compile $(MODEL) --budget 0.5 --force -o $(PACKAGE)
+	MOAC_CACHE=.cache/moac $(BIN)/moac compile $(MODEL) --budget 0.5 --effort quick --force -o $(PACKAGE)
 	$(BIN)/moac inspect $(PACKAGE)
 	$(BIN)/moac run $(PACKAGE) --prompt 'What is the capital of France?'
 
