@@ -16,11 +16,11 @@ from pathlib import Path
 
 from profiled import profiled
 
-from moac.plan_file import identity, sealed, write_plan_file
+from moac.pipeline.plan_file import identity, sealed, write_plan_file
+from moac.pipeline.stages import best_weighted
 from moac.planning import Problem, SolverOptions, layerwise_plan
 from moac.request import CompileRequest
-from moac.stages import best_weighted
-from moac_runtime.span import Rule
+from moac_runtime.package.span import Rule
 
 
 def proportional(problem: Problem) -> Problem:

@@ -26,12 +26,12 @@ from profiled import Pairs, Profiled, profiled
 from torch import Tensor
 
 from moac.calibration import CalibrationSample
+from moac.pipeline.stages import best_weighted
 from moac.planning import objectives, uniform_plan
 from moac.planning.objectives import ANSWERS, COUNTING, Counting, length_objectives
 from moac.planning.problem import Objective, plan_losses
 from moac.request import CompileRequest
-from moac.stages import best_weighted
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 
 class Way(NamedTuple):

@@ -29,7 +29,7 @@ from torch import Tensor
 from moac.calibration import build_calibration
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.methods import method_plans
-from moac.planner import open_bench
+from moac.pipeline.planner import open_bench
 from moac.planning import (
     Layout,
     Objective,
@@ -44,8 +44,8 @@ from moac.planning.problem import Floats
 from moac.profiling import attention as influence_attention
 from moac.profiling.influence import sample_influence
 from moac.request import CompileRequest
-from moac_runtime.artifact import open_artifact
-from moac_runtime.plan import Plan
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
 
 SAMPLES = {"retrieval": 9, "whole": 9, "documents": 2, "text": 2, "quiz": 3}
 FORMS = ("joint", "entry by entry", "absolute entries")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moac.calibration.text import held_out_text
 from moac.packaging.quantise import quantise
-from moac_runtime.weights import dequantised, is_matrix
+from moac_runtime.package.weights import dequantised, is_matrix
 
 WINDOW = 1024
 SCALE_BYTES = 4

@@ -14,8 +14,8 @@ from moac.evaluation.passkey import passkey
 from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import open_sessions
 from moac.evaluation.wordings import WORDINGS
-from moac_runtime.artifact import Artifact
-from moac_runtime.plan import Plan
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.plan import Plan
 
 SEED, TEXT_SEED = 77, 78
 

@@ -23,16 +23,16 @@ from judging import show
 
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
-from moac.cost import Kind
-from moac.planner import open_bench, prepare, sample_counts
+from moac.pipeline.planner import open_bench, prepare, sample_counts
+from moac.pipeline.stages import Bench, calibrate, sample_loss
 from moac.planning import Layout, matching_uniform
 from moac.planning.objectives import ANSWERS, COUNTING
-from moac.progress import stage
+from moac.progress.cost import Kind
+from moac.progress.progress import stage
 from moac.request import CompileRequest
-from moac.stages import Bench, calibrate, sample_loss
-from moac_runtime.artifact import open_artifact
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 MOVED_BLOCKS = (2, 4)
 

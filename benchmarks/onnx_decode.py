@@ -27,11 +27,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from moac_runtime.artifact import Artifact, open_artifact
-from moac_runtime.decoder import Decoder
-from moac_runtime.onnx_session import OnnxGraph, OnnxSession, open_graph
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
+from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession, open_graph
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.weights import load_weights
 
 STEPS = 12
 ROUNDS = 4

@@ -36,17 +36,17 @@ from moac.calibration import (
 )
 from moac.calibration import samples as sample_making
 from moac.checkpoint import open_checkpoint
-from moac.cost import Kind
-from moac.planner import open_bench, prepare, sample_counts
+from moac.pipeline.planner import open_bench, prepare, sample_counts
+from moac.pipeline.stages import Bench, calibrate, profile, sample_loss
 from moac.planning import Layout, Problem, candidate_rules, solve_weighted, uniform_plan
 from moac.planning.objectives import length_objectives
 from moac.planning.prediction import Curve, Estimate, left_out, root
 from moac.planning.problem import Floats
-from moac.progress import stage
+from moac.progress.cost import Kind
+from moac.progress.progress import stage
 from moac.request import CompileRequest
-from moac.stages import Bench, calibrate, profile, sample_loss
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 KINDS = ("planned", "uniform", "layer", "head")

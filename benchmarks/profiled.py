@@ -11,10 +11,10 @@ from torch import Tensor
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
 from moac.lengths import Lengths
-from moac.planner import open_bench, prepare, sample_counts
+from moac.pipeline.planner import open_bench, prepare, sample_counts
+from moac.pipeline.stages import Bench, calibrate, halves, planning_problem, profile, refine
 from moac.planning import Problem
 from moac.request import CompileRequest
-from moac.stages import Bench, calibrate, halves, planning_problem, profile, refine
 
 Pairs = Sequence[tuple[CalibrationSample, Tensor]]
 

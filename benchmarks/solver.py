@@ -35,7 +35,7 @@ from moac.planning import (
     pareto_front,
 )
 from moac.planning.problem import Floats
-from moac_runtime.span import Rule
+from moac_runtime.package.span import Rule
 
 SINK, BLOCK, MIN_SPAN = 64, 64, 128
 PROFILE = "SmolLM2-135M"

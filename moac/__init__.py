@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moac_runtime.errors import MoacError
-from moac_runtime.extras import extra_of, missing
+from moac_runtime.host.extras import extra_of, missing
 
 if TYPE_CHECKING:
-    from moac.compiler import CompileResult, compile_model
-    from moac.planner import PlanResult, plan_model
+    from moac.pipeline.compiler import CompileResult, compile_model
+    from moac.pipeline.planner import PlanResult, plan_model
     from moac.request import CompileRequest
 
 __all__ = ["CompileRequest", "CompileResult", "PlanResult", "compile_model", "plan_model"]
 
 _HOMES = {
     "CompileRequest": "request",
-    "CompileResult": "compiler",
-    "PlanResult": "planner",
-    "compile_model": "compiler",
-    "plan_model": "planner",
+    "CompileResult": "pipeline.compiler",
+    "PlanResult": "pipeline.planner",
+    "compile_model": "pipeline.compiler",
+    "plan_model": "pipeline.planner",
 }
 
 

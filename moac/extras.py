@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from moac_runtime.errors import UsageError
-from moac_runtime.extras import missing
+from moac_runtime.host.extras import missing
 
 _COMPILE = ("torch", "transformers", "accelerate", "highspy", "rich")
 # Some libraries of an extra are for few checkpoints and are asked for there.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAMED = [Requirement(line).name for line in PROJECT["dependencies"]]
 LIBRARIES = (*NAMED, "markupsafe", "moac")  # what tokenizers brings beside is for its hub
-MOAC = "from moac.cli import main; main()"
+MOAC = "from moac.cli.main import main; main()"
 
 
 def sources() -> list[str]:

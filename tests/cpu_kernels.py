@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from moac.checkpoint.model_spec import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.cpu_build import build_cpu, build_obstacle
-from moac_runtime.cpu.engine import CpuEngine
-from moac_runtime.cpu.library import (
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import (
     INSTRUCTION_SETS,
     host_features,
     open_library,
     runnable_sets,
 )
-from moac_runtime.cpu.session import CpuSession
-from moac_runtime.plan import Plan
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.package.plan import Plan
 
 needs_compiler = pytest.mark.skipif(
     build_obstacle() is not None, reason=build_obstacle() or "CPU kernels can be built"

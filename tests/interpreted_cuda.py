@@ -22,11 +22,11 @@ from moac.checkpoint.model_spec import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.kernels import require_kernels
 from moac_kernels.uncompiled import write_uncompiled
-from moac_runtime.cuda.binaries import Binary
-from moac_runtime.cuda.decoder import CudaDecoder
-from moac_runtime.cuda.session import CudaSession
-from moac_runtime.cuda.source import SourceKernels, load_source
-from moac_runtime.plan import Plan
+from moac_runtime.backends.cuda.binaries import Binary
+from moac_runtime.backends.cuda.decoder import CudaDecoder
+from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.cuda.source import SourceKernels, load_source
+from moac_runtime.package.plan import Plan
 
 PROGRAMS = 5
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from moac.checkpoint.model_spec import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.reference import layer_mask, masked_attention
-from moac_runtime.decoder import Decoder
-from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.span import HeadSpan, visible
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import HeadSpan, visible
 
 ORACLE = "moac_oracle"
 

@@ -23,19 +23,19 @@ from torch import Tensor
 from moac.packaging import rename, writer
 from moac.packaging.staging import check_target, staged
 from moac.sizes import parse_size
-from moac_runtime.artifact import (
+from moac_runtime.errors import ArtifactError, CheckpointError, MoacError, UsageError
+from moac_runtime.package.artifact import (
     WEIGHT_INDEX,
     load_plan_record,
     open_artifact,
     start_opening,
 )
-from moac_runtime.errors import ArtifactError, CheckpointError, MoacError, UsageError
-from moac_runtime.golden import GoldenPrompt, load_golden
-from moac_runtime.manifest import manifest_digest
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
-from moac_runtime.spec import ModelSpec, RopeSpec
-from moac_runtime.weights import expected_tensors, load_weights
+from moac_runtime.package.golden import GoldenPrompt, load_golden
+from moac_runtime.package.manifest import manifest_digest
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
+from moac_runtime.package.spec import ModelSpec, RopeSpec
+from moac_runtime.package.weights import expected_tensors, load_weights
 
 SPEC = ModelSpec(
     family="llama",
@@ -199,7 +199,7 @@ def test_the_same_input_gives_the_same_bytes(original: Path, tmp_path: Path) -> 
 
 def test_opening_imports_no_torch(package: Path) -> None:
     code = (
-        "import sys; from moac_runtime.artifact import open_artifact; "
+        "import sys; from moac_runtime.package.artifact import open_artifact; "
         f"open_artifact({str(package)!r}); print('torch' in sys.modules)"
     )
     assert run_python("-c", code).stdout.strip() == "False"
@@ -249,7 +249,7 @@ def test_bytecode_and_notes_are_tolerated(package: Path) -> None:
         WEIGHT_INDEX,
         "golden.safetensors",
         "tokenizer/tokenizer.json",
-        "moac_runtime/span.py",
+        "moac_runtime/package/span.py",
         "__main__.py",
     ],
 )
@@ -278,7 +278,9 @@ def test_a_damaged_file_is_refused(package: Path, name: str, damage: str) -> Non
 def test_no_weight_is_read_before_every_hash_agreed(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moac_runtime.weights.safe_open", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(
+        "moac_runtime.package.weights.safe_open", lambda *_, **__: pytest.fail("read")
+    )
     path = package / "tokenizer" / "tokenizer.json"
     path.write_text("[]\n")
     refused(package, "tokenizer/tokenizer.json")
@@ -305,7 +307,7 @@ def test_an_unreadable_file_is_refused(package: Path, monkeypatch: pytest.Monkey
     def deny(*_: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("moac_runtime.integrity.sha256", deny)
+    monkeypatch.setattr("moac_runtime.package.integrity.sha256", deny)
     refused(package, "cannot be read (Permission denied)", "check its permissions")
 
 

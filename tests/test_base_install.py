@@ -19,13 +19,14 @@ from packaging.requirements import Requirement
 from tiny import Compiled, built_for
 
 import moac
-from moac.cli import cli
+from moac.cli.main import cli
 from moac.extras import require
-from moac.inspection import inspect_package
-from moac_runtime.cuda.host import has_driver
+from moac.show.inspection import inspect_package
+from moac_runtime.backends.cuda.host import has_driver
+from moac_runtime.backends.open import backend_obstacle, choose_backend
+from moac_runtime.engine.model import load
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.extras import EXTRAS, extra_of, install
-from moac_runtime.generation import backend_obstacle, choose_backend, load
+from moac_runtime.host.extras import EXTRAS, extra_of, install
 
 CONTAINERFILE = (ROOT / "examples" / "Containerfile").read_text(encoding="utf-8")
 IMPORTED_AS = {"cuda-bindings": "cuda", "protobuf": "google"}
@@ -256,7 +257,7 @@ def test_a_fault_of_our_own_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_backends_that_lack_a_library_name_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moac_runtime.generation.find_spec", lambda name: None)
+    monkeypatch.setattr("moac_runtime.engine.model.find_spec", lambda name: None)
     for backend, library in (("torch", "torch"), ("onnx", "onnxruntime"), ("cuda", "torch")):
         assert backend_obstacle(backend, [backend]) == (
             f"the backend {backend} needs {library}, which is not installed; "

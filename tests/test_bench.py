@@ -25,12 +25,12 @@ from moac.bench.shapes import SHAPES, shape_spec
 from moac.bench.system import Subject, open_system
 from moac.bench.transformers_cache import GrowingCache
 from moac.bench.worker import Load, Running, Worker
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cpu.library import runnable_sets
+from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import HeadSpan, visible
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import HeadSpan, visible
+from moac_runtime.package.spec import ModelSpec
 
 Capture = pytest.CaptureFixture[str]
 

@@ -29,8 +29,8 @@ from moac.planning.beyond import spend_beyond
 from moac.planning.capacities import held_at, over_budget, sizes_at
 from moac.planning.problem import allowed_at, allowed_tokens
 from moac.planning.rules import latest
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule, head_span, span_tokens
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule, head_span, span_tokens
 
 BLOCK, SINK, MIN_SPAN = 16, 16, 32
 GOLDEN = Path(__file__).parent / "golden" / "smollm2_plan.json"

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moac_runtime.attention import decode_view, query_blocks
-from moac_runtime.cache import SpanCache
-from moac_runtime.span import HeadSpan, visible
+from moac_runtime.backends.torch.attention import decode_view, query_blocks
+from moac_runtime.backends.torch.cache import SpanCache
+from moac_runtime.package.span import HeadSpan, visible
 
 HEADS, DIM = 2, 3
 

@@ -32,7 +32,7 @@ from moac.calibration.tasks import draw_facts
 from moac.calibration.text import ends_clause, running_words, separated_words
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.own_task import read_own_task
-from moac.reading import open_reader
+from moac.pipeline.reading import open_reader
 from moac_runtime.errors import CheckpointError, UsageError
 
 LENGTH = 1024

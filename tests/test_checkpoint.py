@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac_runtime.errors import CheckpointError, UsageError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 Make = Callable[..., Path]
 

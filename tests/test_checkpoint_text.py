@@ -25,7 +25,7 @@ from moac.calibration import calibration_text
 from moac.calibration.prompt import PromptFormat
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac_runtime.errors import MoacError
-from moac_runtime.text import Tokenizer as PackagedTokenizer
+from moac_runtime.text.tokenizer import Tokenizer as PackagedTokenizer
 
 Make = Callable[..., Path]
 

@@ -13,11 +13,11 @@ from test_generation import echo, scripted_model
 from tiny import Compiled, moac_command
 
 import moac_runtime
-from moac_runtime import generation
-from moac_runtime.chosen import choose_sampling
+from moac_runtime.engine import model as generation
+from moac_runtime.engine.chosen import choose_sampling
+from moac_runtime.engine.sampling import Sampler
 from moac_runtime.errors import ArtifactError, UsageError
-from moac_runtime.manifest import manifest_digest
-from moac_runtime.sampling import Sampler
+from moac_runtime.package.manifest import manifest_digest
 
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_k": 20}
 BIG = 10**400
@@ -139,7 +139,7 @@ def recommending(package: Path, target: Path, defaults: Any) -> Path:
     """A copy of `package` whose checkpoint recommended `defaults`."""
     from dataclasses import asdict
 
-    from moac_runtime.integrity import hash_files
+    from moac_runtime.package.integrity import hash_files
 
     shutil.copytree(package, target)
     name = "tokenizer/generation.json"

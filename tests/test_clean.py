@@ -17,11 +17,12 @@ import torch
 from test_cli import refused
 from tiny import moac_command
 
-from moac import clean_command, cleaning
-from moac.atomic import PARTIAL
-from moac.cleaning import KINDS, survey
-from moac.kept import Header, write_folder
-from moac.workspace import Workspace
+from moac.cli import clean as clean_command
+from moac.store import cleaning
+from moac.store.atomic import PARTIAL
+from moac.store.cleaning import KINDS, survey
+from moac.store.kept import Header, write_folder
+from moac.store.workspace import Workspace
 
 Capture = pytest.CaptureFixture[str]
 

@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_old_package(
     def full(staging: Path, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(staging / "plan.json"))
 
-    monkeypatch.setattr("moac.compiler.write_plan", full)
+    monkeypatch.setattr("moac.pipeline.compiler.write_plan", full)
     before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
     asked = ["compile", tiny_package.checkpoint, "-o", package, *options(), "--force"]
     capsys.readouterr()
@@ -296,7 +296,7 @@ def test_a_package_that_fails_its_check_is_not_published(
         for name, tensor in pack_weights(*arguments):
             yield name, tensor * 1.05 if name == "layers.1.o.weight" else tensor
 
-    monkeypatch.setattr("moac.compiler.pack_weights", scaled)
+    monkeypatch.setattr("moac.pipeline.compiler.pack_weights", scaled)
     capsys.readouterr()
     asked = ["compile", tiny_package.checkpoint, "-o", folder / "out", *options()]
     assert moac_command(*asked, "--work-dir", tiny_package.work_dir) == 3
@@ -350,7 +350,7 @@ def gone(package: Path) -> None:
 
 
 def edit_manifest(package: Path, **changes: Any) -> None:
-    from moac_runtime.manifest import manifest_digest
+    from moac_runtime.package.manifest import manifest_digest
 
     path = package / "moac.json"
     data = json.loads(path.read_text()) | changes

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from test_generation import ScriptedSession, echo, scripted_model
 
-from moac_runtime import command, generation
+from moac_runtime import command
 from moac_runtime.command import main
+from moac_runtime.engine import model as generation
+from moac_runtime.engine.model import Model
 from moac_runtime.errors import ArtifactError
-from moac_runtime.generation import Model
 
 OPTIONS = (
     *("--prompt", "--prompt-file", "--system", "--raw", "--parse-special", "--max-tokens"),
@@ -311,7 +312,8 @@ def test_an_answer_that_the_capacity_cuts_is_told(
 
 SCRIPT = """
 import sys
-from moac_runtime import command, generation
+from moac_runtime import command
+from moac_runtime.engine import model as generation
 from test_generation import echo, scripted_model
 generation.load = lambda path, **options: scripted_model(echo)[0]
 sys.exit(command.main(["out", *sys.argv[1:]]))

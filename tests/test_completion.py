@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moac.cli import cli
+from moac.cli.main import cli
 from moac_runtime.command import run_parser
 
-MOAC = "from moac.cli import main; main()"
+MOAC = "from moac.cli.main import main; main()"
 
 
 def asked(shell: str, **environment: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moac_runtime.errors import UsageError
-from moac_runtime.text import Tokenizer
+from moac_runtime.text.tokenizer import Tokenizer
 
 START, END, BOS, EOS = "<|im_start|>", "<|im_end|>", "<s>", "</s>"
 CALL, DONE = "<tool_call>", "</think>"  # no special tokens by their flag, but in templates

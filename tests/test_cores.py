@@ -19,20 +19,23 @@ from families import tiny_model
 from machines import V1, V2, machine
 from tiny import Compiled, request
 
-from moac import plan_model, planner
+from moac import plan_model
 from moac.bench import runner, worker
 from moac.bench.request import BenchRequest
 from moac.bench.runner import run_bench
 from moac.checkpoint.model_spec import model_spec
 from moac.evaluation.sessions import open_sessions
 from moac.packaging import kernels
-from moac.verify import verify
-from moac_runtime import cores, integrity, load
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cgroup import cpu_quota, memory_limit
-from moac_runtime.cores import set_torch_threads, usable_cores
-from moac_runtime.cpu import engine
+from moac.pipeline import planner
+from moac.pipeline.verify import verify
+from moac_runtime import load
+from moac_runtime.backends.cpu import engine
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.host import cores
+from moac_runtime.host.cgroup import cpu_quota, memory_limit
+from moac_runtime.host.cores import set_torch_threads, usable_cores
+from moac_runtime.package import integrity
+from moac_runtime.package.artifact import open_artifact
 
 V1_HOST = "5:memory:/app\n4:cpu,cpuacct:/jobs/app\n3:cpuset:/\n1:name=systemd:/\n"
 
@@ -241,7 +244,7 @@ def test_omp_num_threads_is_heeded(
 def test_one_cpu_by_affinity_in_a_process_of_its_own() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from moac_runtime.cores import usable_cores\n"
+        "from moac_runtime.host.cores import usable_cores\n"
         "found = usable_cores(); print(found.cpus, found.threads)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -342,7 +345,7 @@ def test_the_onnx_backend_takes_the_quota(
     monkeypatch: pytest.MonkeyPatch, asked: int | None, threads: int
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    from moac_runtime.onnx_session import OnnxGraph
+    from moac_runtime.backends.onnx.session import OnnxGraph
 
     found = []
 

@@ -14,18 +14,19 @@ from cpu_kernels import needs_avx2, needs_compiler
 from tiny import Compiled, moac_command, options
 
 from moac.evaluation import EvalRequest, evaluate
-from moac.inspection import inspect_package
 from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu
-from moac.verify import verify
+from moac.pipeline.verify import verify
+from moac.show.inspection import inspect_package
 from moac_kernels import cpu_build
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import build_cpu
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features, runnable_sets
-from moac_runtime.cpu.opening import host_obstacle, open_cpu
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS, host_features, runnable_sets
+from moac_runtime.backends.cpu.opening import host_obstacle, open_cpu
+from moac_runtime.backends.open import choose_backend
+from moac_runtime.engine.model import load
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.generation import choose_backend, load
+from moac_runtime.package.artifact import open_artifact
 
 HERE, BARE = INSTRUCTION_SETS["avx2"], frozenset(("sse2",))
 
@@ -189,13 +190,13 @@ def test_no_build_is_advised_that_cannot_be_made(tiny_package: Compiled) -> None
 
 
 def test_backends_where_the_processor_is_bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: BARE)
+    monkeypatch.setattr("moac_runtime.backends.cpu.library.host_features", lambda: BARE)
     assert choose_backend(None, ["torch", "cpu:avx2"]) == "torch"
     with pytest.raises(MoacError, match="this processor has none of these"):
         choose_backend("cpu", ["torch", "cpu:avx2"])
     with pytest.raises(MoacError, match="backend cpu cannot run here: the package is built for"):
         choose_backend("cpu", ["torch"])
-    monkeypatch.setattr("moac_runtime.cpu.library.host_features", lambda: HERE)
+    monkeypatch.setattr("moac_runtime.backends.cpu.library.host_features", lambda: HERE)
     assert choose_backend(None, ["torch", "cpu:avx2"]) == "cpu"
     assert choose_backend("torch", ["torch", "cpu:avx2"]) == "torch"
     assert choose_backend(None, ["torch", "cpu:avx2"], dtype="float16") == "torch"

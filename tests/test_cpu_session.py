@@ -13,12 +13,12 @@ from oracle import grown_masks, masked_logits, open_session, oracle_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moac_runtime.cpu.engine import obstacle
-from moac_runtime.cpu.library import INSTRUCTION_SETS
-from moac_runtime.cpu.session import CpuSession
+from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
+from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
 
 pytestmark = needs_compiler
 

@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from moac_runtime.cuda import device, source
-from moac_runtime.cuda.binaries import Binary, choose
-from moac_runtime.cuda.launch import DriverKernels
-from moac_runtime.cuda.memory import LEAST_CHUNK, MOST_CHUNK, check_fit, session_demand
-from moac_runtime.cuda.opening import current_device, driver_version
+from moac_runtime.backends.cuda import device, source
+from moac_runtime.backends.cuda.binaries import Binary, choose
+from moac_runtime.backends.cuda.launch import DriverKernels
+from moac_runtime.backends.cuda.memory import LEAST_CHUNK, MOST_CHUNK, check_fit, session_demand
+from moac_runtime.backends.cuda.opening import current_device, driver_version
 from moac_runtime.errors import MoacError
-from moac_runtime.plan import dense_plan
-from moac_runtime.spec import ModelSpec, RopeSpec
+from moac_runtime.package.plan import dense_plan
+from moac_runtime.package.spec import ModelSpec, RopeSpec
 
 DECODE = Binary(
     name="decode",
@@ -278,8 +278,8 @@ def test_bindings_have_what_is_asked_of_them() -> None:
 THROUGH_THE_BINDINGS = """
 import torch
 from cuda.bindings import driver
-from moac_runtime.cuda.launch import DriverKernels
-from moac_runtime.cuda.opening import driver_version
+from moac_runtime.backends.cuda.launch import DriverKernels
+from moac_runtime.backends.cuda.opening import driver_version
 from test_cuda_launch import BINARIES, choose
 
 choice = choose(BINARIES, capability=(9, 0), driver=driver_version(driver), triton=False)
@@ -384,7 +384,7 @@ def test_memory_is_told_before_it_is_taken() -> None:
 def test_the_backend_imports_without_triton_and_bindings(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['triton'] = None; sys.modules['cuda'] = None\n"
-        "import moac_runtime.cuda.opening, moac_runtime.cuda.session\n"
+        "import moac_runtime.backends.cuda.opening, moac_runtime.backends.cuda.session\n"
     )
     spec = importlib.util.find_spec("moac_runtime")
     assert spec is not None

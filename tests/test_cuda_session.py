@@ -14,13 +14,13 @@ from oracle import grown_masks, masked_logits, oracle_logits
 from oracle import open_session as open_torch_session
 from torch import Tensor
 
-from moac_runtime.cuda import decode as decode_module
-from moac_runtime.cuda import session as session_module
-from moac_runtime.cuda.decode import bucket
-from moac_runtime.cuda.session import CudaSession
+from moac_runtime.backends.cuda import decode as decode_module
+from moac_runtime.backends.cuda import session as session_module
+from moac_runtime.backends.cuda.decode import bucket
+from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
 
 SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tiny import Compiled, moac_command
 
-from moac.inspection import inspect_package
 from moac.packaging.writer import write_manifest, write_plan
-from moac_runtime.artifact import load_plan_record, open_artifact
-from moac_runtime.plan import Plan
+from moac.show.inspection import inspect_package
+from moac_runtime.package.artifact import load_plan_record, open_artifact
+from moac_runtime.package.plan import Plan
 
 Capture = pytest.CaptureFixture[str]
 Record = dict[str, Any]

@@ -23,12 +23,12 @@ from moac.doctor import machine as told
 from moac.doctor.command import examine
 from moac.doctor.text import doctor_text
 from moac_kernels.cpu_build import find_compiler
-from moac_runtime import cores
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cgroup import memory_limit
-from moac_runtime.cpu import library
-from moac_runtime.cpu.library import INSTRUCTION_SETS
-from moac_runtime.generation import choose_backend
+from moac_runtime.backends.cpu import library
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
+from moac_runtime.backends.open import choose_backend
+from moac_runtime.host import cores
+from moac_runtime.host.cgroup import memory_limit
+from moac_runtime.package.artifact import open_artifact
 
 Doctor = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -22,13 +22,13 @@ from tiny import CONTEXT, Compiled, moac_command, options, request
 import moac_runtime
 from moac import CompileResult, compile_model
 from moac.checkpoint import open_checkpoint
+from moac.pipeline.verify import verify
 from moac.profiling.influence import sample_influence
-from moac.verify import verify
-from moac_runtime.artifact import Artifact, open_artifact
-from moac_runtime.decoder import Decoder
-from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.weights import load_weights
 
 Make = Callable[..., Path]
 
@@ -71,7 +71,7 @@ class Profiler:
 @pytest.fixture
 def profiler(monkeypatch: pytest.MonkeyPatch) -> Profiler:
     made = Profiler()
-    monkeypatch.setattr("moac.stages.sample_influence", made)
+    monkeypatch.setattr("moac.pipeline.stages.sample_influence", made)
     return made
 
 
@@ -287,7 +287,8 @@ def test_an_interrupted_compile_goes_on_where_it_stopped(
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 import torch
-from moac import compile_model, compiler
+from moac import compile_model
+from moac.pipeline import compiler
 from tiny import request
 torch.set_num_threads(1)
 compiler.write_plan = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from families import save_checkpoint, tiny_model
 
-import moac.reading
+import moac.pipeline.reading
 from moac.calibration import CalibrationSample
 from moac.checkpoint import Checkpoint, open_checkpoint
-from moac.estimate import exact_bytes, held_bytes, working_bytes
+from moac.pipeline.estimate import exact_bytes, held_bytes, working_bytes
+from moac.pipeline.reading import open_reader
 from moac.planning import Layout
 from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, sample_influence
-from moac.reading import open_reader
-from moac.workspace import release_memory
+from moac.store.workspace import release_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -63,7 +63,7 @@ def _status(name: str) -> int:
 
 
 def _held(wide: Checkpoint, folder: Path) -> int:
-    moac.reading._native = lambda *_: None  # type: ignore[assignment]
+    moac.pipeline.reading._native = lambda *_: None  # type: ignore[assignment]
     release_memory()
     before = _status("VmRSS")
     model = wide.load_model("float32")

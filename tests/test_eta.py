@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from moac import work as work_module
-from moac.cost import Kind
-from moac.eta import MOST_GROWTH, SETTLING, Steady, TimeLeft, Told
 from moac.lengths import Lengths
-from moac.planner import sample_counts
+from moac.pipeline import work as work_module
+from moac.pipeline.planner import sample_counts
+from moac.pipeline.work import Forecast, Work
+from moac.progress.cost import Kind
+from moac.progress.eta import MOST_GROWTH, SETTLING, Steady, TimeLeft, Told
 from moac.request import CompileRequest
-from moac.work import Forecast, Work
 from moac_kernels.cpu_build import build_key
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 # The shape of SmolLM2-135M, on a machine of 250 GFLOPS: its compile takes some ten minutes.
 SHAPE: dict[str, Any] = {

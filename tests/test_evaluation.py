@@ -40,7 +40,7 @@ from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import KINDS, held_out, kind_tokens, most_windows, windows
 from moac.evaluation.wordings import PASSKEY_WORDINGS, SEEN, UNSEEN, WORDINGS, WordingKind
-from moac.inspection import planned_lengths
+from moac.pipeline.verify import undropping
 from moac.planning import (
     Layout,
     Objective,
@@ -50,15 +50,15 @@ from moac.planning import (
     plan_losses,
     uniform_plan,
 )
-from moac.verify import undropping
-from moac.workspace import Workspace
-from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
-from moac_runtime.cpu.engine import CpuEngine
-from moac_runtime.cpu.opening import CpuModel
-from moac_runtime.cpu.weights import map_weights
+from moac.show.inspection import planned_lengths
+from moac.store.workspace import Workspace
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.opening import CpuModel
+from moac_runtime.backends.cpu.weights import map_weights
 from moac_runtime.errors import UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 Capture = pytest.CaptureFixture[str]
 LENGTH = 2048  # of cases: the tiny tokenizer writes two letters a token

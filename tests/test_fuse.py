@@ -13,10 +13,10 @@ from torch.nn.functional import linear, silu
 
 from moac.packaging.fuse import head_order, pack_weights
 from moac_runtime.errors import CheckpointError
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
-from moac_runtime.spec import ModelSpec, RopeSpec
-from moac_runtime.weights import expected_tensors
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
+from moac_runtime.package.spec import ModelSpec, RopeSpec
+from moac_runtime.package.weights import expected_tensors
 
 HIDDEN, INNER, DIM, VOCAB, LAYERS, LENGTH = 24, 20, 8, 32, 2, 12
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_text import byte_tokenizer
 
+from moac_runtime.backends.open import choose_backend
+from moac_runtime.engine.model import Model, load
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.generation import Model, choose_backend, load
-from moac_runtime.spec import ModelSpec, RopeSpec
+from moac_runtime.package.spec import ModelSpec, RopeSpec
 
 VOCAB = 260
 EOS, OTHER_EOS = 257, 258
@@ -559,7 +560,7 @@ def test_load_refuses_a_wrong_request_before_it_looks(options: dict[str, Any], m
 
 def test_torch_is_not_imported_until_a_package_is_loaded() -> None:
     code = (
-        "import sys, moac_runtime, moac_runtime.command, moac_runtime.generation as g;"
+        "import sys, moac_runtime, moac_runtime.command, moac_runtime.engine.model as g;"
         "assert moac_runtime.load is g.load;"
         "heavy = {'torch', 'jinja2', 'numpy', 'transformers', 'safetensors'};"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"

@@ -23,7 +23,7 @@ from moac.checkpoint import open_checkpoint
 from moac.checkpoint.identity import safetensors_identity
 from moac.evaluation import EvalRequest, evaluate
 from moac_runtime.errors import UsageError
-from moac_runtime.manifest import manifest_digest
+from moac_runtime.package.manifest import manifest_digest
 
 Make = Callable[..., Path]
 Change = Callable[[Path], object]

@@ -14,8 +14,8 @@ import pytest
 from cpu_kernels import needs_avx2, needs_compiler
 from tiny import Compiled, built_for
 
-from moac_runtime.cuda.host import has_driver
-from moac_runtime.extras import EXTRAS
+from moac_runtime.backends.cuda.host import has_driver
+from moac_runtime.host.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"transformers", "accelerate", "gguf", "highspy", "onnx", "onnxruntime", "rich", "moac"}
@@ -45,7 +45,7 @@ except SystemExit as stop:
 """
 RUN_AS_MOAC = """
 import json, sys
-from moac.cli import main
+from moac.cli.main import main
 try:
     main(["run", *sys.argv[1:]])
 except SystemExit as stop:

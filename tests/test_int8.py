@@ -21,21 +21,21 @@ from moac import compile_model
 from moac.bench.floor import weight_bytes_read
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.model_spec import model_spec
-from moac.inspection import inspect_package
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.quantise import disturb_weights, quantise, quantised, round_weights
 from moac.packaging.writer import write_manifest
-from moac.verify import QUANTISED, verify
-from moac_runtime import manifest
-from moac_runtime.artifact import WEIGHT_INDEX, Artifact, open_artifact
-from moac_runtime.cpu.engine import CpuEngine
-from moac_runtime.cpu.library import INSTRUCTION_SETS
-from moac_runtime.cpu.session import CpuSession
+from moac.pipeline.verify import QUANTISED, verify
+from moac.show.inspection import inspect_package
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.engine.model import load
 from moac_runtime.errors import ArtifactError, UsageError
-from moac_runtime.generation import load
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule
-from moac_runtime.weights import dequantised, is_matrix, load_weights
+from moac_runtime.package import manifest
+from moac_runtime.package.artifact import WEIGHT_INDEX, Artifact, open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.weights import dequantised, is_matrix, load_weights
 
 PLAN = Plan(
     ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5))),

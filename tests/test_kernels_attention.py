@@ -28,7 +28,7 @@ from moac_kernels.tables import (
     span_table,
     token_rows,
 )
-from moac_runtime.span import HeadSpan, visible
+from moac_runtime.package.span import HeadSpan, visible
 
 # A sum of n products errs by about sqrt(n) roundings; outputs are averages of unit normals.
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3}

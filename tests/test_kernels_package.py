@@ -14,11 +14,11 @@ import pytest
 from tiny import Compiled, moac_command, options, request
 
 from moac import compile_model
-from moac.inspection import inspect_package
 from moac.packaging.kernels import cuda_archs, plan_digest, require_kernels
+from moac.show.inspection import inspect_package
 from moac_kernels.catalog import KERNELS
-from moac_runtime.artifact import open_artifact
 from moac_runtime.errors import UsageError
+from moac_runtime.package.artifact import open_artifact
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ OPEN_KERNELS = """
 import sys; sys.modules["triton"] = None
 from pathlib import Path
 from test_cuda_launch import Driver
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cuda.binaries import choose, read_binaries
-from moac_runtime.cuda.launch import DriverKernels
-from moac_runtime.cuda.source import load_source
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.backends.cuda.binaries import choose, read_binaries
+from moac_runtime.backends.cuda.launch import DriverKernels
+from moac_runtime.backends.cuda.source import load_source
 
 artifact = open_artifact(sys.argv[1])
 for capability in ((9, 0), (8, 0)):
@@ -113,10 +113,10 @@ def test_kernels_open_with_triton_blocked(package: Path, tmp_path: Path) -> None
 ANSWER_INTERPRETED = """
 import json, sys
 import torch
-from moac_runtime.cuda import opening
-from moac_runtime.cuda.source import SourceKernels
+from moac_runtime.backends.cuda import opening
+from moac_runtime.backends.cuda.source import SourceKernels
 from moac_runtime.errors import MoacError
-from moac_runtime.generation import load
+from moac_runtime.engine.model import load
 
 torch.set_num_threads(1)
 opening.device_obstacle = lambda targets: None

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from moac_kernels.shape import KernelShape
 from moac_kernels.tables import span_table
-from moac_runtime.decoder import Rotation
-from moac_runtime.span import HeadSpan
+from moac_runtime.backends.torch.decoder import Rotation
+from moac_runtime.package.span import HeadSpan
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from moac_kernels.tables import (
     span_table,
     token_rows,
 )
-from moac_runtime.plan import Plan
-from moac_runtime.span import HeadSpan, Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import HeadSpan, Rule
 
 H100_PROGRAMS = 2 * 132
 

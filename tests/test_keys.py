@@ -13,8 +13,8 @@ import tokenizers
 import torch
 import transformers
 
-from moac import keys, sources
-from moac.keys import result_key
+from moac.store import keys, sources
+from moac.store.keys import result_key
 
 ROOT = Path(__file__).parents[1]
 TREES = {
@@ -89,22 +89,22 @@ MEASURED = {"calibration", "profile", "loss"}
 @pytest.mark.parametrize(
     ("source", "kinds"),
     [
-        ("moac/attention.py", {"profile"}),
+        ("moac/profiling/hooks.py", {"profile"}),
         ("moac/profiling/influence.py", {"profile"}),
         ("moac/profiling/attention.py", {"profile"}),
         ("moac/planning/problem.py", {"profile"}),  # the layout
         ("moac_kernels/reference.py", {"profile"}),
-        ("moac/reading.py", {"calibration", "loss"}),
+        ("moac/pipeline/reading.py", {"calibration", "loss"}),
         ("moac/packaging/fuse.py", {"calibration", "loss"}),
         ("moac_kernels/cpu_build.py", {"calibration", "loss"}),
-        ("moac_runtime/decoder.py", {"calibration", "loss"}),
-        ("moac_runtime/attention.py", {"calibration", "loss"}),
-        ("moac_runtime/cpu/session.py", {"calibration", "loss"}),
-        ("moac_runtime/span.py", MEASURED),
-        ("moac/stages.py", MEASURED),
+        ("moac_runtime/backends/torch/decoder.py", {"calibration", "loss"}),
+        ("moac_runtime/backends/torch/attention.py", {"calibration", "loss"}),
+        ("moac_runtime/backends/cpu/session.py", {"calibration", "loss"}),
+        ("moac_runtime/package/span.py", MEASURED),
+        ("moac/pipeline/stages.py", MEASURED),
         ("moac/calibration/samples.py", MEASURED),
         ("moac/calibration/tasks.py", MEASURED),
-        ("moac_runtime/text.py", MEASURED),
+        ("moac_runtime/text/tokenizer.py", MEASURED),
         ("moac/calibration/jsonl.py", {"calibration"}),
         ("moac/calibration/data/calibration/alice.txt", {"calibration"}),
         ("moac/checkpoint/gguf.py", MEASURED),
@@ -120,11 +120,21 @@ def test_code_that_computes_is_in_the_key(
 @pytest.mark.parametrize(
     "source",
     [
-        *("moac/cli.py", "moac/options.py", "moac/summary.py", "moac/compiler.py"),
-        *("moac/planner.py", "moac/report/page.py", "moac/planning/solver.py", "moac/cleaning.py"),
+        *(
+            "moac/cli/main.py",
+            "moac/cli/options.py",
+            "moac/show/summary.py",
+            "moac/pipeline/compiler.py",
+        ),
+        *(
+            "moac/pipeline/planner.py",
+            "moac/show/report/page.py",
+            "moac/planning/solver.py",
+            "moac/store/cleaning.py",
+        ),
         *("moac/evaluation/suite.py", "moac/bench/runner.py", "moac/packaging/writer.py"),
-        *("moac_runtime/command.py", "moac_runtime/sampling.py"),
-        *("moac_runtime/cuda/session.py", "moac_runtime/onnx_session.py"),
+        *("moac_runtime/command.py", "moac_runtime/engine/sampling.py"),
+        *("moac_runtime/backends/cuda/session.py", "moac_runtime/backends/onnx/session.py"),
         *("moac_kernels/templates/decode.py", "moac/calibration/data/README.md"),
         "moac/calibration/data/heldout/opticks.txt",
     ],
@@ -186,12 +196,17 @@ def test_imports_for_types_alone_are_not_followed(
     (copied / "moac/one.py").write_text(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from moac import cli\nelse:\n    from moac import options\n"
-        "def later():\n    import moac_runtime.plan\n"
+        "def later():\n    import moac_runtime.package.plan\n"
     )
     followed = set(sources.sources(["moac.one"]))
     (copied / "moac/one.py").unlink()
-    assert {"moac.one", "moac.options", "moac_runtime.plan", "moac_runtime.span"} <= followed
-    assert "moac.cli" not in followed
+    assert {
+        "moac.one",
+        "moac.cli.options",
+        "moac_runtime.package.plan",
+        "moac_runtime.package.span",
+    } <= followed
+    assert "moac.cli.main" not in followed
 
 
 def test_a_module_that_is_not_ours_is_refused() -> None:

@@ -14,12 +14,12 @@ from tiny import Compiled
 from torch.nn import functional as F
 
 import moac_runtime
-from moac.verify import runtime_logits, undropping
-from moac_runtime.artifact import open_artifact
-from moac_runtime.decoder import Decoder
+from moac.pipeline.verify import runtime_logits, undropping
+from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.errors import UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.weights import load_weights
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own dependencies warn
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moac_runtime.errors import UsageError
-from moac_runtime.messages import check_prompt, is_blank, plain_messages
+from moac_runtime.text.messages import check_prompt, is_blank, plain_messages
 
 TEXT = {"type": "text", "text": "hi"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -25,19 +25,19 @@ from moac import compile_model
 from moac.checkpoint.model_spec import model_spec
 from moac.export import target
 from moac.export.write import write_onnx
-from moac.inspection import inspect_package
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.writer import write_weights
-from moac.verify import verify
-from moac_runtime.artifact import open_artifact
-from moac_runtime.decoder import rope_frequencies
+from moac.pipeline.verify import verify
+from moac.show.inspection import inspect_package
+from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout, cache_layouts
+from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession, open_graph
+from moac_runtime.backends.onnx.session import rope_frequencies as numpy_frequencies
+from moac_runtime.backends.open import choose_backend
+from moac_runtime.backends.torch.decoder import rope_frequencies
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
-from moac_runtime.generation import choose_backend
-from moac_runtime.onnx_layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout, cache_layouts
-from moac_runtime.onnx_session import OnnxGraph, OnnxSession, open_graph
-from moac_runtime.onnx_session import rope_frequencies as numpy_frequencies
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
 
 VOCAB = 320
 ATOL = 2e-4
@@ -311,7 +311,7 @@ def test_a_damaged_layout_is_one_sentence(onnx_package: Path, tmp_path: Path) ->
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moac_runtime.generation.find_spec", lambda name: None)
+    monkeypatch.setattr("moac_runtime.engine.model.find_spec", lambda name: None)
     monkeypatch.setattr("moac.export.target.find_spec", lambda name: None)
     with pytest.raises(MoacError, match=r"needs onnxruntime, .*pip install 'moac\[onnx\]'"):
         choose_backend("onnx", ["torch", "onnx"])
@@ -321,7 +321,7 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_host_without_torch_takes_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "moac_runtime.generation.find_spec", lambda name: None if name == "torch" else name
+        "moac_runtime.engine.model.find_spec", lambda name: None if name == "torch" else name
     )
     assert choose_backend(None, ["torch", "onnx"]) == "onnx"
     with pytest.raises(MoacError, match="the backend torch needs torch"):

@@ -15,7 +15,7 @@ from tiny import Compiled, moac_command
 from moac.calibration.jsonl import read_calibration
 from moac.evaluation.own_task import read_own_task
 from moac_runtime.command import main
-from moac_runtime.plain_text import decode_prompt, decode_text
+from moac_runtime.text.plain_text import decode_prompt, decode_text
 
 QUESTION = "What is the capital of France?"
 WAYS = {

@@ -19,18 +19,18 @@ from test_cli import Capture, refused
 from tiny import Compiled, moac_command, options, plan_options, request
 
 from moac import CompileRequest, compile_model
-from moac.cap import KvCap
 from moac.checkpoint import open_checkpoint
-from moac.planner import plan_model
+from moac.pipeline.cap import KvCap
+from moac.pipeline.planner import plan_model
 from moac.planning import Layout
 from moac.planning.problem import allowed_tokens
 from moac.sizes import parse_size
-from moac_runtime.artifact import load_plan_record, open_artifact
-from moac_runtime.decoder import Decoder
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
 from moac_runtime.errors import UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
+from moac_runtime.package.artifact import load_plan_record, open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.weights import load_weights
 
 Make = Callable[..., Path]
 Data = dict[str, Any]
@@ -159,8 +159,8 @@ def test_a_compile_after_a_plan_measures_nothing_again(
         raise AssertionError("measured again")
 
     for name in ("build_calibration", "sample_influence"):
-        monkeypatch.setattr(f"moac.stages.{name}", never)
-    monkeypatch.setattr("moac.reading.Reader.answer_loss", never)
+        monkeypatch.setattr(f"moac.pipeline.stages.{name}", never)
+    monkeypatch.setattr("moac.pipeline.reading.Reader.answer_loss", never)
     out = made.parent / "reused"
     compile_model(tiny_package.checkpoint, out, request=request(), work_dir=tiny_package.work_dir)
     assert read(out / "plan.json")["rules"] == read(made)["rules"]

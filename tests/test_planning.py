@@ -27,8 +27,8 @@ from moac.planning import (
 )
 from moac.planning.beyond import spend_beyond
 from moac_runtime.errors import BudgetError, UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule, span_tokens
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule, span_tokens
 
 BLOCK, SINK, MIN_SPAN = 16, 16, 32
 EXACT = SolverOptions(gap=0.0)

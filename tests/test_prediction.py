@@ -11,7 +11,7 @@ import torch
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
 from moac.planning.prediction import Curve, Estimate, SpanCosts, left_out, root, student
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.span import DENSE, Rule
 
 
 def sample(domain: str, length: int) -> CalibrationSample:

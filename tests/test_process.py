@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from tiny import Compiled
 
-import moac.cli
+import moac.cli.main
 from moac_runtime import command
 from moac_runtime.errors import CheckFailed, MoacError
-from moac_runtime.process import run_process
-from moac_runtime.shortage import shortage
+from moac_runtime.host.process import run_process
+from moac_runtime.host.shortage import shortage
 
-MOAC = "import sys; from moac.cli import main; main(sys.argv[1:])"
-PATHS = (Path(moac.cli.__file__).parents[1], Path(command.__file__).parents[1])
+MOAC = "import sys; from moac.cli.main import main; main(sys.argv[1:])"
+PATHS = (Path(moac.cli.main.__file__).parents[1], Path(command.__file__).parents[1])
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(map(str, (*PATHS, Path(__file__).parent))),
@@ -122,7 +122,7 @@ def test_a_pipe_that_does_not_block_gets_everything(unbuffered: list[str]) -> No
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     script = (
-        "import sys; from moac_runtime.process import run_process\n"
+        "import sys; from moac_runtime.host.process import run_process\n"
         "raise SystemExit(run_process(lambda: print('x' * 300_000) or 0, short_of_memory=''))"
     )
     way = [sys.executable, *unbuffered, "-c", script]
@@ -170,15 +170,16 @@ def test_a_working_directory_that_is_gone(package: Path, tmp_path: Path) -> None
 
 
 AS_NOBODY = """
-import os, sys, encodings.unicode_escape, jinja2.ext, moac.cli, moac.inspection, moac.summary
-from moac_runtime.text import ChatTemplate
+import os, sys, encodings.unicode_escape, jinja2.ext, moac.cli.main
+import moac.show.inspection, moac.show.summary
+from moac_runtime.text.tokenizer import ChatTemplate
 ChatTemplate("{{ 'read once, with all that Jinja loads for it' }}")
 if sys.argv[1] == "run":
-    import moac_runtime.generation, moac_runtime.session
+    import moac_runtime.engine.model, moac_runtime.backends.torch.session
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
-moac.cli.main(sys.argv[1:])
+moac.cli.main.main(sys.argv[1:])
 """
 
 
@@ -336,7 +337,8 @@ def test_a_session_that_memory_cannot_hold_is_told_with_its_size(package: Path) 
 
 SLOW = """
 import sys, time
-from moac_runtime import command, generation
+from moac_runtime import command
+from moac_runtime.engine import model as generation
 from test_generation import ScriptedSession, echo, scripted_model
 
 decode = ScriptedSession.decode
@@ -387,7 +389,7 @@ def test_a_signal_in_the_middle_of_an_answer(number: int, code: int) -> None:
 
 def test_a_signal_that_somebody_has_ignored_stays_ignored() -> None:
     script = (
-        "import os, signal; from moac_runtime.process import run_process\n"
+        "import os, signal; from moac_runtime.host.process import run_process\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "work = lambda: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
         "raise SystemExit(run_process(work, short_of_memory=''))"
@@ -419,7 +421,7 @@ def test_a_signal_while_a_library_loads_ends_the_process_at_once(
         "    pass\n"
     )
     script = (
-        "from moac_runtime.process import run_process\n"
+        "from moac_runtime.host.process import run_process\n"
         "def work():\n"
         "    import stubborn\n"
         "    return 0\n"
@@ -441,8 +443,8 @@ def test_a_signal_while_a_library_loads_ends_the_process_at_once(
 def test_loading_that_is_given_up_hashes_no_further(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moac_runtime import generation
-    from moac_runtime.artifact import Opening
+    from moac_runtime.engine import model as generation
+    from moac_runtime.package.artifact import Opening
 
     cancelled: list[bool] = []
     cancel = Opening.cancel

@@ -12,16 +12,16 @@ from families import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from moac.attention import INFLUENCE, REFERENCE, attention
 from moac.calibration import CalibrationSample
 from moac.planning import Layout
 from moac.planning.objectives import ANSWERS, COUNTING, length_objectives
 from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
+from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
 from moac.profiling.influence import _profiled_loss, sample_influence
 from moac_kernels.reference import layer_mask, masked_attention
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, HeadSpan, Rule, visible
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, HeadSpan, Rule, visible
 
 SINK, BLOCK, KV_HEADS, GROUP, DIM = 32, 16, 2, 3, 16
 SCALE = DIM**-0.5

@@ -17,12 +17,13 @@ import pytest
 import torch
 from tiny import Compiled, moac_command, options, plan_options
 
-from moac import progress, stages
 from moac.calibration import CalibrationSample
-from moac.eta import TimeLeft
-from moac.progress import passed, stage, step, whole
-from moac.stages import Bench, calibrate, profile
-from moac.workspace import Workspace
+from moac.pipeline import stages
+from moac.pipeline.stages import Bench, calibrate, profile
+from moac.progress import progress
+from moac.progress.eta import TimeLeft
+from moac.progress.progress import passed, stage, step, whole
+from moac.store.workspace import Workspace
 
 pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
@@ -39,7 +40,7 @@ STAGES = (
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from moac.cli import main; main()", *map(str, words)]
+    return [sys.executable, "-c", "from moac.cli.main import main; main()", *map(str, words)]
 
 
 def plain_environment(**variables: str) -> dict[str, str]:
@@ -205,8 +206,8 @@ def test_steps_need_no_stage() -> None:
 def test_a_bar_fits_its_terminal(width: str) -> None:
     script = """
 import time
-from moac.eta import TimeLeft
-from moac.progress import stage, step, whole
+from moac.progress.eta import TimeLeft
+from moac.progress.progress import stage, step, whole
 with whole(TimeLeft({"calibrate": {"x": 4}}, {"x": 200.0})), stage("calibrate"), step("x", 1):
     time.sleep(0.3)
 """

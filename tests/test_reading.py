@@ -13,14 +13,14 @@ from cpu_kernels import needs_compiler
 from families import FAMILIES
 from torch.nn import functional as F
 
-from moac.attention import REFERENCE, attention
 from moac.calibration import CalibrationSample
 from moac.checkpoint import Checkpoint, open_checkpoint
+from moac.pipeline.reading import Reader, open_reader
 from moac.planning import Layout
-from moac.reading import Reader, open_reader
+from moac.profiling.hooks import REFERENCE, attention
 from moac_kernels.build import BuildError
-from moac_runtime.plan import Plan
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
 
 LENGTH = 210
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def opened(
         checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
         with pytest.MonkeyPatch.context() as patch:
             if backend == "torch":
-                patch.setattr("moac.reading.runnable_sets", lambda _: [])
+                patch.setattr("moac.pipeline.reading.runnable_sets", lambda _: [])
             return checkpoint, open_reader(checkpoint, "float32", CPU, kept)
 
     return open_one

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from tiny import Compiled
 
-from moac.cli import main
+from moac.cli.main import main
 from moac.evaluation.results import Evaluation, Outcome, Result, summarise
-from moac.inspection import inspect_package
-from moac.report import REPORT, render_report, wording
-from moac.report.charts import front_chart
-from moac.report.heat_map import heat_map, step
-from moac.report.svg import Scale, around, ticks
-from moac_runtime.artifact import open_artifact
-from moac_runtime.plan import Plan
+from moac.show.inspection import inspect_package
+from moac.show.report import REPORT, render_report, wording
+from moac.show.report.charts import front_chart
+from moac.show.report.heat_map import heat_map, step
+from moac.show.report.svg import Scale, around, ticks
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.plan import Plan
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = '<script>alert("1")</script>&amp;"\'><img src=x onerror=alert(1)>'
@@ -313,7 +313,7 @@ def test_names_are_text_whatever_they_hold(found: dict[str, Any]) -> None:
 
 
 def test_a_name_that_no_file_can_hold(found: dict[str, Any], tmp_path: Path) -> None:
-    from moac.report import write_report
+    from moac.show.report import write_report
 
     changed = copy.deepcopy(found)
     changed["provenance"]["source"] = "lone \ud800 surrogate"

@@ -13,9 +13,9 @@ import pytest
 from moac import CompileRequest
 from moac.bench.command import bench_command
 from moac.bench.request import BenchRequest
-from moac.cli import cli
+from moac.cli.main import cli
 from moac.evaluation import EvalRequest
-from moac.verify import verify
+from moac.pipeline.verify import verify
 from moac_runtime.errors import UsageError
 
 

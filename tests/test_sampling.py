@@ -17,8 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.sampling import (
+from moac_runtime.engine.sampling import (
     Sampler,
     SamplingOptions,
     check_chosen,
@@ -27,6 +26,7 @@ from moac_runtime.sampling import (
     probabilities,
     sample,
 )
+from moac_runtime.errors import MoacError, UsageError
 
 VOCAB = 97
 

@@ -12,11 +12,11 @@ from oracle import grown_masks, masked_logits, open_session, oracle_logits, pack
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moac_runtime.decoder import Decoder
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
-from moac_runtime.plan import Plan, dense_plan
-from moac_runtime.session import Session
-from moac_runtime.span import DENSE, Rule
+from moac_runtime.package.plan import Plan, dense_plan
+from moac_runtime.package.span import DENSE, Rule
 
 SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4

@@ -22,8 +22,8 @@ from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.export.write import write_onnx
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.writer import embed_runtime, write_manifest, write_plan, write_weights
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 pytestmark = pytest.mark.slow
 

@@ -19,12 +19,12 @@ from tiny import Compiled
 import moac_runtime
 from moac import CompileRequest, compile_model
 from moac.checkpoint import open_checkpoint
-from moac.inspection import inspect_package
-from moac.verify import verify
-from moac_runtime.artifact import open_artifact
-from moac_runtime.decoder import Decoder
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
+from moac.pipeline.verify import verify
+from moac.show.inspection import inspect_package
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.weights import load_weights
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def checkpoint() -> Path:
 @pytest.fixture(scope="module")
 def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Compiled as `make quickstart` does; stages already in the user's work folder are reused."""
-    from moac.work_dir import default_work_dir
+    from moac.store.work_dir import default_work_dir
 
     made = Compiled(checkpoint, tmp_path_factory.mktemp("smollm2") / "out", default_work_dir())
     compile_model(checkpoint, made.package, request=CompileRequest(budget=0.5))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moac_runtime.span import DENSE, HeadSpan, Rule, head_span, span_tokens, visible
+from moac_runtime.package.span import DENSE, HeadSpan, Rule, head_span, span_tokens, visible
 
 RULES = st.builds(Rule, st.integers(-4096, 4096), st.integers(0, 16).map(lambda k: k / 16))
 CAPACITIES = st.integers(1, 4096)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from moac import stages
 from moac.calibration import CalibrationSample
-from moac.stages import halves, validate
-from moac_runtime.plan import Plan, dense_plan
-from moac_runtime.span import Rule
+from moac.pipeline import stages
+from moac.pipeline.stages import halves, validate
+from moac_runtime.package.plan import Plan, dense_plan
+from moac_runtime.package.span import Rule
 
 
 def _sample(domain: str, length: int = 1024) -> CalibrationSample:

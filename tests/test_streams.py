@@ -16,7 +16,7 @@ import pytest
 from tiny import Compiled, options, plan_options
 
 from moac.planning.highs import new_solver
-from moac_runtime.streams import native_output_dropped, results_alone
+from moac_runtime.host.streams import native_output_dropped, results_alone
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -35,7 +35,7 @@ def noisy(*arguments, **options):
     return dumps(*arguments, **options)
 
 json.dumps = noisy
-from moac.cli import main
+from moac.cli.main import main
 
 for target, command in json.load(open(sys.argv[1], encoding="utf-8")):
     with open(target, "wb") as file:
@@ -126,7 +126,7 @@ def test_json_stands_alone_though_libraries_print(
 
 
 def test_every_command_with_json_is_tried(tiny_package: Compiled, tmp_path: Path) -> None:
-    from moac.cli import cli
+    from moac.cli.main import cli
 
     has = {
         name
@@ -178,7 +178,7 @@ def test_there_is_one_way_to_a_solver() -> None:
 def test_a_command_prints_its_results_in_order() -> None:
     script = """
 import os, sys
-from moac_runtime.streams import results_alone
+from moac_runtime.host.streams import results_alone
 
 print("before")
 with results_alone():
@@ -198,7 +198,7 @@ os.write(1, b"last\\n")
 def test_results_are_encoded_and_buffered_as_before(encoding: str, unbuffered: str) -> None:
     script = """
 import os, sys
-from moac_runtime.streams import results_alone
+from moac_runtime.host.streams import results_alone
 
 before = sys.stdout
 with results_alone():
@@ -220,7 +220,7 @@ with results_alone():
 def test_closed_descriptors_stay_closed(closed: str, tmp_path: Path) -> None:
     script = f"""
 import os
-from moac_runtime.streams import native_output_dropped, results_alone
+from moac_runtime.host.streams import native_output_dropped, results_alone
 
 def is_open(descriptor):
     try:
@@ -247,7 +247,7 @@ print("result")
 def test_results_that_cannot_be_written_are_told_once() -> None:
     script = """
 import sys
-from moac_runtime.streams import results_alone
+from moac_runtime.host.streams import results_alone
 
 try:
     with results_alone():

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from moac_kernels.cpu_build import INSTRUCTION_SETS, SOURCES, build_obstacle, find_compiler
-from moac_runtime.cpu.library import INSTRUCTION_SETS as FEATURES
-from moac_runtime.cpu.library import host_features
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS as FEATURES
+from moac_runtime.backends.cpu.library import host_features
 
 pytestmark = pytest.mark.skipif(
     build_obstacle() is not None, reason=build_obstacle() or "there is a compiler"

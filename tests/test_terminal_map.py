@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny import Compiled, moac_command
 
-from moac.inspection import inspect_package
-from moac.terminal_map import PLAIN_WIDTH, Look, span_map
+from moac.show.inspection import inspect_package
+from moac.show.terminal_map import PLAIN_WIDTH, Look, span_map
 
 
 class Terminal(io.TextIOWrapper):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
-from moac_runtime.text import StopStrings, Tokenizer
+from moac_runtime.text.tokenizer import StopStrings, Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_end|>"]
 

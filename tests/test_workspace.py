@@ -23,13 +23,13 @@ from cpu_kernels import needs_compiler
 from safetensors.torch import load_file, save_file
 from tiny import Compiled, moac_command, plan_options
 
-from moac import atomic
-from moac.atomic import PARTIAL, is_abandoned, write_whole
-from moac.kept import Damaged, Header, read_result, write_result
 from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import built_library, emit_cpu_kernels
 from moac.packaging.rename import ASIDE
-from moac.workspace import Workspace
+from moac.store import atomic
+from moac.store.atomic import PARTIAL, is_abandoned, write_whole
+from moac.store.kept import Damaged, Header, read_result, write_result
+from moac.store.workspace import Workspace
 from moac_runtime.errors import MoacError
 
 Capture = pytest.CaptureFixture[str]
@@ -305,7 +305,7 @@ def test_files_get_the_permissions_that_others_get(results: dict[str, Path]) -> 
 WRITER = """
 import sys, time
 from pathlib import Path
-from moac import atomic
+from moac.store import atomic
 def halt(*_):
     print("writing", flush=True)
     time.sleep(60)

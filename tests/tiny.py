@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import moac.cli
+import moac.cli.main
 from moac import CompileRequest
-from moac_runtime.manifest import manifest_digest
+from moac_runtime.package.manifest import manifest_digest
 
 CONTEXT = 2048
 LENGTHS = (512, 768)
@@ -61,7 +61,7 @@ def built_for(package: Path, targets: Sequence[str], copy: Path) -> Path:
 def moac_command(*arguments: object) -> int:
     """Run `moac ARGUMENTS` in this process and return its exit code."""
     try:
-        moac.cli.main([str(argument) for argument in arguments])
+        moac.cli.main.main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

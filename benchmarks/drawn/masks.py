@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from drawn.theme import Theme
-from moac_runtime.span import HeadSpan, visible
+from moac_runtime.package.span import HeadSpan, visible
 
 TOKENS, SINK = 24, 2
 SPANS = (TOKENS, 12, 6)

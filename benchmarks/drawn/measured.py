@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 PLAN = Path(__file__).parents[2] / "tests" / "golden" / "smollm2_plan.json"

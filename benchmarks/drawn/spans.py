@@ -7,7 +7,7 @@ from xml.etree.ElementTree import fromstring
 
 from drawn import measured
 from drawn.theme import CSS, Theme
-from moac.report.heat_map import STEPS, heat_map
+from moac.show.report.heat_map import STEPS, heat_map
 
 LENGTHS = (1024, 2048, 4096)
 _TOP, _GAP, _LEGEND = 24, 28, 40

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moac.report
+import moac.show.report
 
-CSS = (Path(moac.report.__file__).parent / "report.css").read_text(encoding="utf-8")
+CSS = (Path(moac.show.report.__file__).parent / "report.css").read_text(encoding="utf-8")
 _SETTINGS: Mapping[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,

@@ -15,8 +15,8 @@ from moac.bench.plans import random_plan
 from moac.bench.shapes import shape_spec
 from moac.packaging.kernels import require_kernels
 from moac_kernels.shape import KernelShape
-from moac_runtime.cuda.launch import Kernels
-from moac_runtime.span import HeadSpan
+from moac_runtime.backends.cuda.launch import Kernels
+from moac_runtime.package.span import HeadSpan
 from on_gpu.setting import Setting, attempted, seconds
 from on_gpu.workshop import Workshop
 

@@ -14,16 +14,16 @@ from moac.bench.ours import random_weights
 from moac.checkpoint.model_spec import model_spec, parse_config
 from moac.packaging.fuse import head_order
 from moac.packaging.kernels import require_kernels
-from moac.verify import FLOAT32_LIMIT
+from moac.pipeline.verify import FLOAT32_LIMIT
 from moac_kernels.shape import KernelShape
-from moac_runtime.cuda.binaries import Form
-from moac_runtime.cuda.decoder import CudaDecoder
-from moac_runtime.cuda.session import CudaSession
-from moac_runtime.decoder import Decoder
-from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.span import DENSE, HeadSpan, Rule
-from moac_runtime.spec import ModelSpec
+from moac_runtime.backends.cuda.binaries import Form
+from moac_runtime.backends.cuda.decoder import CudaDecoder
+from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, HeadSpan, Rule
+from moac_runtime.package.spec import ModelSpec
 from on_gpu.layer import Layer
 from on_gpu.setting import Setting, attempted
 from on_gpu.workshop import Workshop

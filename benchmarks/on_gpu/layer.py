@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_kernels.shape import KernelShape
-from moac_runtime.cuda.decoder import ceil_div
-from moac_runtime.cuda.launch import Kernels
-from moac_runtime.span import HeadSpan, visible
+from moac_runtime.backends.cuda.decoder import ceil_div
+from moac_runtime.backends.cuda.launch import Kernels
+from moac_runtime.package.span import HeadSpan, visible
 
 # Outputs are averages of unit normals: some roundings of the dtype, or of a float32 sum.
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}

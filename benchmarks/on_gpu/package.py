@@ -20,7 +20,7 @@ from moac.packaging.kernels import emit_kernels, require_kernels
 from moac.packaging.writer import embed_runtime, write_manifest, write_plan, write_weights
 from moac_kernels.tiles import SHARED_LIMITS
 from moac_kernels.uncompiled import write_uncompiled
-from moac_runtime.cuda.opening import cuda_driver
+from moac_runtime.backends.cuda.opening import cuda_driver
 from on_gpu.correctness import family_specs, small_plan
 from on_gpu.setting import Setting, attempted
 from on_gpu.workshop import Workshop

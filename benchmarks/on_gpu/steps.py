@@ -22,14 +22,14 @@ from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject, System, open_system
 from moac.bench.worker import Load, Running
 from moac.packaging.fuse import head_order
-from moac_runtime.cuda.decoder import CudaDecoder
-from moac_runtime.cuda.device import free_bytes
-from moac_runtime.cuda.memory import session_demand
-from moac_runtime.cuda.opening import CudaModel
-from moac_runtime.cuda.session import CudaSession
-from moac_runtime.generation import DTYPE_BYTES
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.backends.cuda.decoder import CudaDecoder
+from moac_runtime.backends.cuda.device import free_bytes
+from moac_runtime.backends.cuda.memory import session_demand
+from moac_runtime.backends.cuda.opening import CudaModel
+from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 from on_gpu.attention import shape_of
 from on_gpu.setting import OURS, Setting, attempted
 from on_gpu.workshop import Workshop

@@ -14,10 +14,10 @@ from moac_kernels.build import build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS
 from moac_kernels.uncompiled import write_uncompiled
-from moac_runtime.cuda.binaries import Choice, Form, read_folder
-from moac_runtime.cuda.launch import Kernels
-from moac_runtime.cuda.opening import cuda_driver, load_kernels
-from moac_runtime.cuda.source import SourceKernels, can_build, load_source
+from moac_runtime.backends.cuda.binaries import Choice, Form, read_folder
+from moac_runtime.backends.cuda.launch import Kernels
+from moac_runtime.backends.cuda.opening import cuda_driver, load_kernels
+from moac_runtime.backends.cuda.source import SourceKernels, can_build, load_source
 from moac_runtime.errors import MoacError
 from on_gpu.setting import Setting
 

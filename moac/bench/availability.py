@@ -9,11 +9,11 @@ import torch
 
 from moac.bench.request import SYSTEMS, BenchRequest
 from moac_kernels.cpu_build import build_obstacle
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cpu.library import runnable_sets
-from moac_runtime.cuda.source import can_build
+from moac_runtime.backends.cpu.library import runnable_sets
+from moac_runtime.backends.cuda.source import can_build
 from moac_runtime.errors import MoacError
-from moac_runtime.extras import missing
+from moac_runtime.host.extras import missing
+from moac_runtime.package.artifact import open_artifact
 
 _OURS = ("moac", "dense", "uniform")
 

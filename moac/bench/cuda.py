@@ -14,12 +14,12 @@ from moac.packaging.kernels import require_kernels
 from moac_kernels.build import build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cores import default_threads
-from moac_runtime.cuda.binaries import read_folder
-from moac_runtime.cuda.decoder import CudaDecoder
-from moac_runtime.cuda.opening import CudaModel, current_device, open_cuda, open_kernels
-from moac_runtime.cuda.source import load_source
+from moac_runtime.backends.cuda.binaries import read_folder
+from moac_runtime.backends.cuda.decoder import CudaDecoder
+from moac_runtime.backends.cuda.opening import CudaModel, current_device, open_cuda, open_kernels
+from moac_runtime.backends.cuda.source import load_source
+from moac_runtime.host.cores import default_threads
+from moac_runtime.package.artifact import open_artifact
 
 
 def open_subject(subject: Subject, weights: dict[str, torch.Tensor] | None) -> CudaModel:

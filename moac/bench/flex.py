@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from moac.bench.system import Subject
 from moac.bench.transformers_cache import GrowingCache
-from moac_runtime.span import HeadSpan
+from moac_runtime.package.span import HeadSpan
 
 _NAME = "moac_flex"
 _BLOCK = 128
@@ -101,7 +101,7 @@ class LayerMask:
 def _seen(
     sink: Tensor, recent: Tensor, window: int, position: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`moac_runtime.span.visible`, in the operations that FlexAttention compiles."""
+    """`moac_runtime.package.span.visible`, in the operations that FlexAttention compiles."""
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + position - key

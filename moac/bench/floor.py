@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
-from moac_runtime.weights import expected_tensors, is_matrix
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weights import expected_tensors, is_matrix
 
 _SCALE_BYTES = 4
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moac.host import cpu_name
-from moac_runtime.generation import peak_memory_bytes
+from moac_runtime.engine.stats import peak_memory_bytes
 
 _BUFFER_BYTES = 1 << 29  # far more than any cache holds
 _READS = 20  # the best of them counts: others may be at work

@@ -10,10 +10,10 @@ import torch
 from moac.bench.system import Subject
 from moac.bench.worker import Load
 from moac.host import memory_bytes
-from moac_runtime.cgroup import memory_limit
 from moac_runtime.errors import MoacError
-from moac_runtime.generation import DTYPE_BYTES
-from moac_runtime.weights import expected_tensors
+from moac_runtime.host.cgroup import memory_limit
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.weights import expected_tensors
 
 _GIB = 2**30
 

@@ -15,17 +15,18 @@ from moac.bench.floor import weight_bytes_read
 from moac.bench.system import Subject
 from moac.packaging.fuse import head_order
 from moac_kernels.cpu_build import build_cpu
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cpu.engine import CpuEngine
-from moac_runtime.cpu.library import open_library, runnable_sets
-from moac_runtime.cpu.opening import open_cpu
-from moac_runtime.cpu.session import CpuSession
-from moac_runtime.decoder import Decoder
-from moac_runtime.generation import DTYPE_BYTES, OpenSession
-from moac_runtime.session import Session
-from moac_runtime.span import head_span
-from moac_runtime.spec import ModelSpec
-from moac_runtime.weights import expected_tensors, load_weights
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import open_library, runnable_sets
+from moac_runtime.backends.cpu.opening import open_cpu
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.engine.batch import OpenSession
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.span import head_span
+from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weights import expected_tensors, load_weights
 
 Opener = Callable[[int, int], OpenSession]
 
@@ -142,7 +143,7 @@ def _cuda(subject: Subject) -> tuple[str, Opener]:
 
 
 def _onnx(subject: Subject) -> tuple[str, Opener]:
-    from moac_runtime.onnx_session import OnnxSession, open_graph
+    from moac_runtime.backends.onnx.session import OnnxSession, open_graph
 
     # a shape has no graph: the request refuses it
     artifact = open_artifact(subject.package or "", check="sizes")

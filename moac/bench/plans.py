@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 from moac.planning import candidate_rules, matching_uniform
-from moac_runtime.plan import Plan, dense_plan
-from moac_runtime.span import Rule, span_tokens
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.plan import Plan, dense_plan
+from moac_runtime.package.span import Rule, span_tokens
+from moac_runtime.package.spec import ModelSpec
 
 _SPARSE = ("moac", "flex", "onnx")
 _SINK, _BLOCK, _MIN_SPAN = 64, 64, 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moac.bench.runner import BenchResult, Row
-from moac.summary import table
+from moac.show.summary import table
 
 _MIB = 1 << 20
 _HEADER = (

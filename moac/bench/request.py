@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moac.typed import check_seed, check_types
-from moac_runtime.cores import MOST_THREADS
 from moac_runtime.errors import UsageError
-from moac_runtime.generation import DTYPE_BYTES
+from moac_runtime.host.cores import MOST_THREADS
+from moac_runtime.package.dtypes import DTYPE_BYTES
 
 SYSTEMS = ("moac", "hf", "hf-static", "dense", "uniform", "flex", "llamacpp", "onnx")
 BACKENDS = ("cpu", "cuda", "torch", "onnx")

@@ -27,15 +27,15 @@ from moac.bench.request import BenchRequest
 from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
 from moac.bench.worker import Load, Usage, Worker
-from moac.origin import check_source
-from moac.progress import stage, step
-from moac_runtime.artifact import Artifact, open_artifact
-from moac_runtime.cores import set_torch_threads
-from moac_runtime.cpu.engine import obstacle
+from moac.pipeline.origin import check_source
+from moac.progress.progress import stage, step
+from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.open import choose_backend
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.generation import choose_backend
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.host.cores import set_torch_threads
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 _BLOCK_STEPS = 8
 _PREFILL, _DECODE = "prefill", "decode"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moac_runtime.errors import UsageError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 
 def _llama(**values: Any) -> dict[str, Any]:

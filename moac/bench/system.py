@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moac.bench.floor import weight_bytes_read
 from moac.bench.shapes import shape_config
 from moac.bench.system import Subject
-from moac_runtime.generation import DTYPE_BYTES
+from moac_runtime.package.dtypes import DTYPE_BYTES
 
 
 class GrowingCache:

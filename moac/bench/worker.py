@@ -20,8 +20,8 @@ import torch
 
 from moac.bench.machine import peak_bytes
 from moac.bench.system import Subject, System, open_system
-from moac_runtime.cores import set_torch_threads
 from moac_runtime.errors import MoacError
+from moac_runtime.host.cores import set_torch_threads
 
 _WARM_TOKENS = 8
 _WARM_STEPS = 3  # a compiled step needs one or two to settle

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moac.calibration.prompt import PromptFormat
-from moac_runtime.arrays import Array
+from moac_runtime.backends.arrays import Array
 
 
 class Reading(Protocol):

@@ -16,7 +16,7 @@ from moac.calibration.json_lines import read_objects
 from moac.calibration.prompt import PromptFormat
 from moac.calibration.samples import CalibrationSample
 from moac_runtime.errors import UsageError
-from moac_runtime.messages import Message, is_blank, plain_messages, text_of
+from moac_runtime.text.messages import Message, is_blank, plain_messages, text_of
 
 _RESPONSE_TOKENS = 128
 

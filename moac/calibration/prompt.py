@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moac_runtime.errors import CheckpointError, MoacError, UsageError
-from moac_runtime.messages import Message, text_of
-from moac_runtime.text import Tokenizer
+from moac_runtime.text.messages import Message, text_of
+from moac_runtime.text.tokenizer import Tokenizer
 
 _ANSWER = "MOACANSWER"
 _PLAIN_OPENING = "{text}\nAnswer:"

@@ -30,7 +30,7 @@ from moac.checkpoint.tokenizer_sources import check_installed
 from moac.checkpoint.vocabulary import vocabulary_notes
 from moac.checkpoint.weights import SafetensorsWeights, open_weights
 from moac_runtime.errors import CheckpointError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch

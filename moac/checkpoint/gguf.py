@@ -13,7 +13,7 @@ from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
 from moac.checkpoint.served import refuse
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moac_runtime.errors import CheckpointError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 _SCHEME = "moac model 1"
 _CHUNK = 1 << 20

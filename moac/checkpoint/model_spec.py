@@ -9,7 +9,7 @@ from typing import Any
 from moac.checkpoint.library import quiet_library
 from moac.checkpoint.served import check_config_file, refuse
 from moac_runtime.errors import CheckpointError
-from moac_runtime.spec import ModelSpec, RopeSpec
+from moac_runtime.package.spec import ModelSpec, RopeSpec
 
 _ROTARY = {
     "llama": "LlamaRotaryEmbedding",

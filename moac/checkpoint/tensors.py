@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from moac_runtime.errors import CheckpointError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 Shape = tuple[int, ...]
 

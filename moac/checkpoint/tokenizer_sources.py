@@ -10,7 +10,7 @@ from typing import Any
 from moac.checkpoint.source import read_json
 from moac.checkpoint.stand_ins import check_file
 from moac_runtime.errors import CheckpointError, MoacError
-from moac_runtime.extras import missing
+from moac_runtime.host.extras import missing
 
 _SOURCES = ("tokenizer.json", "tokenizer.model")
 _TIKTOKEN = "tiktoken.model"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moac_runtime.artifact import open_artifact
-from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS, runnable_sets
-from moac_runtime.generation import RUNNABLE, backend_obstacle
+from moac_runtime.backends.cpu.library import CPU_TARGETS, INSTRUCTION_SETS, runnable_sets
+from moac_runtime.backends.open import RUNNABLE, backend_obstacle
+from moac_runtime.package.artifact import open_artifact
 
 
 def backends() -> dict[str, str | None]:

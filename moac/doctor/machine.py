@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from moac.host import cpu_name, memory_bytes
-from moac.work_dir import default_work_dir
+from moac.store.work_dir import default_work_dir
 from moac_kernels.cpu_build import build_obstacle, compiler_version, find_compiler
-from moac_runtime.cgroup import memory_limit
-from moac_runtime.cores import usable_cores
-from moac_runtime.cpu.library import INSTRUCTION_SETS, host_features
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS, host_features
 from moac_runtime.errors import MoacError
+from moac_runtime.host.cgroup import memory_limit
+from moac_runtime.host.cores import usable_cores
 
 
 def processor() -> dict[str, Any]:

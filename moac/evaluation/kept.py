@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from moac.evaluation.sessions import Sessions
-from moac.keys import parts_key
-from moac.sources import source_digest
-from moac.workspace import Workspace
-from moac_runtime.artifact import Artifact
-from moac_runtime.plan import Plan
+from moac.store.keys import parts_key
+from moac.store.sources import source_digest
+from moac.store.workspace import Workspace
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.plan import Plan
 
 LIBRARIES = ("moac", "torch", "transformers", "tokenizers")
 """Those that an evaluation's numbers come from."""

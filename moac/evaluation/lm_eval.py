@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from moac.evaluation.methods import OWN, method_plans
 from moac.evaluation.sessions import EvalSession, open_sessions
 from moac.evaluation.tokenizer import read_tokenizer, tokenizer_digest
-from moac_runtime.artifact import open_artifact
-from moac_runtime.generation import Model
+from moac_runtime.engine.model import Model
+from moac_runtime.package.artifact import open_artifact
 
 _HARNESS_DEVICE = "cuda:0"  # what its command line hands over where nobody named a device
 _ROUND = 64  # tokens: requests of like length share a capacity, whatever batch they come in

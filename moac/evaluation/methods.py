@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from moac.pipeline.verify import undropping
 from moac.planning import Layout, matching_uniform
-from moac.verify import undropping
-from moac_runtime.artifact import Artifact, load_plan_record
 from moac_runtime.errors import UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.artifact import Artifact, load_plan_record
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 OWN = "moac"
 

@@ -15,7 +15,7 @@ from moac.evaluation.intervals import (
 )
 from moac.evaluation.text import KINDS
 from moac.evaluation.wordings import SEEN, UNSEEN, WORDINGS
-from moac.summary import table
+from moac.show.summary import table
 
 EXACT_MATCH, NLL = "exact_match", "nll"
 DEPTH_BINS = 5

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from moac.evaluation.case import Case
 from moac.evaluation.sessions import EvalSession, Sessions
-from moac_runtime.arrays import Array
-from moac_runtime.plan import Plan
+from moac_runtime.backends.arrays import Array
+from moac_runtime.package.plan import Plan
 
 STEPPED = 50
 """Last tokens of a prompt that go through decode steps, so that retrieval tests those too."""

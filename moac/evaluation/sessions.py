@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from moac_runtime.arrays import Array
-from moac_runtime.artifact import Artifact
-from moac_runtime.cores import set_torch_threads
-from moac_runtime.cpu.engine import obstacle
-from moac_runtime.cpu.opening import host_obstacle, open_cpu
-from moac_runtime.decoder import Decoder
+from moac_runtime.backends.arrays import Array
+from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.cpu.opening import host_obstacle, open_cpu
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
 from moac_runtime.errors import UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.session import Session
-from moac_runtime.weights import load_weights
+from moac_runtime.host.cores import set_torch_threads
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.weights import load_weights
 
 SESSION_BACKENDS = ("cpu", "torch")
 

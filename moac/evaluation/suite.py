@@ -16,7 +16,6 @@ import click
 import torch
 
 from moac.checkpoint import Checkpoint, open_checkpoint
-from moac.cost import Costs
 from moac.evaluation.case import Case
 from moac.evaluation.kept import KeptCells, Row, library_versions
 from moac.evaluation.longeval import longeval
@@ -31,17 +30,18 @@ from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.evaluation.wordings import WordingKind
-from moac.inspection import planned_lengths
-from moac.origin import check_source
-from moac.plan_file import read_plan_file
-from moac.progress import notes, passed, stage, step
+from moac.pipeline.origin import check_source
+from moac.pipeline.plan_file import read_plan_file
+from moac.progress.cost import Costs
+from moac.progress.progress import notes, passed, stage, step
 from moac.request import CompileRequest
-from moac.work_dir import default_work_dir
-from moac.workspace import Workspace
-from moac_runtime.artifact import Artifact, load_plan_record, open_artifact
+from moac.show.inspection import planned_lengths
+from moac.store.work_dir import default_work_dir
+from moac.store.workspace import Workspace
 from moac_runtime.errors import CheckFailed, UsageError
-from moac_runtime.generation import DTYPE_BYTES
-from moac_runtime.plan import Plan
+from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.plan import Plan
 
 Item = TypeVar("Item")
 Text = tuple[int, ...]

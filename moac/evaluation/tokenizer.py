@@ -6,8 +6,8 @@ import hashlib
 from typing import Any
 
 from moac.checkpoint.template import template_fault
-from moac_runtime.artifact import Artifact
-from moac_runtime.text import Tokenizer
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.text.tokenizer import Tokenizer
 
 _FOLDER = "tokenizer/"
 _TEMPLATE = f"{_FOLDER}chat_template.jinja"

@@ -1,9 +1,9 @@
 """The decoder as an ONNX graph: one chunk of tokens in, logits and updated span caches out.
 
-The same numbers as `moac_runtime.decoder` and `moac_runtime.session`: a chunk attends to what the
-caches held before it and to itself, and is then written to its slots. What depends on the step
-alone is computed once (`step.py`). Runtimes plan memory in time that grows with the square of the
-nodes, so whatever can be done for all heads of a layer at once is.
+The same numbers as `moac_runtime.backends.torch`: a chunk attends to what the caches held before
+it and to itself, and is then written to its slots. What depends on the step alone is computed
+once (`step.py`). Runtimes plan memory in time that grows with the square of the nodes, so whatever
+can be done for all heads of a layer at once is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from onnx import GraphProto, TensorProto
 
 from moac.export.builder import Builder
 from moac.export.step import Step
+from moac_runtime.backends.onnx.layout import CacheLayout, OnnxLayout
 from moac_runtime.errors import UsageError
-from moac_runtime.onnx_layout import CacheLayout, OnnxLayout
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 KINDS = {"float32": FLOAT, "float16": TensorProto.FLOAT16}

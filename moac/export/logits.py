@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moac_runtime.onnx_session import OnnxGraph, OnnxSession
-from moac_runtime.span import DENSE, head_span
+from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession
+from moac_runtime.package.span import DENSE, head_span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

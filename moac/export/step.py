@@ -11,8 +11,8 @@ import numpy as np
 from onnx import TensorProto
 
 from moac.export.builder import Builder
-from moac_runtime.onnx_layout import OnnxLayout
-from moac_runtime.spec import ModelSpec
+from moac_runtime.backends.onnx.layout import OnnxLayout
+from moac_runtime.package.spec import ModelSpec
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 

@@ -13,9 +13,9 @@ from moac.checkpoint import Checkpoint
 from moac.packaging.golden import reference_logits
 from moac.request import CompileRequest
 from moac_runtime.errors import UsageError
-from moac_runtime.extras import missing
-from moac_runtime.golden import GoldenPrompt
-from moac_runtime.plan import Plan
+from moac_runtime.host.extras import missing
+from moac_runtime.package.golden import GoldenPrompt
+from moac_runtime.package.plan import Plan
 
 
 def require_onnx() -> None:

@@ -12,9 +12,15 @@ from onnx import GraphProto, ModelProto, helper
 from moac.export.graph import build_graph
 from moac.export.weights import readable_weights, shared_weights
 from moac.packaging.writer import write_json
-from moac_runtime.onnx_layout import ONNX_LAYOUT, ONNX_MODEL, OPSET, OnnxLayout, cache_layouts
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.backends.onnx.layout import (
+    ONNX_LAYOUT,
+    ONNX_MODEL,
+    OPSET,
+    OnnxLayout,
+    cache_layouts,
+)
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 # The first that opset 21 asks for, so that older runtimes read the file.
 _IR_VERSION = 10

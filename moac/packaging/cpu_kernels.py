@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from moac.kept import KERNELS, Damaged, Header, mark_used, read_folder, write_folder
-from moac.workspace import told_damaged, unwritable
+from moac.store.kept import KERNELS, Damaged, Header, mark_used, read_folder, write_folder
+from moac.store.workspace import told_damaged, unwritable
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle
-from moac_runtime.artifact import Artifact
-from moac_runtime.cpu.engine import obstacle
-from moac_runtime.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
+from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.spec import ModelSpec
 
 CPU_NAMES = ("cpu", *CPU_TARGETS)
 

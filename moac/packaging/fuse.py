@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moac_runtime.errors import CheckpointError
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 Source = Callable[[str], Tensor]
 

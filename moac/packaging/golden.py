@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moac.attention import REFERENCE, attention
 from moac.packaging.quantise import round_weights
-from moac_runtime.golden import GoldenPrompt
-from moac_runtime.plan import Plan
+from moac.profiling.hooks import REFERENCE, attention
+from moac_runtime.package.golden import GoldenPrompt
+from moac_runtime.package.plan import Plan
 
 INSIDE_TOKENS = 64
 """The golden prompt that lies within every span."""

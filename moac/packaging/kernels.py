@@ -12,12 +12,12 @@ from typing import Any
 from moac_kernels.build import BuildError, build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import ARCHS
-from moac_runtime.artifact import Artifact
-from moac_runtime.cores import default_threads
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.extras import missing
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.host.cores import default_threads
+from moac_runtime.host.extras import missing
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 CUDA_TARGETS = ("cuda", *(f"cuda:{arch}" for arch in ARCHS))
 _LISTED = ("name", "arch", "registers", "shared", "spills", "cubin", "ptx")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from moac_runtime.weights import dequantised, is_matrix, scale_name
+from moac_runtime.package.weights import dequantised, is_matrix, scale_name
 
 _MOST = 127
 _LEAST_SCALE = 1e-30  # rows of zeros have one too

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moac.atomic import partial_folder, sweep, sync, sync_tree
 from moac.packaging.rename import exchange, move_new
+from moac.store.atomic import partial_folder, sweep, sync, sync_tree
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.integrity import MANIFEST
+from moac_runtime.package.integrity import MANIFEST
 
 
 def check_target(target: Path, *, force: bool) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moac.packaging.quantise import quantised
 from moac_runtime import errors as runtime_module
-from moac_runtime.artifact import PLAN, WEIGHT_INDEX
 from moac_runtime.errors import CheckpointError
-from moac_runtime.golden import GOLDEN, GoldenPrompt
-from moac_runtime.integrity import MANIFEST, hash_files, package_files
-from moac_runtime.manifest import FORMAT, SCHEMA_VERSION, manifest_digest
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac_runtime.package.artifact import PLAN, WEIGHT_INDEX
+from moac_runtime.package.golden import GOLDEN, GoldenPrompt
+from moac_runtime.package.integrity import MANIFEST, hash_files, package_files
+from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION, manifest_digest
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 DEFAULT_SHARD_SIZE = 10**9
 

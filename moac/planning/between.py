@@ -10,8 +10,8 @@ import numpy as np
 
 from moac.planning.capacities import held_at, sizes_at
 from moac.planning.problem import Floats, Ints, Problem, allowed_at, span_entries
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 _STEPS = 8  # of a block, in which jumps are moved
 _FIRST = 4096  # capacities that are looked at before all of them: most moves fail there

@@ -11,7 +11,7 @@ from moac.planning.milp import Optimiser
 from moac.planning.objectives import stretched
 from moac.planning.problem import Floats, Objective, Problem, span_entries, table_shape
 from moac.planning.solver import SolverOptions
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 
 def spend_beyond(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from moac.planning.problem import Ints, Layout, allowed_at
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 
 def sizes_at(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moac.planning.problem import Bools, Floats, Ints, Problem, undominated
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import highspy
 
-from moac_runtime.streams import native_output_dropped
+from moac_runtime.host.streams import native_output_dropped
 
 
 def new_solver() -> highspy.Highs:

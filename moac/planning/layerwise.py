@@ -11,7 +11,7 @@ from moac.planning.milp import solve_weighted
 from moac.planning.problem import Layout, Objective, Problem, plan_losses
 from moac.planning.solver import SolverOptions
 from moac.planning.uniform import uniform_plan
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 
 def layerwise_plan(problem: Problem, *, options: SolverOptions | None = None) -> Plan:

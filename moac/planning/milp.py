@@ -20,7 +20,7 @@ from moac.planning.limited import solve_limited
 from moac.planning.problem import Floats, Ints, Problem, plan_losses
 from moac.planning.solver import Outcome, SolverOptions, solve
 from moac_runtime.errors import BudgetError
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 MOST_SETS = 25_000  # per layer, of the rules it may use; beyond, trying each takes too long
 TIE_BREAK = 1e-3  # share of the other objectives in one that leads: no loss is given away for free

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moac.planning.problem import Floats, Objective, plan_losses
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 if TYPE_CHECKING:
     from moac.calibration import CalibrationSample

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moac.planning.objectives import monotone, stacked
 from moac.planning.problem import Floats, Objective, plan_losses
-from moac_runtime.plan import Plan
+from moac_runtime.package.plan import Plan
 
 if TYPE_CHECKING:
     from moac.calibration import CalibrationSample

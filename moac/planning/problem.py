@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moac_runtime.errors import BudgetError, UsageError
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule, head_span
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule, head_span
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

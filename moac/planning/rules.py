@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 
-from moac_runtime.span import DENSE, Rule, span_tokens
+from moac_runtime.package.span import DENSE, Rule, span_tokens
 
 BETA_STEPS = 8
 NUDGE = 1e-7  # over a million tokens less than an eighth, the least part of one in a share

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from moac.planning.problem import Layout, allowed_tokens, check_budget
-from moac_runtime.plan import Plan
-from moac_runtime.span import Rule
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 BETA_STEPS = 1024
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moac.attention import INFLUENCE, attention
 from moac.calibration.samples import CalibrationSample
 from moac.planning.problem import Layout
 from moac.profiling.attention import TILE_ELEMENTS, InfluenceRecorder
-from moac_runtime.plan import Plan
-from moac_runtime.spec import ModelSpec
+from moac.profiling.hooks import INFLUENCE, attention
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 RUNNING_TEXT = "text"
 ACTIVATION_BYTES_LIMIT = 3 << 30

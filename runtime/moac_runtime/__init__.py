@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moac_runtime.generation import load as load
+    from moac_runtime.engine.model import load as load
 
 __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    # `import moac_runtime.span` must not pay for tokenizers, nor anything here for torch.
+    # `import moac_runtime.package.span` must not pay for tokenizers, nor anything here for torch.
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moac_runtime.generation import load
+    from moac_runtime.engine.model import load
 
     return load

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moac_runtime.errors import MoacError, UsageError
-from moac_runtime.plain_text import decode_prompt
-from moac_runtime.process import INTERRUPTED, run_process
+from moac_runtime.host.process import INTERRUPTED, run_process
+from moac_runtime.text.plain_text import decode_prompt
 
 if TYPE_CHECKING:
-    from moac_runtime.chosen import ChosenSampling
-    from moac_runtime.generation import Generation, Model, Sampling, Stats
+    from moac_runtime.engine.chosen import ChosenSampling
+    from moac_runtime.engine.model import Model, Sampling
+    from moac_runtime.engine.sequence import Generation
+    from moac_runtime.engine.stats import Stats
 
 _SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
@@ -126,8 +128,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, package: Path | None) -> int:
-    from moac_runtime.chosen import choose_sampling
-    from moac_runtime.generation import load
+    from moac_runtime.engine.chosen import choose_sampling
+    from moac_runtime.engine.model import load
 
     prompts = _read_prompts(options.prompts)
     _check_prompts(prompts, options.system, raw=options.raw)
@@ -201,7 +203,7 @@ def _standard_input() -> bytes:
 
 def _check_prompts(prompts: Sequence[str], system: str | None, *, raw: bool) -> None:
     """What can be refused before a package is read; an error names one prompt of several."""
-    from moac_runtime.messages import check_prompt, named_prompt, text_of
+    from moac_runtime.text.messages import check_prompt, named_prompt, text_of
 
     if system is not None:
         text_of(system, "the system message")

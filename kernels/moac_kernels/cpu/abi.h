@@ -1,4 +1,4 @@
-// What Python hands over: plain structs of 8-byte fields. `moac_runtime/cpu/library.py` mirrors
+// What Python hands over: plain structs of 8-byte fields. `moac_runtime/backends/cpu/library.py` mirrors
 // them; a change here raises MOAC_ABI there and here.
 #pragma once
 #include <stdint.h>

@@ -1,0 +1,44 @@
+"""What a shell offers to complete after `moac run`, whose options argparse knows, not click."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import click
+
+
+class RunCommand(click.Command):
+    """Takes every word as it is; a shell that completes is shown the runtime's parameters."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those of the runtime's parser where a shell asks (`resilient_parsing`), else its own."""
+        if not ctx.resilient_parsing:
+            return super().get_params(ctx)
+        from moac_runtime.command import run_parser
+
+        return [_parameter(action) for action in run_parser()._actions]
+
+
+def _parameter(action: argparse.Action) -> click.Parameter:
+    if not action.option_strings:
+        return click.Argument([action.dest], required=False, type=click.Path())
+    if action.nargs == 0:
+        return click.Option(action.option_strings, is_flag=True, help=action.help)
+    return click.Option(
+        action.option_strings,
+        help=action.help,
+        multiple=isinstance(action, argparse._AppendAction),
+        type=_values(action),
+    )
+
+
+def _values(action: argparse.Action) -> click.ParamType[Any] | None:
+    """What an option's value is chosen from: names, files, or anything."""
+    from moac_runtime.backends.open import BACKENDS
+    from moac_runtime.package.dtypes import DTYPE_BYTES
+
+    choices = {"backend": BACKENDS, "dtype": tuple(DTYPE_BYTES)}
+    if action.dest in choices:
+        return click.Choice(choices[action.dest])
+    return click.Path() if action.metavar == "FILE" else None

@@ -1,0 +1,121 @@
+"""`--max-kv-bytes`: a hard cap on the KV bytes of a session, turned into the budget that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moac.checkpoint import Checkpoint
+from moac.planning import Layout
+from moac.request import CompileRequest
+from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
+
+_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+@dataclass(frozen=True, slots=True)
+class KvCap:
+    """At most `max_bytes` for the keys and values of `batch` sequences at a capacity of `length`
+    tokens. `token_bytes`: of one token in one KV head, in the package's dtype.
+    """
+
+    max_bytes: int
+    batch: int
+    length: int
+    token_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, request: CompileRequest) -> KvCap | None:
+        """What the request asks for, None where it sets no cap. Raises UsageError."""
+        if request.max_kv_bytes is None:
+            return None
+        context = checkpoint.spec.context
+        most = request.capacity or context
+        length = request.length or most
+        if length > most:
+            limit = "the capacity" if most < context else "the model's context"
+            raise UsageError(
+                f"--length {length} is beyond {limit} of {most} tokens, which no session passes; "
+                f"give --length {most} or less"
+            )
+        if length <= request.min_span:
+            raise UsageError(
+                f"--length {length} is no longer than the smallest span of {request.min_span} "
+                "tokens, so there is nothing to plan; give a longer --length"
+            )
+        return cls(
+            max_bytes=request.max_kv_bytes,
+            batch=request.batch or 1,
+            length=length,
+            token_bytes=kv_token(checkpoint, request),
+        )
+
+    def budget(self, layout: Layout, lengths: Sequence[int]) -> float:
+        """The largest density at `length` whose bytes the cap holds.
+
+        The same density is then the budget at all of `lengths`. Raises BudgetError where no plan
+        is that small and UsageError where the dense model already fits.
+        """
+        tokens = self.max_bytes // (self.batch * self.token_bytes)
+        dense = layout.uniform(DENSE).held_tokens(self.length)
+        if tokens >= dense:
+            raise UsageError(
+                f"the dense model holds {self._told(dense)}, which fits the "
+                f"{told_bytes(self.max_bytes)} of --max-kv-bytes; there is nothing to drop: use "
+                "the checkpoint as it is, or give --budget instead"
+            )
+        least, where = _least_tokens(layout, lengths, self.length)
+        if tokens < least:
+            needed = least * self.batch * self.token_bytes
+            raise BudgetError(
+                f"no plan fits the {told_bytes(self.max_bytes)} of --max-kv-bytes: the smallest "
+                f"holds {self._told(least)}, since every head keeps {layout.min_span} tokens at "
+                f"a length of {where}; give --max-kv-bytes {needed} or more"
+            )
+        return tokens / (layout.num_heads * self.length)
+
+    def held_bytes(self, plan: Plan) -> int:
+        """What the session allocates under `plan`."""
+        return plan.held_tokens(self.length) * self.token_bytes * self.batch
+
+    def record(self, plan: Plan) -> dict[str, Any]:
+        """What `plan.json` tells of it."""
+        return {
+            "max_bytes": self.max_bytes,
+            "batch": self.batch,
+            "length": self.length,
+            "token_bytes": self.token_bytes,
+            "held_bytes": self.held_bytes(plan),
+        }
+
+    def _told(self, tokens: int) -> str:
+        count = tokens * self.batch * self.token_bytes
+        many = "sequence" if self.batch == 1 else "sequences"
+        return f"{told_bytes(count)} for {self.batch} {many} of {self.length} tokens"
+
+
+def kv_token(checkpoint: Checkpoint, request: CompileRequest) -> int:
+    """Bytes of one token in one KV head, in the package's dtype."""
+    return checkpoint.spec.kv_token_bytes(DTYPE_BYTES[request.dtype or checkpoint.dtype])
+
+
+def told_bytes(count: int) -> str:
+    """A size as people read it, and exactly: `1.50 GiB (1610612736 bytes)`."""
+    for unit, size in _UNITS:
+        if count >= size:
+            return f"{count / size:.2f} {unit} ({count} bytes)"
+    return f"{count} bytes"
+
+
+def _least_tokens(layout: Layout, lengths: Sequence[int], length: int) -> tuple[int, int]:
+    """The fewest tokens at `length` whose density the smallest plan meets at all of `lengths`.
+
+    And the one of them that needs so many.
+    """
+    smallest = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
+    needs = [(-(-smallest.held_tokens(n) * length // n), n) for n in lengths]
+    return max(needs, key=lambda need: (need[0], -need[1]))

@@ -1,0 +1,286 @@
+"""The pipeline: a checkpoint in, a verified package out."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moac.calibration import plain_text_windows
+from moac.checkpoint import open_checkpoint
+from moac.export.target import emit_onnx
+from moac.packaging.cpu_kernels import emit_cpu_kernels
+from moac.packaging.fuse import head_order, pack_weights
+from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
+from moac.packaging.kernels import emit_kernels
+from moac.packaging.quantise import disturb_weights
+from moac.packaging.staging import check_target, staged
+from moac.packaging.writer import (
+    embed_runtime,
+    write_golden,
+    write_manifest,
+    write_plan,
+    write_weights,
+)
+from moac.pipeline.plan_file import read_plan_file, sealed
+from moac.pipeline.planner import (
+    Clock,
+    Planned,
+    check_packaging,
+    find_plan,
+    forecast,
+    longest_session,
+    open_bench,
+    prepare,
+    taken_plan,
+)
+from moac.pipeline.stages import Bench
+from moac.pipeline.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
+from moac.progress.cost import Costs, Kind
+from moac.progress.progress import notes, stage, step, whole
+from moac.request import PLANNING, CompileRequest
+from moac.show.inspection import inspect_artifact
+from moac.show.report import write_report
+from moac.store.workspace import peak_memory_bytes, release_memory
+from moac_runtime.errors import CheckFailed
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.golden import GoldenPrompt
+from moac_runtime.package.plan import Plan
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "highspy")
+DISTURBED_DRAWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """What was written. `checks`: the verification that the package passed before it stood.
+
+    `stages`: the seconds that each took, and those estimated at the start.
+    """
+
+    path: Path
+    plan: Plan
+    record: dict[str, Any]
+    checks: tuple[Check, ...]
+    seconds: float
+    peak_memory_bytes: int
+    stages: dict[str, dict[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the rules, which stand in the package."""
+        return {
+            "path": str(self.path),
+            "record": self.record,
+            "checks": [check.to_json() for check in self.checks],
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "stages": self.stages,
+        }
+
+
+def compile_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    request: CompileRequest | None = None,
+    plan: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    force: bool = False,
+) -> CompileResult:
+    """Compile the checkpoint `source` into a package at `out`.
+
+    `source`: a checkpoint directory, a hub id or a `.gguf` file. `plan`: a `plan.json` made for
+    it, in place of planning. `work_dir` keeps each stage's result, so that an interrupted compile
+    goes on and another budget reuses the profile. Raises UsageError, CheckpointError,
+    BudgetError, and CheckFailed where the package fails its own verification; then nothing stands
+    at `out`.
+    """
+    started = time.perf_counter()
+    request = request or CompileRequest()
+    check_target(Path(out), force=force)
+    checkpoint = open_checkpoint(str(source), revision=request.revision)
+    notes(checkpoint.notes)
+    file = None if plan is None else read_plan_file(Path(plan), checkpoint, request)
+    if file is None:
+        lengths, layout = prepare(checkpoint, request)
+    else:
+        lengths, layout = file.prepared(longest_session(checkpoint, request))
+    request = check_packaging(checkpoint, request)
+    ahead = forecast(checkpoint, request, lengths, work_dir)
+    work = ahead.compile() if file is None else ahead.package(measured=file.edited)
+    clock = Clock(work.seconds)
+    with whole(work.time_left()):
+        with clock("load"):
+            bench = open_bench(checkpoint, layout, request, work_dir)
+        if file is None:
+            planned = find_plan(bench, lengths, clock)
+        else:
+            planned = taken_plan(bench, file, lengths, clock)
+        planned = replace(planned, record=sealed(planned.plan, planned.record))
+        checks = emit(Path(out), bench, planned, clock, force=force)
+    return CompileResult(
+        path=Path(out),
+        plan=planned.plan,
+        record=planned.record,
+        checks=checks,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        stages=clock.stages(),
+    )
+
+
+def emit(
+    out: Path, bench: Bench, planned: Planned, clock: Clock, *, force: bool
+) -> tuple[Check, ...]:
+    """Write the package, verify it, and only then let it stand at `out`. Raises CheckFailed."""
+    with staged(out, force=force) as staging:
+        with clock("emit"):
+            write_package(staging, bench, planned)
+            release_memory()  # of the float32 model
+        with clock("verify"):
+            checks = check_package(staging)
+        seal_package(staging, checks, clock)
+    return checks
+
+
+def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
+    """Write everything that verification needs into the staging folder."""
+    checkpoint, request = bench.checkpoint, bench.request
+    plan, record = planned.plan, planned.record
+    dtype = request.dtype or checkpoint.dtype
+    order = head_order(plan)
+    with stage("emit"):
+        with step(Kind.WRITE, Costs(checkpoint.spec, DTYPE_BYTES[dtype]).weights):
+            write_weights(
+                staging,
+                pack_weights(checkpoint.tensor, checkpoint.spec, order),
+                dtype=getattr(torch, dtype),
+                weights=request.weights,
+                max_shard_size=request.max_shard_size,
+            )
+        write_plan(staging, plan, record)
+        checkpoint.save_tokenizer(staging / "tokenizer")
+        with step(Kind.CHECK):
+            prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype)
+        write_golden(staging, prompts)
+        targets = request.targets or ()
+        if "onnx" in targets:
+            limits |= emit_onnx(staging, checkpoint, request, plan, order, prompts)
+        with step(Kind.BUILD):
+            emit_kernels(staging, checkpoint.spec, plan, dtype, targets)
+            emit_cpu_kernels(staging, targets, bench.workspace.root)
+        embed_runtime(staging)
+        with step(Kind.WRITE):
+            write_manifest(
+                staging,
+                model=checkpoint.spec,
+                dtype=dtype,
+                capacity=request.capacity or checkpoint.spec.context,
+                head_order=order,
+                targets=list(targets),
+                provenance=provenance(bench, planned),
+                verification={"limits": limits},
+                weights=request.weights,
+            )
+
+
+def golden_prompts(
+    bench: Bench, plan: Plan, length: int, dtype: str
+) -> tuple[list[GoldenPrompt], dict[str, float]]:
+    """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
+
+    The limit of a low-precision dtype is twice what the original model itself errs in it. That of
+    int8 weights against unrounded ones is twice the most that random errors of the same size do in
+    several draws: the worst logits are few, and a single draw may hardly move them.
+    """
+    checkpoint, weights, seed = bench.checkpoint, bench.request.weights, bench.request.seed
+    tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
+    short = tokens[: min(INSIDE_TOKENS, length)]
+    exact = checkpoint.load_model(dtype).float()
+    prompts = expected_prompts(exact, plan, (short, tokens), weights=weights)
+    limits = {"float32": FLOAT32_LIMIT}
+    if dtype != "float32":
+        rounded = exact.to(getattr(torch, dtype))
+        limits[dtype] = 2 * largest_error(rounded, plan, prompts)
+    if weights == "int8":
+        limits[QUANTISED] = 2 * max(
+            _disturbed_error(bench, plan, unrounded(prompts), dtype, draw)
+            for draw in range(seed, seed + DISTURBED_DRAWS)
+        )
+    return prompts, limits
+
+
+def _disturbed_error(
+    bench: Bench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str, seed: int
+) -> float:
+    model = bench.checkpoint.load_model(dtype).float()
+    disturb_weights(model, seed=seed)
+    return largest_error(model, plan, prompts)
+
+
+def provenance(bench: Bench, planned: Planned) -> dict[str, Any]:
+    """Where the package comes from: checkpoint, arguments, versions, host, time.
+
+    Of a plan from a file, the file's name and SHA-256; how it was planned stands in `plan.json`.
+    """
+    checkpoint = bench.checkpoint
+    asked = bench.request.to_json()
+    if planned.file is not None:
+        asked = {name: value for name, value in asked.items() if name not in PLANNING}
+    return {
+        "source": checkpoint.name,
+        "revision": checkpoint.revision,
+        "identity": checkpoint.identity,
+        "arguments": asked,
+        **({} if planned.file is None else {"plan": planned.file}),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("moac", *_PACKAGES)},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "device": bench.model.device.type,
+        "measured_in": str(bench.model.dtype).removeprefix("torch."),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def check_package(staging: Path) -> tuple[Check, ...]:
+    """Verify the staged package. Raises CheckFailed."""
+    with stage("verify"), step(Kind.CHECK):
+        checks = tuple(verify(staging))
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        worst = failed[0]
+        raise CheckFailed(
+            f"the package failed its check {worst.name!r} ({worst.value:.3g}, limit "
+            f"{worst.limit:.3g}) and was not published; report this with the command you ran"
+        )
+    return checks
+
+
+def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
+    """Write what was known last: the verdict and the cost into the manifest, and the report."""
+    opened = open_artifact(staging, check="sizes")
+    artifact = replace(
+        opened,
+        provenance={**opened.provenance, **clock.to_json()},
+        verification={**opened.verification, "checks": [check.to_json() for check in checks]},
+    )
+    write_report(staging, inspect_artifact(artifact))
+    write_manifest(
+        staging,
+        model=artifact.spec,
+        dtype=artifact.dtype,
+        capacity=artifact.capacity,
+        head_order=artifact.head_order,
+        targets=list(artifact.targets),
+        provenance=artifact.provenance,
+        verification=artifact.verification,
+        weights=artifact.weights,
+    )

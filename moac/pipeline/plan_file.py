@@ -1,0 +1,274 @@
+"""`plan.json` alone: what `moac plan` writes and `moac compile --plan` takes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moac.checkpoint import Checkpoint
+from moac.lengths import Lengths
+from moac.packaging.rename import move_new
+from moac.pipeline.cap import KvCap, kv_token, told_bytes
+from moac.pipeline.origin import told_model
+from moac.planning import Layout
+from moac.request import CompileRequest
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.package.plan import Plan
+
+_SEAL = "sha256"
+_REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """A plan read back. `record`: how it was found; `sha256`: of the whole file; `edited`:
+    whether its rules are others than those that were written.
+    """
+
+    path: Path
+    plan: Plan
+    record: dict[str, Any]
+    sha256: str
+    edited: bool
+
+    def prepared(self, upto: int) -> tuple[Lengths, Layout]:
+        """The lengths and the layout that the plan was made for; `upto`: the longest session."""
+        record = self.record
+        lengths = Lengths(
+            profiled=tuple(record["lengths"]),
+            extrapolated=record["extrapolated"],
+            unseen=record["unseen"],
+            upto=upto,
+            capped=record.get("kv_cap", {}).get("length"),
+        )
+        return lengths, Layout.of(self.plan)
+
+
+def check_plan_target(path: Path, *, force: bool) -> None:
+    """Refuse, before any work, a file that could not be written in the end. Raises UsageError."""
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r} holds a NUL, which no name does: choose another name")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected a file to write: choose another name")
+    if path.exists() and not force:
+        raise UsageError(
+            f"{path} already exists: pass --force to replace it, or choose another name"
+        )
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise UsageError(f"there is no folder {parent} to write {path.name} in: make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{parent} is not writable: choose another folder")
+
+
+def refuse_beside_plan(names: Sequence[str]) -> None:
+    """Raise UsageError where `names` (fields of a request) decide what a plan has decided."""
+    if names:
+        option = f"--{names[0].replace('_', '-')}"
+        raise UsageError(
+            f"--plan brings its own plan and {option} asks for another; leave {option} out, or "
+            "leave --plan out to plan anew"
+        )
+
+
+def made_for(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a plan belongs to: the model by its identity, and the shape of its heads."""
+    spec = checkpoint.spec
+    return {
+        "source": checkpoint.name,
+        "revision": checkpoint.revision,
+        "identity": checkpoint.identity,
+        "family": spec.family,
+        "num_layers": spec.num_layers,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+    }
+
+
+def sealed(plan: Plan, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the digests that tell later what was edited: the rules, or the rest."""
+    return {**record, _SEAL: _seal({**record, **plan.to_json()})}
+
+
+def _seal(data: Mapping[str, Any]) -> dict[str, str]:
+    rest = {name: value for name, value in data.items() if name not in ("rules", _SEAL)}
+    return {"rules": _digest(data["rules"]), "rest": _digest(rest)}
+
+
+def _digest(value: Any) -> str:
+    # Numbers as floats: an editor may well write 1.0 as 1.
+    same = json.loads(json.dumps(value), parse_int=float)
+    text = json.dumps(same, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_plan_file(path: Path, plan: Plan, record: Mapping[str, Any], *, force: bool) -> None:
+    """Write the plan and its sealed record, whole or not at all. Raises UsageError, MoacError."""
+    check_plan_target(path, force=force)
+    text = json.dumps({**record, **plan.to_json()}, indent=2, sort_keys=True, allow_nan=False)
+    try:
+        _publish(path, f"{text}\n".encode(), force=force)
+    except FileExistsError:
+        check_plan_target(path, force=force)
+        raise
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise MoacError(
+            f"{path} could not be written ({reason}) and is as it was: free some space or choose "
+            "another folder"
+        ) from error
+
+
+def _publish(path: Path, data: bytes, *, force: bool) -> None:
+    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
+    staging = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o666 & ~mask)
+        if force:
+            staging.replace(path)
+        else:
+            move_new(staging, path.resolve())
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) -> PlanFile:
+    """The plan at `path`, which must have been made for `checkpoint`.
+
+    Rules may have been edited by hand: every one is checked. Raises UsageError for a plan of
+    another model or a request that plans for itself, ArtifactError for a file without a plan.
+    """
+    refuse_beside_plan(request.planning_given())
+    data, digest = _read(path)
+    _check_identity(path, data, checkpoint)
+    edited = _edited(path, data)
+    try:
+        plan = _checked_plan(data, checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
+    record = {name: value for name, value in data.items() if name not in plan.to_json()}
+    return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
+
+
+def _with_cap(
+    path: Path,
+    record: dict[str, Any],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    request: CompileRequest,
+) -> dict[str, Any]:
+    """The record, its cap on KV bytes counted again: for edited rules and the package's dtype.
+
+    Raises UsageError where the plan passes the cap.
+    """
+    if "kv_cap" not in record:
+        return record
+    made = record["kv_cap"]
+    cap = KvCap(made["max_bytes"], made["batch"], made["length"], kv_token(checkpoint, request))
+    if cap.held_bytes(plan) > cap.max_bytes:
+        raise UsageError(
+            f"{path} was planned for at most {told_bytes(cap.max_bytes)} of KV memory, and "
+            f"{'edited' if cap.token_bytes == made['token_bytes'] else 'in this dtype'} it holds "
+            f"{told_bytes(cap.held_bytes(plan))}; plan anew with `moac plan --max-kv-bytes`"
+        )
+    return {**record, "kv_cap": cap.record(plan)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        raw = path.read_bytes()
+        data = json.loads(raw, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ArtifactError(
+            f"the plan {path} cannot be read ({error.strerror}): {_REMEDY}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the plan {path} is not JSON ({error}): {_REMEDY}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds no JSON object, expected a plan: {_REMEDY}")
+    return data, hashlib.sha256(raw).hexdigest()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    made = data.get("model")
+    if not isinstance(made, dict):
+        raise ArtifactError(f"{path} does not tell which model it was made for: {_REMEDY}")
+    ours = made_for(checkpoint)
+    for name in ("family", "num_layers", "num_kv_heads", "head_dim"):
+        if made.get(name) != ours[name]:
+            raise UsageError(
+                f"{path} was made for a model with {name} {made.get(name)}, but "
+                f"{checkpoint.source} has {ours[name]}; plan this model with `moac plan`"
+            )
+    if "identity" not in made:
+        raise UsageError(
+            f"{path} was made by an older version of moac, which told models apart by other "
+            "means; write the plan again with `moac plan`"
+        )
+    if made["identity"] != ours["identity"]:
+        raise UsageError(
+            f"{path} was made for {told_model(made)}, another model of this shape than "
+            f"{checkpoint.source} (identity {ours['identity'][:16]}); plan this model with "
+            "`moac plan`"
+        )
+
+
+def _edited(path: Path, data: Mapping[str, Any]) -> bool:
+    """Whether the rules are others than were written; anything else must be as it was."""
+    made = data.get(_SEAL)
+    if not isinstance(made, dict) or "rules" not in data:
+        missing = _SEAL if "rules" in data else "rules"
+        raise ArtifactError(f"{path} holds no usable plan (it has no {missing!r}): {_REMEDY}")
+    found = _seal(data)
+    if found["rest"] != made.get("rest"):
+        raise ArtifactError(
+            f"{path} was changed beside its rules, which alone may be edited: undo that, or write "
+            "the plan again with `moac plan`"
+        )
+    return found["rules"] != made.get("rules")
+
+
+def _checked_plan(data: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
+    """Raises KeyError, TypeError, ValueError."""
+    spec = checkpoint.spec
+    rules = data["rules"]
+    if [len(layer) for layer in rules] != [spec.num_kv_heads] * spec.num_layers:
+        raise ValueError(f"rules must be {spec.num_layers} layers of {spec.num_kv_heads} KV heads")
+    for layer, row in enumerate(rules):
+        for head, rule in enumerate(row):
+            _check_rule(rule, f"layer {layer}, KV head {head}", spec.context)
+    return Plan.from_json(data)
+
+
+def _check_rule(rule: Any, where: str, context: int) -> None:
+    if not isinstance(rule, list) or len(rule) != 2:
+        raise ValueError(f"the rule of {where} must be [alpha, beta], got {rule!r}")
+    alpha, beta = rule
+    if type(alpha) is not int or abs(alpha) > context:
+        raise ValueError(
+            f"alpha of {where} must be a whole number of tokens within the context of {context}, "
+            f"got {alpha!r}"
+        )
+    if type(beta) not in (int, float) or not 0 <= beta <= 1:
+        raise ValueError(f"beta of {where} must be a number from 0 to 1, got {beta!r}")
+
+
+def _said(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

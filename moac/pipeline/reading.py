@@ -1,0 +1,113 @@
+"""The checkpoint on this project's runtime, before there is a package: it answers, and measures.
+
+The same function as transformers computes; on a CPU by the native kernels where they can be built
+and run, which read several times as fast as torch's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moac.calibration.answers import Reading as Answering
+from moac.packaging.cpu_kernels import built_library, cpu_obstacle
+from moac.packaging.fuse import pack_weights
+from moac_kernels.build import BuildError
+from moac_kernels.cpu_build import sources_digest
+from moac_runtime.backends.arrays import Array
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import CPU_TARGETS, open_library, runnable_sets
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.package.plan import Plan, dense_plan
+
+if TYPE_CHECKING:
+    from moac.calibration import CalibrationSample
+    from moac.checkpoint import Checkpoint
+
+
+class Reading(Answering, Protocol):
+    """One sequence being read; logits are float32 arrays of torch or numpy."""
+
+    def extend_at(
+        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> Sequence[Array]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A checkpoint's weights, to be read with under any plan.
+
+    `runs`: by what, torch or native kernels of which instruction set and sources.
+    """
+
+    runs: str
+    eos_token_ids: tuple[int, ...]
+    dense: Plan
+    session: Callable[[Plan, int], Reading]
+
+    def open(self, capacity: int) -> Reading:
+        """A session of one sequence of at most `capacity` tokens, with nothing dropped."""
+        return self.session(self.dense, capacity)
+
+    def answer_loss(self, sample: CalibrationSample, plan: Plan | None) -> float:
+        """Mean loss in nats of the answer tokens under `plan`; None is the dense model."""
+        session = self.session(plan or self.dense, sample.length)
+        places = [place for span in sample.believed for place in range(*span)]
+        (logits,) = session.extend_at(
+            [sample.token_ids[: places[-1]]], [[place - 1 for place in places]]
+        )
+        answers = torch.tensor([sample.token_ids[place] for place in places])
+        scores: Tensor = torch.as_tensor(logits)
+        return float(F.cross_entropy(scores, answers.to(scores.device)))
+
+
+def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: Path) -> Reader:
+    """A reader in `dtype`: of the native kernels on a CPU that they serve, else of torch.
+
+    Kernels that are built stay below the folder `kept`, where packaging finds them too.
+    """
+    spec = checkpoint.spec
+    order = [tuple(range(spec.num_kv_heads))] * spec.num_layers
+    tensors = dict(pack_weights(checkpoint.tensor, spec, order))
+    dense = dense_plan(
+        spec.num_layers, spec.num_kv_heads, sink=0, block=1, min_span=1, windows=spec.windows
+    )
+    library = _native(checkpoint, dtype, kept) if device.type == "cpu" else None
+    if library is None:
+        decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
+        return Reader(
+            "torch",
+            checkpoint.eos_token_ids,
+            dense,
+            lambda plan, capacity: Session(decoder, plan, order, batch=1, capacity=capacity),
+        )
+    held = {name: t.to(getattr(torch, dtype)).contiguous() for name, t in tensors.items()}
+    addresses = {name: t.data_ptr() for name, t in held.items()}
+    engine = CpuEngine(open_library(library), spec, addresses, dtype=dtype, memory=held)
+    return Reader(
+        f"{library.stem} {sources_digest()}",
+        checkpoint.eos_token_ids,
+        dense,
+        lambda plan, capacity: CpuSession(engine, plan, order, batch=1, capacity=capacity),
+    )
+
+
+def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
+    """The kernels for this processor, built if need be; None where there can be none."""
+    sets = runnable_sets(CPU_TARGETS)
+    if not sets or cpu_obstacle(checkpoint.spec, dtype) is not None:
+        return None
+    try:
+        return built_library(kept, sets[0])
+    except BuildError as error:
+        click.echo(f"note: {error}; the checkpoint is read by torch, which is slower", err=True)
+        return None

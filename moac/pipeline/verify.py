@@ -1,0 +1,289 @@
+"""Does a package do what its plan and its source say? Files, golden logits, the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moac.pipeline.origin import check_source
+from moac_runtime.backends.cpu.library import runnable_sets
+from moac_runtime.backends.cpu.opening import open_cpu
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.cuda.opening import device_obstacle, open_cuda
+from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
+from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.host.cores import set_torch_threads
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.golden import GoldenPrompt, load_golden
+from moac_runtime.package.integrity import MANIFEST
+from moac_runtime.package.plan import Plan, dense_plan
+from moac_runtime.package.weights import load_weights
+
+if TYPE_CHECKING:
+    from moac.checkpoint import Checkpoint
+
+FLOAT32_LIMIT = 2e-3
+"""Largest difference of two float32 logits that reordered sums explain."""
+
+QUANTISED = "quantised"
+"""The name of the limit of a package of int8 weights against the checkpoint itself."""
+
+SOURCE_LENGTHS = (64, 1000, 4000)
+_DECODED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: `value` against `limit`, both in the unit its name tells.
+
+    `reason`: the sentence for the user where more is known of a failure.
+    """
+
+    name: str
+    ok: bool
+    value: float
+    limit: float
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"name", "ok", "value", "limit"}`."""
+        return {"name": self.name, "ok": self.ok, "value": self.value, "limit": self.limit}
+
+
+def verify(
+    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] | None = None
+) -> Iterator[Check]:
+    """Yield every check of the package at `path`, one after another.
+
+    Without `checkpoint`: file integrity and golden logits, in the package's dtype and in float32.
+    With it: logits against the original in transformers under the same masks, in float32, at
+    each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
+    alike, and by a limit of its own against the original as it is. Nothing follows a failed
+    check of the files. Raises ArtifactError where there is no package at all, UsageError where
+    `checkpoint` is another model than the package's and for lengths that cannot be meant.
+    """
+    if lengths is not None and checkpoint is None:
+        raise UsageError("--lengths are those compared with the original model; give --source")
+    if lengths is not None and min(lengths, default=0) < 1:
+        raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
+    set_torch_threads()
+    try:
+        artifact = open_artifact(path)
+    except ArtifactError as error:
+        if not (path / MANIFEST).is_file():
+            raise
+        yield Check("damaged files", False, 1, 0, reason=str(error))
+        return
+    if checkpoint is not None:
+        check_source(artifact, checkpoint)
+    yield Check("damaged files", True, 0, 0)
+    for runner in _runners(artifact):
+        yield from _golden_checks(artifact, runner)
+        del runner  # before the next is opened: each holds the weights
+    if checkpoint is not None:
+        yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
+
+
+def runtime_logits(
+    decoder: Decoder,
+    plan: Plan,
+    head_order: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    decoded: int = 0,
+) -> Tensor:
+    """The runtime's logits `[len(positions), V]`; the last `decoded` tokens go one by one."""
+    session = Session(decoder, plan, head_order, batch=1, capacity=len(tokens))
+    return _session_logits(session, tokens, positions, decoded)
+
+
+def _session_logits(
+    session: Session | CudaSession | CpuSession,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    decoded: int,
+) -> Tensor:
+    split = len(tokens) - decoded
+    ahead = [p for p in positions if p < split]
+    parts = list(session.extend_at([list(tokens[:split])], [ahead]))
+    for place in range(split, len(tokens)):
+        logits = session.decode(torch.tensor([tokens[place]]))
+        parts.extend([logits] if place in positions else [])
+    return torch.cat([torch.as_tensor(part) for part in parts])
+
+
+def undropping(artifact: Artifact) -> Plan:
+    """The plan that drops nothing of the same model."""
+    plan = artifact.plan
+    return dense_plan(
+        len(plan.rules),
+        len(plan.rules[0]),
+        sink=plan.sink,
+        block=plan.block,
+        min_span=plan.min_span,
+        windows=plan.windows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """One way to run the package. `limit`: the error its logits are allowed.
+
+    `logits(tokens, positions, decoded, dense)`: logits `[len(positions), V]`, the last `decoded`
+    tokens fed one by one, `dense` with nothing dropped. `exact`: computes in float32 on weights
+    as stored.
+    """
+
+    name: str
+    logits: Callable[[Sequence[int], Sequence[int], int, bool], Tensor]
+    limit: float
+    exact: bool
+
+
+def _runners(artifact: Artifact) -> Iterator[_Runner]:
+    """Every target in every precision that is checked, one in memory at a time."""
+    if set(artifact.targets) != {"onnx"}:  # the cuda target's weights are those of torch
+        for dtype in dict.fromkeys([artifact.dtype, "float32"]):
+            yield _torch_runner(artifact, dtype)
+    built = any(target.startswith("cuda") for target in artifact.targets)
+    if built and device_obstacle(artifact.targets) is None:
+        yield _cuda_runner(artifact)
+    for instruction_set in runnable_sets(artifact.targets):
+        for dtype in dict.fromkeys([artifact.dtype, "float32"]):
+            yield _cpu_runner(artifact, dtype, instruction_set)
+    if "onnx" in artifact.targets:
+        yield _onnx_runner(artifact)
+
+
+def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
+    kind: torch.dtype = getattr(torch, dtype)
+    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        order = artifact.head_order
+        return runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
+
+    return _Runner(dtype, logits, _limit(artifact, dtype), dtype == "float32")
+
+
+def _cuda_runner(artifact: Artifact) -> _Runner:
+    model = open_cuda(artifact)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        session = model.session(1, len(tokens), plan=plan)
+        return _session_logits(session, tokens, positions, decoded)
+
+    limit = _limit(artifact, artifact.dtype)
+    return _Runner(f"cuda {artifact.dtype}", logits, limit, artifact.dtype == "float32")
+
+
+def _cpu_runner(artifact: Artifact, dtype: str, instruction_set: str) -> _Runner:
+    model = open_cpu(artifact, dtype=dtype, instruction_set=instruction_set)
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        plan = undropping(artifact) if dense else artifact.plan
+        return _session_logits(
+            model.session(1, len(tokens), plan=plan), tokens, positions, decoded
+        )
+
+    name = f"cpu {instruction_set} {dtype}"
+    return _Runner(name, logits, _limit(artifact, dtype), dtype == "float32")
+
+
+def _onnx_runner(artifact: Artifact) -> _Runner:
+    from moac.export.logits import graph_logits
+    from moac_runtime.backends.onnx.session import open_graph
+
+    graph = open_graph(artifact)
+    layout = graph.layout
+    precision = layout.dtype if layout.weights == "shared" else layout.weights
+
+    def logits(
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+    ) -> Tensor:
+        return torch.from_numpy(
+            graph_logits(graph, tokens, positions, decoded=decoded, dense=dense)
+        )
+
+    exact = precision == "float32"
+    return _Runner(f"onnx {precision}", logits, _limit(artifact, precision), exact)
+
+
+def _golden_checks(artifact: Artifact, runner: _Runner) -> Iterator[Check]:
+    for prompt in load_golden(artifact):
+        name = f"golden {len(prompt.tokens)} tokens {runner.name}"
+        yield from _compare(artifact, runner, name, prompt, runner.limit)
+
+
+def _source_checks(
+    artifact: Artifact, checkpoint: Checkpoint, lengths: Sequence[int]
+) -> Iterator[Check]:
+    from moac.packaging.golden import expected_prompts
+
+    # The package rounds weights to its dtype; everything after that is compared in float32.
+    model = checkpoint.load_model(artifact.dtype).float()
+    rows = [
+        _tokens(artifact, length)
+        for length in sorted({min(length, artifact.capacity) for length in lengths})
+    ]
+    prompts = expected_prompts(model, artifact.plan, rows, weights=artifact.weights)
+    for runner in _runners(artifact):
+        for prompt in prompts if runner.exact else ():
+            name = f"source {len(prompt.tokens)} tokens {runner.name}"
+            yield from _compare(artifact, runner, name, prompt, FLOAT32_LIMIT)
+        del runner
+
+
+def _compare(
+    artifact: Artifact, runner: _Runner, name: str, prompt: GoldenPrompt, limit: float
+) -> Iterator[Check]:
+    """Prefill and decode against the expected logits, and that a sparse plan shows."""
+    tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
+    plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
+    prefill = runner.logits(tokens, positions, 0, False)
+    stepped = runner.logits(tokens, positions, decoded, False)
+    yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
+    yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
+    if prompt.source is not None and runner.exact:
+        lost = _distance(prefill, prompt.source)
+        yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
+    drops = plan.density(prompt.capacity) < undropping(artifact).density(prompt.capacity)
+    if drops and runner.exact:
+        change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
+        yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; a value that is no number is infinitely far."""
+    return float((found.cpu() - expected).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _at_most(name: str, value: float, limit: float) -> Check:
+    return Check(name, value <= limit, value, limit)
+
+
+def _limit(artifact: Artifact, dtype: str) -> float:
+    """The error allowed in `dtype`: what the original model itself showed, measured at compile."""
+    return float(artifact.verification["limits"][dtype])
+
+
+def _tokens(artifact: Artifact, length: int) -> list[int]:
+    """A golden prompt's tokens, repeated with a shift, to the wanted length."""
+    golden = max(load_golden(artifact), key=lambda prompt: len(prompt.tokens)).tokens.tolist()
+    return [golden[(i + i // len(golden)) % len(golden)] for i in range(length)]

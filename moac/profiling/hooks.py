@@ -1,0 +1,77 @@
+"""The attention functions this package gives to transformers, through `AttentionInterface`.
+
+A call's data (a recorder, a plan's spans) travels as a keyword of `model(...)`, which
+transformers hands down to the attention function: no global state, safe under recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from moac.profiling.attention import InfluenceRecorder, influence_attention
+from moac_kernels.reference import layer_mask, masked_attention
+from moac_runtime.package.span import HeadSpan, visible
+
+INFLUENCE = "moac_influence"  # measures what spans would cost, on the way back
+REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float32: for checking
+
+_QUERY_ROWS = 256
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Run `model` with one of this file's attention functions, then put its own back."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _influence(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    *,
+    moac_recorder: InfluenceRecorder,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out = influence_attention(
+        query, key, value, scale=scaling, layer=layer, recorder=moac_recorder
+    )
+    return out.transpose(1, 2), None
+
+
+def _reference(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    *,
+    moac_spans: Sequence[Sequence[HeadSpan]],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    heads = moac_spans[int(module.layer_idx)]  # type: ignore[arg-type]
+    place = torch.arange(query.shape[2], device=query.device)
+    parts = []
+    for rows in place.split(_QUERY_ROWS):
+        mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), rows, place, len(heads))
+        parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling))
+    return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register(INFLUENCE, _influence)
+AttentionInterface.register(REFERENCE, _reference)

@@ -1,0 +1,1 @@
+"""Long work shows itself, with the time left."""

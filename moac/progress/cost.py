@@ -1,0 +1,77 @@
+"""What the steps of a compile cost, in amounts that this machine's speed turns into seconds.
+
+Amounts are floating-point operations, bytes or counts, as `Kind` tells. They compare steps of one
+kind; how fast a kind is, `work.py` guesses ahead and a run finds out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moac_runtime.package.spec import ModelSpec
+
+_PASSES_BACK = 3  # a forward pass, and twice as much backward
+_OPERATIONS_PER_BYTE = 20  # of a product, in the time that reading a byte of weights takes
+_READ_AGAIN = 1.25  # retrieval is made anew where the answer is wrong
+_WRITTEN = {"retrieval": 15, "quiz": 100, "documents": 120, "user": 100}  # answer tokens, about
+
+
+class Kind(StrEnum):
+    """Work that goes at one speed. Every step is of one kind."""
+
+    LOAD = "load"  # bytes of weights
+    BUILD = "build"  # native kernels, of one instruction set or architecture
+    ANSWER = "answer"  # operations: the model reads and answers, token by token
+    MEASURE = "measure"  # operations: it reads, under a plan
+    BACKWARD = "backward"  # operations: forward and backward, in transformers
+    SOLVE = "solve"  # planning programs
+    WRITE = "write"  # bytes, written and hashed
+    CHECK = "check"  # operations: golden logits and verification
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The cost of a model's steps. `itemsize`: bytes of a weight, as it is measured in."""
+
+    spec: ModelSpec
+    itemsize: int
+
+    def forward(self, length: int, density: float = 1.0) -> float:
+        """Operations of a pass over `length` tokens that attends to a share of all keys."""
+        spec = self.spec
+        linear = 2 * spec.num_layers * layer_weights(spec)
+        seen = length * length * density  # of two products, each under a causal mask
+        return float(length * linear + 2 * spec.num_layers * seen * spec.num_heads * spec.head_dim)
+
+    def backward(self, length: int) -> float:
+        """Operations of profiling one sample of `length` tokens."""
+        return _PASSES_BACK * self.forward(length)
+
+    def answer(self, domain: str, length: int) -> float:
+        """Operations of making one sample, 0 of running text, which the model does not answer."""
+        if domain not in _WRITTEN:
+            return 0.0
+        reads = self.forward(length) * (_READ_AGAIN if domain == "retrieval" else 1)
+        return reads + _WRITTEN[domain] * self.decode()
+
+    def decode(self) -> float:
+        """Operations in whose time a token is decoded: it reads all weights."""
+        return float(self.weights * _OPERATIONS_PER_BYTE)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one copy of the weights."""
+        return parameters(self.spec) * self.itemsize
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Weights of the whole model."""
+    table = spec.vocab_size * spec.hidden_size
+    return table * (1 if spec.tied_embeddings else 2) + spec.num_layers * layer_weights(spec)
+
+
+def layer_weights(spec: ModelSpec) -> int:
+    """Weights of one layer."""
+    attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
+    return attention + 3 * spec.hidden_size * spec.intermediate_size

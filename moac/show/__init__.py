@@ -1,0 +1,1 @@
+"""Plans and packages as tables, pictures and a page."""

@@ -1,0 +1,105 @@
+"""`moac diff` for people: tables of what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moac.show.summary import table
+
+_MIB = 1 << 20
+_NOTHING = "-"
+
+
+def diff_text(found: Mapping[str, Any]) -> str:
+    """What `diffing.diff` found, as blocks of text with an empty line between them."""
+    blocks = [_sides(found), _lengths_table(found)]
+    blocks += [] if found["same_spans"] else [_layers_table(found)]
+    blocks += [*_losses_table(found), _differences_table(found)]
+    return "\n\n".join(blocks)
+
+
+def _sides(found: Mapping[str, Any]) -> str:
+    lines = [f"{side}  {found[side]['kind']:<7}  {found[side]['path']}" for side in ("a", "b")]
+    if found["same_spans"]:
+        lines.append("every span is the same at every planned length")
+    return "\n".join(lines)
+
+
+def _lengths_table(found: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            f"{n} tokens",
+            f"{spans['differ']} of {spans['heads']}",
+            spans["longer"],
+            spans["shorter"],
+            *(f"{found['density'][n][side]:.4f}" for side in ("a", "b")),
+            *(_mib(found["kv_bytes"][n][side]) for side in ("a", "b")),
+        )
+        for n, spans in found["spans"].items()
+    ]
+    header = ("at", "spans differ", "longer in b", "shorter",
+              "density a", "density b", "KV in a", "KV in b")  # fmt: skip
+    return table(header, rows)
+
+
+def _layers_table(found: Mapping[str, Any]) -> str:
+    """For each layer that differs: how many heads, and the tokens that b keeps more or less."""
+    spans = found["spans"]
+    layers = range(len(next(iter(spans.values()))["layers"]))
+    rows = [
+        (f"layer {layer}", *(_layer_cell(at, layer) for at in spans.values()))
+        for layer in layers
+        if any(at["layers"][layer] for at in spans.values())
+    ]
+    return table(("heads that differ, tokens in b", *(f"at {n}" for n in spans)), rows)
+
+
+def _layer_cell(at: Mapping[str, Any], layer: int) -> str:
+    changed = [b - a for where, _, a, b in at["changes"] if where == layer]
+    return f"{len(changed)}, {sum(changed):+d}" if changed else _NOTHING
+
+
+def _losses_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """The measured losses; nothing where neither side holds one."""
+    sides = {side: found["losses"][side] for side in ("a", "b") if found["losses"][side]["plans"]}
+    if not sides:
+        return
+    domains = list(
+        dict.fromkeys(d for s in sides.values() for p in s["plans"].values() for d in p)
+    )
+    domains = [*(d for d in domains if d != "mean"), "mean"]
+    rows = [
+        (f"{kind}, {side} at {told['length']} tokens",
+         *(_loss(told["plans"][kind].get(domain)) for domain in domains))
+        for kind in ("chosen", "uniform", "dense")
+        for side, told in sides.items()
+        if kind in told["plans"]
+    ]  # fmt: skip
+    text = table(("loss", *domains), rows)
+    if len(sides) == 2 and not found["losses_comparable"]:
+        text += "\na and b were measured on different samples: compare each with its own dense"
+    yield text
+
+
+def _differences_table(found: Mapping[str, Any]) -> str:
+    if not found["differences"]:
+        return "settings and provenance are the same"
+    lines = [
+        f"{row['name']}\n  a  {_value(row['a'])}\n  b  {_value(row['b'])}"
+        for row in found["differences"]
+    ]
+    return "\n".join(["settings and provenance that differ", *lines])
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else _NOTHING if value is None else json.dumps(value)
+
+
+def _mib(count: int | None) -> str:
+    return _NOTHING if count is None else f"{count / _MIB:.2f} MiB"
+
+
+def _loss(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.3f}"

@@ -1,0 +1,86 @@
+"""What a package holds, as data: `moac inspect --json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moac.packaging.cpu_kernels import packaged_cpu_kernels
+from moac.packaging.kernels import packaged_kernels
+from moac.planning.capacities import largest_record
+from moac_runtime.backends.cpu.opening import host_obstacle
+from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
+from moac_runtime.package.dtypes import DTYPE_BYTES
+
+
+def inspect_package(path: Path) -> dict[str, Any]:
+    """Everything a user may ask of the package at `path`; raises ArtifactError."""
+    return inspect_artifact(open_artifact(path))
+
+
+def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
+    """The same of a package that is open already.
+
+    `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
+    `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
+    `largest_density`: of all sessions from the shortest planned length to the capacity.
+    `cpu_note`: why the native CPU kernels do not run on this host, None where they do.
+    """
+    record = load_plan_record(artifact)
+    lengths = planned_lengths(record)
+    plan = artifact.plan
+    return {
+        "path": str(artifact.root),
+        "model": artifact.spec.to_json(),
+        "dtype": artifact.dtype,
+        "weights": artifact.weights,
+        "capacity": artifact.capacity,
+        "targets": list(artifact.targets),
+        "kernels": packaged_kernels(artifact),
+        "cpu_kernels": packaged_cpu_kernels(artifact),
+        "cpu_note": host_obstacle(artifact.targets, None, model=(artifact.spec, artifact.dtype)),
+        "budget": record["budget"],
+        "lengths": lengths,
+        "sink": plan.sink,
+        "block": plan.block,
+        "min_span": plan.min_span,
+        "rules": plan.to_json()["rules"],
+        "density": {str(n): plan.density(n) for n in lengths},
+        "largest_density": largest_record(
+            plan, range(lengths[0], max(lengths[-1], artifact.capacity) + 1)
+        ),
+        "kv_bytes": {str(n): kv_bytes(artifact, n) for n in lengths},
+        "spans": {
+            str(n): [[head.size for head in layer] for layer in plan.spans(n)] for n in lengths
+        },
+        "weight_bytes": sum(
+            file.size for name, file in artifact.files.items() if name.startswith("weights/")
+        ),
+        "planning": {key: value for key, value in record.items() if key not in plan.to_json()},
+        "provenance": dict(artifact.provenance),
+        "verification": dict(artifact.verification),
+    }
+
+
+def planned_lengths(record: dict[str, Any]) -> list[int]:
+    """The lengths, in tokens, at which a plan promises its budget, ascending."""
+    capped = record.get("kv_cap", {}).get("length")
+    others = {n for n in (record["extrapolated"], capped) if n is not None}
+    return sorted({*record["lengths"], *others})
+
+
+def chosen_plan(record: Mapping[str, Any]) -> str:
+    """The name that the package's plan bears among the measured ones; "" where none was."""
+    front = record.get("front", ())
+    return str(record.get("chosen", next((p["plan"] for p in front if p["chosen"]), "")))
+
+
+def kv_bytes(artifact: Artifact, length: int) -> dict[str, int]:
+    """Bytes of one sequence's keys and values at a capacity of `length`: held, and if dense."""
+    spec = artifact.spec
+    token = spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
+    return {
+        "held": artifact.plan.held_tokens(length) * token,
+        "dense": spec.num_layers * spec.num_kv_heads * length * token,
+    }

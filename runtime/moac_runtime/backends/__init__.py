@@ -1,0 +1,1 @@
+"""What runs a package's model, one folder a backend."""

@@ -1,0 +1,95 @@
+"""From a package to its native CPU kernels: whether this host runs them, and opening them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from moac_runtime.backends.cpu.engine import CpuEngine, obstacle
+from moac_runtime.backends.cpu.library import library_name, open_library, runnable_sets
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.cpu.weights import map_weights
+from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.host.extras import missing
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
+
+
+def host_obstacle(
+    targets: Sequence[str],
+    dtype: str | None,
+    *,
+    features: Collection[str] | None = None,
+    model: tuple[ModelSpec, str] | None = None,
+) -> str | None:
+    """Why a package's native kernels cannot run here and what to do, None where they can.
+
+    `dtype`: asked for, None is the package's own. `features`: None is this processor's.
+    `model`: the package's, with its dtype, so that a build that cannot be made is not advised.
+    """
+    built = [name for name in targets if name.partition(":")[0] == "cpu"]
+    if not built:
+        unserved = None if model is None else obstacle(*model)
+        if unserved is not None:
+            return f"no CPU kernel serves this model: {unserved}"
+        return "the package has no native CPU kernels; compile it with --target torch,cpu"
+    if not runnable_sets(targets, features):
+        return (
+            f"the package's CPU kernels are built for {', '.join(built)}, and this processor has "
+            "none of these; compile it with --target torch,cpu, or run with --backend torch"
+        )
+    if dtype == "float16":
+        return "the CPU kernels compute in bfloat16 and float32; choose one of these with --dtype"
+    if find_spec("numpy") is None and find_spec("torch") is None:
+        return f"the CPU kernels hand over arrays of {missing('numpy')}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class CpuModel:
+    """A package's kernels with its weights mapped. `instruction_set`: the build in use."""
+
+    artifact: Artifact
+    engine: CpuEngine
+    instruction_set: str
+
+    def session(self, batch: int, capacity: int, *, plan: Plan | None = None) -> CpuSession:
+        """A session; `plan`: None is the package's own."""
+        chosen, order = plan or self.artifact.plan, self.artifact.head_order
+        return CpuSession(self.engine, chosen, order, batch=batch, capacity=capacity)
+
+
+def open_cpu(
+    artifact: Artifact,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+) -> CpuModel:
+    """Open a package's kernels and map its weights. `threads`: None is every core at hand.
+
+    `instruction_set`: None is the best this processor has. Raises UsageError for a dtype that no
+    kernel computes in, ArtifactError, MoacError where no kernel fits this processor.
+    """
+    reason = host_obstacle(artifact.targets, dtype, model=(artifact.spec, artifact.dtype))
+    if reason is not None:
+        raise MoacError(reason)
+    precision = dtype or artifact.dtype
+    if (unserved := obstacle(artifact.spec, precision)) is not None:
+        raise UsageError(
+            f"the CPU kernels do not serve this ({unserved}); run with --backend torch"
+        )
+    chosen = instruction_set or runnable_sets(artifact.targets)[0]
+    library = open_library(artifact.path(library_name(chosen)))
+    weights = map_weights(artifact, library, precision)
+    engine = CpuEngine(
+        library,
+        artifact.spec,
+        weights.addresses,
+        dtype=precision,
+        threads=threads,
+        memory=weights.memory,
+    )
+    return CpuModel(artifact, engine, chosen)

@@ -1,0 +1,118 @@
+"""A package's weights in memory for native code: mapped files, named addresses, no library."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moac_runtime.errors import ArtifactError
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.weights import (
+    STORED,
+    Entry,
+    check_header,
+    expected_tensors,
+    missing_tensor,
+    shards,
+    stored_tensors,
+)
+
+_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}  # as moac_convert numbers them
+_ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class MappedWeights:
+    """`addresses` of the weights by name, good for as long as `memory` is held."""
+
+    addresses: Mapping[str, int]
+    memory: tuple[mmap.mmap, ...]
+
+
+def map_weights(artifact: Artifact, library: Any, dtype: str) -> MappedWeights:
+    """Every weight of a package as `dtype`, float32 or bfloat16; of 8 bits as it lies, and scales.
+
+    Files are mapped and not copied where they hold `dtype`; else what is converted is the only
+    copy of it that stays. Raises ArtifactError as `weights.load_weights` does.
+    """
+    expected = stored_tensors(artifact)
+    addresses: dict[str, int] = {}
+    memory: list[mmap.mmap] = []
+    for shard, names in shards(artifact, expected).items():
+        mapped, places = _map_shard(artifact, shard, {name: expected[name] for name in names})
+        memory.append(mapped)
+        start = address_of(mapped)
+        addresses |= {name: start + place for name, place in places.items()}
+    found = MappedWeights(addresses, tuple(memory))
+    return found if artifact.dtype == dtype else _converted(found, artifact, library, dtype)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Where mapped memory begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _map_shard(
+    artifact: Artifact, shard: str, expected: Mapping[str, Entry]
+) -> tuple[mmap.mmap, dict[str, int]]:
+    """A weights file in memory, and the offset of each tensor in it."""
+    with artifact.path(shard).open("rb") as file:
+        # a private mapping: nothing is copied unless somebody writes, and nobody does
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header, start = _header(mapped, shard)
+    places: dict[str, int] = {}
+    for name, entry in expected.items():
+        found = header.get(name)
+        if not isinstance(found, dict):
+            raise missing_tensor(shard, name)
+        check_header(shard, name, entry, found["shape"], found["dtype"])
+        first, stop = found["data_offsets"]
+        size = math.prod(entry.shape) * _ITEMSIZE[entry.stored]
+        if stop - first != size or first < 0 or start + stop > len(mapped):
+            raise ArtifactError(
+                f"{name} in {shard} lies at {first} to {stop}, expected {size} bytes inside the "
+                f"file: {REMEDY}"
+            )
+        places[name] = start + first
+    return mapped, places
+
+
+def _header(mapped: mmap.mmap, shard: str) -> tuple[dict[str, Any], int]:
+    """The safetensors header: 8 bytes of its length, then JSON; and where the data begins."""
+    length = int.from_bytes(mapped[:8], "little")
+    try:
+        header = json.loads(mapped[8 : 8 + length])
+        if isinstance(header, dict):
+            return header, 8 + length
+        reason = "no object"
+    except ValueError as error:
+        reason = str(error)
+    raise ArtifactError(f"{shard} is no safetensors file ({reason}): {REMEDY}")
+
+
+def _converted(
+    found: MappedWeights, artifact: Artifact, library: Any, dtype: str
+) -> MappedWeights:
+    entries = stored_tensors(artifact)
+    counts = {
+        name: math.prod(shape)
+        for name, shape in expected_tensors(artifact.spec).items()
+        if entries[name].stored != "I8"
+    }
+    memory = mmap.mmap(-1, sum(counts.values()) * _ITEMSIZE[STORED[dtype]])
+    address, addresses = address_of(memory), {}
+    for name, count in counts.items():
+        addresses[name] = address
+        library.moac_convert(
+            found.addresses[name], _KINDS[artifact.dtype], address, dtype == "bfloat16", count
+        )
+        address += count * _ITEMSIZE[STORED[dtype]]
+    if artifact.weights == "full":
+        return MappedWeights(addresses, (memory,))
+    return MappedWeights({**found.addresses, **addresses}, (*found.memory, memory))

@@ -1,0 +1,1 @@
+"""The package's ONNX graph, by onnxruntime."""

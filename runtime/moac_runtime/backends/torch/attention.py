@@ -1,0 +1,159 @@
+"""Attention over spans in plain torch, for prefill and for decode.
+
+Grouped queries are native: a KV head is read once for all its query heads and never repeated in
+memory. Both paths end in torch's fused attention, which keeps its softmax in float32.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moac_runtime.backends.torch.cache import Layout
+from moac_runtime.package.span import HeadSpan, visible
+
+# Small enough that a narrow span's band is clipped well, large enough to keep the cores busy.
+BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some consecutive queries and all keys that any of them sees.
+
+    `keys`: ascending slices of the keys; `mask`: additive `[queries, keys]`, None where every
+    query sees every key.
+    """
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor | None
+
+
+def query_blocks(
+    head: HeadSpan,
+    start: int,
+    count: int,
+    keys: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> list[Block]:
+    """Cut queries at positions `start` to `start + count - 1` into blocks with the keys they see.
+
+    `keys`: the keys' positions, ascending. `dtype`, `device`: of the masks.
+    """
+    place = torch.tensor(keys, dtype=torch.int32, device=device)
+    blocks = []
+    for first in range(start, start + count, BLOCK):
+        stop = min(first + BLOCK, start + count)
+        slices = _seen(head, first, stop - 1, keys)
+        query = torch.arange(first, stop, dtype=torch.int32, device=device)[:, None]
+        mask = visible(query, torch.cat([place[part] for part in slices]), head)
+        queries = slice(first - start, stop - start)
+        blocks.append(Block(queries, slices, additive(mask, dtype)))
+    return blocks
+
+
+def _seen(head: HeadSpan, first: int, last: int, keys: Sequence[int]) -> tuple[slice, ...]:
+    """The keys in sight of any query from `first` to `last`: the sinks and a band, or one run."""
+    reach = head.size - head.sink
+    oldest = 0 if head.window is None else first - head.window + 1
+    sinks = slice(bisect_left(keys, oldest), bisect_left(keys, head.sink))
+    band = slice(bisect_left(keys, max(first - reach + 1, oldest)), bisect_right(keys, last))
+    if sinks.start >= sinks.stop:
+        return (band,)
+    if band.start <= sinks.stop:
+        return (slice(sinks.start, band.stop),)
+    return (sinks, band)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The mask as numbers to add to scores (fused attention is faster so), None if all is seen."""
+    if bool(mask.all()):
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, float("-inf")
+    )
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float
+) -> Tensor:
+    """`q` `[R, g, G, T, D]`, `k` and `v` `[R, g, N, D]` under `blocks`; `[R, g, G, T, D]`."""
+    shape, group = q.shape, q.shape[2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None]
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, block.queries],
+            # a stride of nought: the group shares one key head without a copy
+            _pick(k, block.keys).expand(-1, group, -1, -1),
+            _pick(v, block.keys).expand(-1, group, -1, -1),
+            attn_mask=block.mask,
+            scale=scale,
+        )
+        for block in blocks
+    ]
+    return torch.cat(parts, dim=2).view(shape)
+
+
+def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
+    parts = [x[:, :, part] for part in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeView:
+    """Where one new token a row goes, and which slots it then attends to.
+
+    `slots`: one slot for all rows, or `[B]`; `filled`: slots to read; `mask`: additive
+    `[B, 1, 1, filled]`, None where every row sees all of them.
+    """
+
+    slots: int | Tensor
+    filled: int
+    mask: Tensor | None
+
+
+def decode_view(
+    layout: Layout,
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> DecodeView:
+    """The view of a step that adds one token to rows that were fed `lengths` tokens before."""
+    slots = [layout.slot(n - s) for n, s in zip(lengths, layout.shifts, strict=True)]
+    filled = [layout.filled(row, length + 1) for row, length in enumerate(lengths)]
+    width, head = max(filled), layout.head
+    mask = None
+    # The ring holds just what is in sight. Under an own window, though, a sink goes out of sight
+    # while it is held, and so does a token before a gap.
+    if head.window is not None and (head.sink or any(layout.shifts)):
+        after = [length + 1 for length in lengths]
+        positions = layout.slot_positions(after)[:, :width]
+        seen = visible(torch.tensor(lengths)[:, None], positions, head) & (positions >= 0)
+        mask = additive(seen.to(device)[:, None, None], dtype)
+    elif min(filled) < width:
+        seen = torch.arange(width) < torch.tensor(filled)[:, None]
+        mask = additive(seen.to(device)[:, None, None], dtype)
+    same = min(slots) == max(slots)
+    return DecodeView(slots[0] if same else torch.tensor(slots, device=device), width, mask)
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, view: DecodeView, scale: float
+) -> Tensor:
+    """One query a head: `q` `[B, g, G, D]` over the cache's `[B, g, S, D]`; `[B, g, G, D]`."""
+    # the group stands in the query rows, so that each key is read once
+    return F.scaled_dot_product_attention(
+        q,
+        keys[:, :, : view.filled],
+        values[:, :, : view.filled],
+        attn_mask=view.mask,
+        scale=scale,
+    )

@@ -1,0 +1,357 @@
+"""Prompts to answers: open a package, tokenise, run batches, stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from moac_runtime.backends.open import BACKENDS, OPENERS, check_choice, choose_backend
+from moac_runtime.engine.batch import Batch, OpenSession
+from moac_runtime.engine.chosen import ChosenSampling, choose_sampling
+from moac_runtime.engine.sampling import Sampler, SamplingOptions
+from moac_runtime.engine.sequence import Answer, Generation
+from moac_runtime.engine.stats import joined
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.host.cores import MOST_THREADS
+from moac_runtime.host.shortage import telling_shortage
+from moac_runtime.package.artifact import Artifact, Opening, start_opening
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.manifest import read_json
+from moac_runtime.package.spec import ModelSpec
+from moac_runtime.text.messages import Message, check_prompt, named_prompt, plain_messages, text_of
+from moac_runtime.text.tokenizer import Tokenizer
+
+_FEWER_WEIGHTS = "end other programs, raise the limit, or compile with --weights int8"
+
+
+Prompt = str | Sequence[Message]
+
+
+class Sampling(TypedDict, total=False):
+    """The keywords of `SamplingOptions`, where their meanings stand.
+
+    None, as left out, takes what the checkpoint recommends, else the default (`chosen.py`).
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+
+
+class Stream(Iterator[str]):
+    """An answer as it comes: iterate for its text, then read `generation`."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._pieces = iter(batch)
+
+    def __next__(self) -> str:
+        return next(self._pieces)[1]
+
+    def interrupt(self) -> Generation:
+        """End the answer with what it has, finish reason "interrupted"."""
+        self._batch.interrupt()
+        return self.generation
+
+    @property
+    def generation(self) -> Generation:
+        """The whole answer. Raises MoacError while the stream is still running."""
+        return self._batch.generations()[0]
+
+
+class Model:
+    """A package ready to answer.
+
+    `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
+    by name. `open_session(batch, capacity)` is the backend. `load_s`: seconds loading took.
+    `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
+    be told. `defaults`: the sampling that the checkpoint recommends, None where it does not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        spec: ModelSpec,
+        capacity: int,
+        dtype: str,
+        backend: str,
+        open_session: Callable[[int, int], OpenSession],
+        load_s: float = 0.0,
+        kernels: str | None = None,
+        note: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.capacity = min(capacity, spec.context)
+        self.dtype = dtype
+        self.backend = backend
+        self.load_s = load_s
+        self.kernels = kernels
+        self.note = note
+        self.defaults = defaults
+        self._open_session = open_session
+
+    def sampling(self, **sampling: Unpack[Sampling]) -> ChosenSampling:
+        """The sampling that an answer with these keywords gets, and whence each value came.
+
+        Raises UsageError for a wrong value, ArtifactError where the checkpoint's own is wrong.
+        """
+        return choose_sampling(sampling, self.defaults)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        parse_special: bool = False,
+        capacity: int | None = None,
+        max_batch: int | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[Generation]:
+        """Answers to one prompt or several, which then run as one ragged batch.
+
+        A prompt is text or a conversation, a list of `{"role", "content"}` messages. `system`:
+        a system message before each. `raw`: the text itself, no chat template. Control tokens
+        that a message spells are text; `parse_special` lets them act, as they do in raw text.
+        `capacity`: tokens the session holds; left out, the longest prompt plus `max_tokens`. Spans
+        follow from it, so a batch's rows answer as they would alone at the same capacity.
+        `max_batch`: prompts that run at once, None for all; the rest waits. A KeyboardInterrupt
+        ends the answers early. Raises UsageError and MoacError.
+        """
+        each = _each(prompts)
+        options = self.sampling(**sampling).options
+        found: list[Generation] = []
+        rows = self._rows(each, system=system, raw=raw, parse_special=parse_special)
+        for batch in self._batches(rows, options, capacity=capacity, max_batch=max_batch):
+            if any(answer.finish_reason == "interrupted" for answer in found):
+                batch.interrupt()  # it has not begun
+            else:
+                for _ in batch:
+                    pass
+            found.extend(batch.generations())
+        stats = joined([found[i].stats for i in range(0, len(found), max_batch or len(found))])
+        return [replace(answer, stats=stats) for answer in found]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        parse_special: bool = False,
+        capacity: int | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """The answer to one prompt, piece by piece; keywords as in `generate`."""
+        options = self.sampling(**sampling).options
+        rows = self._rows([prompt], system=system, raw=raw, parse_special=parse_special)
+        return Stream(next(self._batches(rows, options, capacity=capacity, max_batch=None)))
+
+    def _batches(
+        self,
+        rows: list[list[int]],
+        options: SamplingOptions,
+        *,
+        capacity: int | None,
+        max_batch: int | None,
+    ) -> Iterator[Batch]:
+        """The prompts in groups of at most `max_batch`, all at the capacity of the whole."""
+        if max_batch is not None and max_batch < 1:
+            raise UsageError(f"max_batch must be >= 1, got {max_batch}")
+        size = self._session_capacity(list(map(len, rows)), options.max_tokens, capacity)
+        count = max_batch or len(rows)
+        for first in range(0, len(rows), count):
+            yield self._batch(rows[first : first + count], options, size)
+
+    def _batch(self, rows: list[list[int]], options: SamplingOptions, size: int) -> Batch:
+        limits = [min(options.max_tokens, size - len(row)) for row in rows]
+        return Batch(
+            self._open_session,
+            Sampler(options, rows),
+            rows,
+            [Answer(self.tokenizer, options.stop, limit=limit) for limit in limits],
+            capacity=size,
+            dense_bytes=len(rows) * self._dense_bytes(size),
+        )
+
+    def _rows(
+        self, prompts: Sequence[Prompt], *, system: str | None, raw: bool, parse_special: bool
+    ) -> list[list[int]]:
+        """Token ids of each prompt; an error names the prompt where there are several."""
+        if not prompts:
+            raise UsageError("there is no prompt; give at least one")
+        rows = []
+        for number, prompt in enumerate(prompts, start=1):
+            with named_prompt(number, len(prompts)):
+                rows.append(self._tokens(prompt, system, raw, parse_special))
+        return rows
+
+    def _tokens(
+        self, prompt: Prompt, system: str | None, raw: bool, parse_special: bool
+    ) -> list[int]:
+        check_prompt(prompt, raw=raw)
+        if raw:
+            tokens = self.tokenizer.encode(_raw_text(prompt, system), special=True)
+        else:
+            messages = _conversation(prompt, system)
+            tokens = self.tokenizer.encode_chat(messages, parse_special=parse_special)
+        if not tokens:
+            raise UsageError("the prompt is empty: it holds not a single token; give some text")
+        if max(tokens) >= self.spec.vocab_size:
+            spelled = self.tokenizer.backend.id_to_token(max(tokens))
+            raise MoacError(
+                f"the prompt holds {spelled!r}, token {max(tokens)}, but the model knows "
+                f"{self.spec.vocab_size}; leave it out of the prompt"
+            )
+        return tokens
+
+    def _session_capacity(self, lengths: list[int], max_tokens: int, asked: int | None) -> int:
+        if asked is not None and not 1 <= asked <= self.capacity:
+            raise UsageError(
+                f"capacity must be 1 to {self.capacity} tokens for this package, got {asked}"
+            )
+        size = min(max(lengths) + max_tokens, self.capacity) if asked is None else asked
+        if max(lengths) >= size:
+            raise MoacError(_too_long(lengths, size, self.capacity))
+        return size
+
+    def _dense_bytes(self, capacity: int) -> int:
+        heads = self.spec.num_layers * self.spec.num_kv_heads
+        return heads * capacity * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
+
+
+def _too_long(lengths: Sequence[int], size: int, most: int) -> str:
+    """The sentence about prompts of `lengths` tokens that leave no room in a session of `size`.
+
+    `most`: tokens of the largest session that the package opens.
+    """
+    rows = [row for row, length in enumerate(lengths, start=1) if length >= size]
+    named = " and ".join(f"prompt {row} of {len(lengths)}" for row in rows[:3])
+    named = "the prompt" if len(lengths) == 1 else named
+    more = f" (and {len(rows) - 3} others)" if len(rows) > 3 else ""
+    counts = " and ".join(str(lengths[row - 1]) for row in rows[:3])
+    fate = "" if len(lengths) == 1 else f", so none of the {len(lengths)} was run"
+    longest = max(lengths)
+    remedy = f" or give a capacity of {longest + 1} to {most}" if longest < most else ""
+    return (
+        f"{named}{more} {'has' if len(rows) == 1 else 'have'} {counts} tokens, but the session "
+        f"holds {size} for prompt and answer together (this package at most {most}){fate}; "
+        f"shorten {'it' if len(rows) == 1 else 'them'}{remedy}"
+    )
+
+
+def _raw_text(prompt: Prompt, system: str | None) -> str:
+    if not isinstance(prompt, str):
+        raise UsageError("a conversation needs the chat template; give plain text with raw")
+    if system is not None:
+        raise UsageError("a system message needs the chat template; leave out system or raw")
+    return prompt
+
+
+def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
+    messages: Sequence[Message] = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else plain_messages(prompt)
+    )
+    if system is None:
+        return list(messages)
+    if any(message["role"] == "system" for message in messages):
+        raise UsageError("the conversation has a system message already; leave out system")
+    return [{"role": "system", "content": text_of(system, "the system message")}, *messages]
+
+
+def _each(prompts: str | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (Mapping, bytes)) or not isinstance(prompts, Iterable):
+        raise UsageError(
+            "prompts are a text, or a list of texts and of conversations, got a value of type "
+            f"{type(prompts).__name__}"
+        )
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Open the package at `path`, check it, and read its weights.
+
+    `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
+    `threads`: CPU threads, None is every core this process may use (`cores`). Raises UsageError,
+    ArtifactError where the package is not whole, and MoacError where the backend asked for
+    cannot run here.
+    """
+    started = time.perf_counter()
+    _check_request(backend, dtype, threads)
+    opening = start_opening(path)  # hashes while the backend's libraries load
+    try:
+        purpose = (
+            f"to load this package, whose weights take {opening.weight_bytes / 2**20:.1f} MiB"
+        )
+        with telling_shortage(purpose, _FEWER_WEIGHTS):
+            chosen = choose_backend(backend, opening.targets, dtype=dtype)
+            ready = OPENERS[chosen](opening, dtype, threads)
+    except BaseException:
+        opening.cancel()
+        raise
+    return Model(
+        tokenizer=_tokenizer(ready.artifact),
+        spec=ready.artifact.spec,
+        capacity=ready.artifact.capacity,
+        dtype=ready.dtype,
+        backend=chosen,
+        open_session=ready.open_session,
+        load_s=time.perf_counter() - started,
+        kernels=ready.kernels,
+        note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
+        defaults=_defaults(ready.artifact),
+    )
+
+
+def _note(opening: Opening, dtype: str | None) -> str | None:
+    """What the user is told where the portable path runs because no better one can."""
+    from moac_runtime.backends.cpu.opening import host_obstacle
+
+    reason = host_obstacle(opening.targets, dtype, model=opening.model)
+    return None if reason is None else f"running on torch's own operators: {reason}"
+
+
+def _check_request(backend: str | None, dtype: str | None, threads: int | None) -> None:
+    """What can be refused before a file is read."""
+    check_choice("backend", backend, BACKENDS)
+    check_choice("dtype", dtype, DTYPE_BYTES)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
+
+
+def _defaults(artifact: Artifact) -> dict[str, Any] | None:
+    """What the checkpoint's generation config recommends, None where the package keeps none."""
+    name = "tokenizer/generation.json"
+    found = read_json(artifact.path(name), name).get("defaults")
+    if found is None or isinstance(found, dict):
+        return found
+    raise ArtifactError(f"{name} has defaults {found!r}, expected a JSON object: {REMEDY}")
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer:
+    template = "tokenizer/chat_template.jinja"
+    return Tokenizer.read(
+        artifact.path("tokenizer/tokenizer.json"),
+        artifact.path("tokenizer/generation.json"),
+        artifact.path(template) if template in artifact.files else None,
+    )

@@ -1,0 +1,58 @@
+"""What answers cost: time, memory, tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What an answer's batches cost. Tokens are summed over rows; None where not measured.
+
+    `decoded_tokens`: answer tokens but the first of each row, which the prefill yields.
+    `kv_dense_bytes`: what full attention would hold at the same capacity.
+    """
+
+    prompt_tokens: int
+    decoded_tokens: int
+    prefill_s: float
+    decode_s: float
+    kv_held_bytes: int
+    kv_dense_bytes: int
+    peak_memory_bytes: int | None
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        """Tokens read in the prefill per second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens decoded per second, all rows together."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else None
+
+
+def joined(parts: Sequence[Stats]) -> Stats:
+    """Of batches that ran one after another: what each took, and the most that was held."""
+    held = max(parts, key=lambda stats: stats.kv_held_bytes)
+    return Stats(
+        prompt_tokens=sum(stats.prompt_tokens for stats in parts),
+        decoded_tokens=sum(stats.decoded_tokens for stats in parts),
+        prefill_s=sum(stats.prefill_s for stats in parts),
+        decode_s=sum(stats.decode_s for stats in parts),
+        kv_held_bytes=held.kv_held_bytes,
+        kv_dense_bytes=held.kv_dense_bytes,
+        peak_memory_bytes=parts[-1].peak_memory_bytes,
+    )
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process ever held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""What the host grants a process, and how a command behaves there."""

@@ -1,0 +1,1 @@
+"""What a package is: its files, manifest, spec and plan."""

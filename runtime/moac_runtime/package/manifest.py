@@ -1,0 +1,234 @@
+"""`moac.json` as data: read, checked for version, wholeness and types, and nothing trusted yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from moac_runtime.errors import ArtifactError
+from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
+from moac_runtime.package.spec import ModelSpec
+
+FORMAT = "moac"
+SCHEMA_VERSION = 2
+"""The newest that is read: 1, and 2 for packages whose weights are int8."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("full", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
+
+    `weights`: "full" (matrices in `dtype`, as everything else) or "int8".
+    """
+
+    model: ModelSpec
+    dtype: str
+    weights: str
+    capacity: int
+    head_order: tuple[tuple[int, ...], ...]
+    targets: tuple[str, ...]
+    files: dict[str, FileRecord]
+    provenance: dict[str, Any]
+    verification: dict[str, Any]
+
+
+def manifest_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, its own `digest` field left out."""
+    content = {key: value for key, value in data.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a package. Raises ArtifactError."""
+    try:
+        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}), expected a readable file: "
+            "check its permissions or copy the package again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name} is not JSON ({error}), expected JSON: {REMEDY}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{name} holds {_kind(data)}, expected a JSON object: {REMEDY}")
+    return data
+
+
+def parse_manifest(data: Mapping[str, Any]) -> Manifest:
+    """Check format, version, digest and fields, in this order. Raises ArtifactError."""
+    _check_format(data)
+    _check_versions(data)
+    _check_whole(data)
+    spec = _parse_spec(_field(data, "model", dict[str, Any]))
+    return Manifest(
+        model=spec,
+        dtype=_choice(data, "dtype", DTYPES),
+        weights=_choice({"weights": "full", **data}, "weights", WEIGHTS),
+        capacity=_positive(data, "capacity"),
+        head_order=_head_order(data, spec),
+        targets=tuple(_field(data, "targets", list[str])),
+        files=_files(data),
+        provenance=_field(data, "provenance", dict[str, Any]),
+        verification=_field(data, "verification", dict[str, Any]),
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_format(data: Mapping[str, Any]) -> None:
+    found = data.get("format")
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{MANIFEST} says format {found!r}, expected {FORMAT!r}: this is no moac package; "
+            "give the folder that `moac compile -o` wrote"
+        )
+
+
+def _check_versions(data: Mapping[str, Any]) -> None:
+    for name in ("schema_version", "minimum_reader"):
+        found = _positive(data, name)
+        if found > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{MANIFEST} has {name} {found}, but this moac reads up to {SCHEMA_VERSION}: "
+                "upgrade moac (pip install --upgrade moac)"
+            )
+
+
+def _check_whole(data: Mapping[str, Any]) -> None:
+    found, expected = _field(data, "digest", str), manifest_digest(data)
+    if found != expected:
+        raise ArtifactError(
+            f"{MANIFEST} was altered: its content has SHA-256 {expected}, expected {found} "
+            f"as its digest field says: {REMEDY}"
+        )
+
+
+def _parse_spec(data: dict[str, Any]) -> ModelSpec:
+    _check_fields("model", data, ModelSpec)
+    spec = ModelSpec.from_json(data)
+    sizes = {
+        field.name: getattr(spec, field.name)
+        for field in fields(spec)
+        if isinstance(getattr(spec, field.name), int) and getattr(spec, field.name) < 1
+        if not isinstance(getattr(spec, field.name), bool)
+    }
+    if sizes:
+        name, value = next(iter(sizes.items()))
+        raise _wrong(f"model.{name}", value, "a positive number")
+    if spec.num_heads % spec.num_kv_heads:
+        raise _wrong("model.num_heads", spec.num_heads, f"a multiple of {spec.num_kv_heads}")
+    if len(spec.windows) != spec.num_layers:
+        raise _wrong("model.windows", list(spec.windows), f"{spec.num_layers} entries")
+    if 2 * len(spec.rope.inv_freq) != spec.head_dim:
+        found = f"{len(spec.rope.inv_freq)} values"
+        raise _wrong("model.rope.inv_freq", found, f"{spec.head_dim // 2} values")
+    return spec
+
+
+def _check_fields(name: str, data: dict[str, Any], kind: type) -> None:
+    """Every field of the dataclass `kind` is there, has its type, and nothing else is."""
+    hints = get_type_hints(kind)
+    if unknown := sorted(data.keys() - hints.keys()):
+        raise _wrong(f"{name}.{unknown[0]}", data[unknown[0]], "no such field")
+    for key, hint in hints.items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            _check_fields(f"{name}.{key}", _field(data, key, dict[str, Any], name), hint)
+        else:
+            _field(data, key, hint, name)
+
+
+def _field(data: Mapping[str, Any], key: str, kind: Any, parent: str = "") -> Any:
+    name = f"{parent}.{key}" if parent else key
+    if key not in data:
+        raise ArtifactError(f"{MANIFEST} lacks the field {name!r}: {REMEDY}")
+    if not _is(data[key], kind):
+        raise _wrong(name, data[key], _spell(kind))
+    return data[key]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a JSON value fits a type hint; an array fits a tuple, an integer fits a float."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_is(value, one) for one in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def _spell(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    names |= {NoneType: "null"}
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return " or ".join(_spell(one) for one in arguments)
+    if origin in (list, tuple):
+        return f"an array, each item {_spell(arguments[0])}"
+    return "an object" if origin is dict else names[kind]
+
+
+def _kind(value: Any) -> str:
+    return _spell(type(value)) if not isinstance(value, list) else "an array"
+
+
+def _wrong(name: str, found: Any, expected: str) -> ArtifactError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return ArtifactError(f"{MANIFEST} has {name} = {shown}, expected {expected}: {REMEDY}")
+
+
+def _positive(data: Mapping[str, Any], key: str) -> int:
+    value: int = _field(data, key, int)
+    if value < 1:
+        raise _wrong(key, value, "a positive number")
+    return value
+
+
+def _choice(data: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
+    value: str = _field(data, key, str)
+    if value not in choices:
+        raise _wrong(key, value, f"one of {', '.join(choices)}")
+    return value
+
+
+def _head_order(data: Mapping[str, Any], spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    order: list[list[int]] = _field(data, "head_order", list[list[int]])
+    heads = list(range(spec.num_kv_heads))
+    if len(order) != spec.num_layers or any(sorted(layer) != heads for layer in order):
+        expected = f"{spec.num_layers} layers, each a permutation of {heads}"
+        raise _wrong("head_order", order, expected)
+    return tuple(tuple(layer) for layer in order)
+
+
+def _files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
+    entries: dict[str, Any] = _field(data, "files", dict[str, Any])
+    return {name: _record(name, entry) for name, entry in entries.items()}
+
+
+def _record(name: str, entry: Any) -> FileRecord:
+    if not (isinstance(entry, dict) and type(entry.get("size")) is int):
+        raise _wrong(f"files[{name!r}]", entry, "size and sha256")
+    digest = entry.get("sha256")
+    if (
+        entry["size"] < 0
+        or not isinstance(digest, str)
+        or not re.fullmatch("[0-9a-f]{64}", digest)
+    ):
+        raise _wrong(f"files[{name!r}]", entry, "a size in bytes and a SHA-256 in hex")
+    return FileRecord(entry["size"], digest)

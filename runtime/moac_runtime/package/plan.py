@@ -1,0 +1,103 @@
+"""A plan: one elastic span rule per layer and KV head, and what it costs at a capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moac_runtime.package.span import DENSE, HeadSpan, Rule, head_span
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rules in the checkpoint's own order: `rules[layer][kv_head]`.
+
+    `sink`, `block`, `min_span`: tokens. `windows[layer]`: the checkpoint's own sliding window in
+    tokens, None where the layer attends fully.
+    """
+
+    rules: tuple[tuple[Rule, ...], ...]
+    sink: int
+    block: int
+    min_span: int
+    windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules or not self.rules[0]:
+            raise ValueError("rules must name at least one layer and one KV head")
+        if len({len(layer) for layer in self.rules}) != 1:
+            raise ValueError("rules must have the same number of KV heads in every layer")
+        if len(self.windows) != len(self.rules):
+            raise ValueError(
+                f"windows must have one entry per layer, got {len(self.windows)} "
+                f"for {len(self.rules)} layers"
+            )
+        if self.block < 1 or self.sink < 0:
+            raise ValueError(f"block must be >= 1 and sink >= 0, got {self.block}, {self.sink}")
+        if self.min_span <= self.sink:
+            raise ValueError(f"min_span must exceed sink, got {self.min_span} <= {self.sink}")
+
+    def head(self, layer: int, kv_head: int, capacity: int) -> HeadSpan:
+        """The span of one KV head at `capacity` tokens."""
+        return head_span(
+            self.rules[layer][kv_head],
+            capacity,
+            sink=self.sink,
+            block=self.block,
+            min_span=self.min_span,
+            window=self.windows[layer],
+        )
+
+    def spans(self, capacity: int) -> list[list[HeadSpan]]:
+        """Every head's span at `capacity` tokens, `[layers][kv_heads]`."""
+        return [
+            [self.head(layer, kv_head, capacity) for kv_head in range(len(rules))]
+            for layer, rules in enumerate(self.rules)
+        ]
+
+    def held_tokens(self, capacity: int) -> int:
+        """Tokens held over all layers and KV heads at `capacity` tokens."""
+        return sum(head.size for layer in self.spans(capacity) for head in layer)
+
+    def density(self, capacity: int) -> float:
+        """Mean over all KV heads of `S(N) / N` = KV bytes held / dense KV bytes."""
+        return self.held_tokens(capacity) / (len(self.rules) * len(self.rules[0]) * capacity)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys a reader needs; `plan.json` holds these beside the planning record."""
+        return {
+            "rules": [[[rule.alpha, rule.beta] for rule in layer] for layer in self.rules],
+            "sink": self.sink,
+            "block": self.block,
+            "min_span": self.min_span,
+            "windows": list(self.windows),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_json`; other keys are ignored. Raises KeyError, TypeError, ValueError."""
+        return cls(
+            rules=tuple(
+                tuple(Rule(int(alpha), float(beta)) for alpha, beta in layer)
+                for layer in data["rules"]
+            ),
+            sink=int(data["sink"]),
+            block=int(data["block"]),
+            min_span=int(data["min_span"]),
+            windows=tuple(None if w is None else int(w) for w in data["windows"]),
+        )
+
+
+def dense_plan(
+    num_layers: int,
+    num_kv_heads: int,
+    *,
+    sink: int,
+    block: int,
+    min_span: int,
+    windows: Sequence[int | None],
+) -> Plan:
+    """The plan that drops nothing: every head keeps the whole capacity (or the own window)."""
+    rules = ((DENSE,) * num_kv_heads,) * num_layers
+    return Plan(rules, sink=sink, block=block, min_span=min_span, windows=tuple(windows))

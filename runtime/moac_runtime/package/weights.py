@@ -1,0 +1,177 @@
+"""Tensors of a package: which ones a spec asks for, and reading them memory-mapped.
+
+Packages of int8 weights hold every matrix as whole numbers of -127 to 127 and beside it, under
+`scale` in place of `weight`, one float32 for each of its rows: weight = number x scale.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from moac_runtime.errors import ArtifactError
+from moac_runtime.package.artifact import WEIGHT_INDEX, Artifact
+from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.manifest import read_json
+from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+_ROWS = 4096
+
+# How safetensors spells the manifest's dtypes.
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
+    """Name and shape of every weight in a package of `spec`, in writing order."""
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, Shape] = {"embed.weight": table}
+    for layer in range(spec.num_layers):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer(spec).items()}
+    shapes["norm.weight"] = (spec.hidden_size,)
+    return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": table}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a package's file says of a tensor; `stored`: its dtype as safetensors spells it."""
+
+    shape: Shape
+    stored: str
+
+
+def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
+    """Every tensor in a package's files by name, scales among them."""
+    stored, entries = STORED[artifact.dtype], {}
+    for name, shape in expected_tensors(artifact.spec).items():
+        if artifact.weights == "int8" and is_matrix(shape):
+            entries[name] = Entry(shape, "I8")
+            entries[scale_name(name)] = Entry(shape[:1], "F32")
+        else:
+            entries[name] = Entry(shape, stored)
+    return entries
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is stored in 8 bits where weights are: norms are not."""
+    return len(shape) == 2
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of an 8-bit weight."""
+    return f"{name.removesuffix('weight')}scale"
+
+
+def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every weight by name, on the CPU, memory-mapped; copied only where `dtype` differs.
+
+    8-bit weights are multiplied out to `dtype`. Raises ArtifactError where a tensor is missing,
+    unknown, or of another shape or dtype.
+    """
+    found: dict[str, torch.Tensor] = {}
+    expected = stored_tensors(artifact)
+    for shard, names in shards(artifact, expected).items():
+        with open_tensors(artifact, shard) as file:
+            for name in names:
+                _check_entry(file, shard, name, expected[name])
+                found[name] = file.get_tensor(name)
+    return {name: _loaded(found, name, dtype) for name in expected_tensors(artifact.spec)}
+
+
+def _loaded(found: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
+    scales = found.get(scale_name(name))
+    return found[name].to(dtype) if scales is None else dequantised(found[name], scales, dtype)
+
+
+def dequantised(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight `[out, in]` that int8 `numbers` `[out, in]` and float32 `scales` `[out]` mean."""
+    weight = numbers.new_empty(numbers.shape, dtype=dtype)
+    # in parts, since each is held in float32 on its way
+    for part, (some, scale) in zip(
+        weight.split(_ROWS),
+        zip(numbers.split(_ROWS), scales.split(_ROWS), strict=True),
+        strict=True,
+    ):
+        part.copy_(some * scale[:, None])
+    return weight
+
+
+@contextmanager
+def open_tensors(artifact: Artifact, name: str) -> Iterator[Any]:
+    """A listed safetensors file, opened for torch. Raises ArtifactError where it is damaged."""
+    try:
+        with safe_open(artifact.path(name), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ArtifactError(f"{name} is no safetensors file ({error}): {REMEDY}") from error
+
+
+def shards(artifact: Artifact, expected: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """Tensor names by the file that holds them, as the index says and the spec expects.
+
+    Raises ArtifactError.
+    """
+    placed = read_json(artifact.path(WEIGHT_INDEX), WEIGHT_INDEX).get("weight_map")
+    if not isinstance(placed, dict):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks weight_map, expected an object: {REMEDY}")
+    if missing := next((name for name in expected if name not in placed), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} lacks {missing}, expected its file: {REMEDY}")
+    if unknown := next((name for name in placed if name not in expected), None):
+        raise ArtifactError(f"{WEIGHT_INDEX} names {unknown!r}, unknown to the model: {REMEDY}")
+    files: dict[str, list[str]] = defaultdict(list)
+    for name in expected:
+        files[f"weights/{placed[name]}"].append(name)
+    return files
+
+
+def check_header(shard: str, name: str, expected: Entry, shape: Sequence[int], dtype: str) -> None:
+    """Raises ArtifactError where a tensor's `shape` or `dtype` is not as expected."""
+    if tuple(shape) != expected.shape:
+        raise ArtifactError(
+            f"{name} in {shard} has shape {list(shape)}, expected {list(expected.shape)}: {REMEDY}"
+        )
+    if dtype != expected.stored:
+        raise ArtifactError(
+            f"{name} in {shard} is stored as {dtype}, expected {expected.stored}: {REMEDY}"
+        )
+
+
+def missing_tensor(shard: str, name: str) -> ArtifactError:
+    """What to say where a file lacks a tensor that the index puts there."""
+    return ArtifactError(f"{shard} lacks {name}, expected it as the index says: {REMEDY}")
+
+
+def _layer(spec: ModelSpec) -> dict[str, Shape]:
+    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    fused = (spec.num_heads + 2 * spec.num_kv_heads) * dim
+    return {
+        "attn_norm.weight": (hidden,),
+        **_linear("qkv", fused, hidden, spec.qkv_bias),
+        **({"q_norm.weight": (dim,), "k_norm.weight": (dim,)} if spec.qk_norm else {}),
+        **_linear("o", hidden, spec.num_heads * dim, spec.o_bias),
+        "mlp_norm.weight": (hidden,),
+        **_linear("gate_up", 2 * inner, hidden, spec.mlp_bias),
+        **_linear("down", hidden, inner, spec.mlp_bias),
+    }
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
+    weight: dict[str, Shape] = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight
+
+
+def _check_entry(file: Any, shard: str, name: str, expected: Entry) -> None:
+    """Check a tensor's header entry, before any of its bytes is read."""
+    if name not in file.keys():  # noqa: SIM118 - not a dict
+        raise missing_tensor(shard, name)
+    header = file.get_slice(name)
+    check_header(shard, name, expected, header.get_shape(), header.get_dtype())
