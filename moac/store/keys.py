@@ -30,7 +30,7 @@ _CODE = {
     "profile": ("moac.profiling.influence", _LOADING),
     "loss": ("moac.pipeline.reading", "moac.calibration.samples", _LOADING),
 }
-_STAGES = "stages.py"  # its own code alone: what it imports is planning, too
+_STAGES = "pipeline/stages.py"  # its own code alone: what it imports is planning, too
 
 
 def result_key(kind: str, checkpoint: Checkpoint, model: Any, tokenizer: Any, **parts: Any) -> str:
