@@ -26,7 +26,7 @@ class Effort:
 STANDARD = "standard"
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(samples=3, plans=1, lengths=2, longest=2048, drafts=1),
-    STANDARD: Effort(samples=5, plans=5, lengths=3, longest=4096, drafts=3),
+    "quick": Effort(samples=4, plans=1, lengths=2, longest=2048, drafts=1),
+    STANDARD: Effort(samples=5, plans=3, lengths=3, longest=4096, drafts=2),
     "thorough": Effort(samples=20, plans=5, lengths=3, longest=4096, drafts=3),
 }

@@ -75,7 +75,7 @@ def test_the_dry_run_names_what_an_effort_comes_to(
         stages = json.loads(capsys.readouterr().out)
         told[effort] = {stage["name"]: stage["work"] for stage in stages}
     assert told["quick"]["refine"].endswith("around 1 draft of the plan")
-    assert told["standard"]["refine"].endswith("around 3 drafts of the plan")
+    assert told["standard"]["refine"].endswith("around 2 drafts of the plan")
     lengths = {effort: work["profile"].split(" at ")[1] for effort, work in told.items()}
     assert lengths["quick"] != lengths["standard"] == lengths["thorough"]
     assert told["quick"]["validate"] != told["thorough"]["validate"]

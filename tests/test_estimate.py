@@ -21,7 +21,12 @@ from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.pipeline.estimate import exact_bytes, held_bytes, working_bytes
 from moac.pipeline.reading import open_reader
 from moac.planning import Layout
-from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, sample_influence
+from moac.profiling.influence import (
+    ACTIVATION_BYTES_LIMIT,
+    backward_bytes,
+    sample_influence,
+    tile_bytes,
+)
 from moac.store.workspace import release_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -104,9 +109,13 @@ def test_what_a_backward_pass_keeps(wide: Checkpoint, fresh: Callable[..., int])
     assert took == pytest.approx(working_bytes(wide.spec, 512, "float32", 16), rel=0.2)
 
 
-def test_answers_may_take_more_than_longer_losses(wide: Checkpoint) -> None:
-    """At 4096 tokens of this shape text is made anew, layer by layer, and answers are not."""
-    spec = replace(wide.spec, num_layers=36)
-    whole = backward_bytes(spec, 4096, 0, 2)
-    assert whole < ACTIVATION_BYTES_LIMIT < backward_bytes(spec, 4096, 1024, 2)
-    assert whole < working_bytes(spec, 4096, "bfloat16", 64) < 1.2 * whole
+@pytest.mark.parametrize("layers", [12, 24, 48, 72])
+def test_what_profiling_keeps_is_bounded(wide: Checkpoint, layers: int) -> None:
+    """However many layers: those that do not fit are made anew, and just their inputs stay."""
+    spec = replace(wide.spec, num_layers=layers)
+    whole = backward_bytes(spec, 4096, 1024, 2)
+    inputs = 4096 * spec.hidden_size * layers * 2
+    kept = working_bytes(spec, 4096, "bfloat16", 64) - tile_bytes(spec, 4096, 64)
+    one = backward_bytes(spec, 4096, 0, 2, layers=1)
+    assert min(whole, ACTIVATION_BYTES_LIMIT) - one <= kept
+    assert kept <= min(whole, ACTIVATION_BYTES_LIMIT + inputs + 2 * one)

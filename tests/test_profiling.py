@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,12 @@ from moac.planning.objectives import ANSWERS, COUNTING, length_objectives
 from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
 from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
-from moac.profiling.influence import _profiled_loss, sample_influence
+from moac.profiling.influence import (
+    _profiled_loss,
+    backward_bytes,
+    recomputed_layers,
+    sample_influence,
+)
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, visible
@@ -197,14 +203,23 @@ def _spec(model: object) -> object:
 
 
 @pytest.mark.parametrize("domain", ["retrieval", "text"])
+@pytest.mark.parametrize("anew", [1, 2])
 def test_recomputing_activations_changes_nothing(
-    domain: str, monkeypatch: pytest.MonkeyPatch
+    domain: str, anew: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama").requires_grad_(False)
-    sample, layout = _sample(200, domain), _layout(model)
-    kept = sample_influence(model, _spec(model), sample, layout)
-    monkeypatch.setattr("moac.profiling.influence.ACTIVATION_BYTES_LIMIT", 0)
-    recomputed = sample_influence(model, _spec(model), sample, layout)
+    spec, sample, layout = _spec(model), _sample(200, domain), _layout(model)
+    kept = sample_influence(model, spec, sample, layout)
+    scored = sum(end - start for start, end in sample.decisive)
+    whole = backward_bytes(spec, len(sample.token_ids), scored, 4)
+    limit = 0 if anew == 2 else whole - 1
+    monkeypatch.setattr("moac.profiling.influence.ACTIVATION_BYTES_LIMIT", limit)
+    assert recomputed_layers(spec, len(sample.token_ids), scored, 4) == anew
+    layers, passes = model.model.layers, Counter[int]()
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: passes.update([number]))
+    recomputed = sample_influence(model, spec, sample, layout)
+    assert passes == {number: 1 + (number < anew) for number in range(len(layers))}
     torch.testing.assert_close(kept, recomputed, atol=1e-6, rtol=1e-5)
     assert kept.shape == (2, 2, -(-210 // BLOCK) + 1)
     assert not model.training

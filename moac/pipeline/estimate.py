@@ -18,7 +18,7 @@ from moac.pipeline.loss_model import LADDER
 from moac.pipeline.plan_file import check_plan_target, read_plan_file
 from moac.pipeline.planner import check_packaging, forecast, longest_session, prepare
 from moac.pipeline.work import Forecast, Work
-from moac.profiling.influence import ACTIVATION_BYTES_LIMIT, backward_bytes, tile_bytes
+from moac.profiling.influence import backward_bytes, recomputed_layers, tile_bytes
 from moac.progress.cost import parameters
 from moac.progress.progress import notes
 from moac.request import CompileRequest
@@ -152,8 +152,8 @@ def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
 def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
     """What profiling takes beside the weights.
 
-    Running text has a loss at the most tokens; answers leave room for every layer's activations
-    at lengths where text makes them anew.
+    Running text has a loss at the most tokens; answers leave room for the activations of more
+    layers.
     """
     text = min(length * 3 // 4, TEXT_TOKENS)
     kept = max(_kept_bytes(spec, length, scored, dtype) for scored in (text, _ANSWER_TOKENS))
@@ -162,8 +162,9 @@ def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:
 
 def _kept_bytes(spec: ModelSpec, length: int, scored: int, dtype: str) -> int:
     itemsize = DTYPE_BYTES[dtype]
-    kept = backward_bytes(spec, length, scored, itemsize)
-    if kept <= ACTIVATION_BYTES_LIMIT:
-        return kept
-    inputs = length * spec.hidden_size * spec.num_layers * itemsize  # of the layers made anew
-    return inputs + backward_bytes(spec, length, scored, itemsize, layers=2)
+    anew = recomputed_layers(spec, length, scored, itemsize)
+    if not anew:
+        return backward_bytes(spec, length, scored, itemsize)
+    inputs = length * spec.hidden_size * anew * itemsize  # of the layers made anew
+    layers = spec.num_layers - anew + 2
+    return inputs + backward_bytes(spec, length, scored, itemsize, layers=layers)

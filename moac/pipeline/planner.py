@@ -252,14 +252,15 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
     """Calibration samples `[length][domain]`.
 
     `samples`: of running text at the shortest length, of which longer ones hold more tokens. A
-    retrieval sample holds one answer whatever its length, so there are twice as many, as many at
-    every length: what unseen answers lose falls with each sample more, most at long lengths. What
-    documents ask for, the other domains mostly ask for too (benchmarks/influence.py).
+    retrieval sample holds one answer whatever its length, so there are twice as many, and they
+    fall more slowly with the length, whose cost rises faster: what unseen answers lose falls with
+    each sample more. What documents ask for, the other domains mostly ask for too
+    (benchmarks/influence.py).
     """
     base = lengths.profiled[0]
     return {
         n: {
-            "retrieval": 2 * samples,
+            "retrieval": max(2, round(2 * samples * (base / n) ** 0.5)),
             "documents": max(1, int(0.6 * samples * base / n)),
             "text": max(min(2, samples), round(samples * (base / n) ** 0.6)),
         }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moac.calibration.samples import CalibrationSample
 from moac.planning.problem import Layout
@@ -19,7 +20,7 @@ from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 
 RUNNING_TEXT = "text"
-ACTIVATION_BYTES_LIMIT = 3 << 30
+ACTIVATION_BYTES_LIMIT = 9 << 28  # 2.25 GiB: beside weights and tiles a compile stays in 4 GiB
 _TILE_COPIES = 8  # float32: scores, weights, flows, what is made of them
 _LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gradient
 
@@ -99,16 +100,19 @@ def _answers(sample: CalibrationSample, device: torch.device) -> Tensor:
 def _recomputing(
     model: PreTrainedModel, spec: ModelSpec, sample: CalibrationSample
 ) -> Iterator[None]:
-    """Keep one layer's activations at a time where all layers' would not fit the limit."""
+    """Make activations of the first layers anew, as many as would pass the limit."""
     itemsize = torch.finfo(model.dtype).bits // 8
     scored = sum(end - start for start, end in sample.decisive)
-    whole = backward_bytes(spec, len(sample.token_ids), scored, itemsize)
-    if whole <= ACTIVATION_BYTES_LIMIT:
+    count = recomputed_layers(spec, len(sample.token_ids), scored, itemsize)
+    if not count:
         yield
         return
     # transformers renamed the pair in 5.2x and warns about the old names.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
     model.train()  # transformers recomputes in training mode alone; these models drop nothing
     try:
         yield
@@ -127,6 +131,15 @@ def backward_bytes(
     widths = 8 * spec.hidden_size + 4 * spec.intermediate_size
     activations = length * widths * (layers or spec.num_layers) * itemsize
     return activations + scored * spec.vocab_size * 4 * _LOGIT_COPIES
+
+
+def recomputed_layers(spec: ModelSpec, length: int, scored: int, itemsize: int) -> int:
+    """How many layers are made anew on the way back, so that what is kept fits the limit."""
+    whole = backward_bytes(spec, length, scored, itemsize)
+    layer = backward_bytes(spec, length, 0, itemsize, layers=1)
+    inputs = length * spec.hidden_size * itemsize  # stay, of a layer that is made anew
+    excess = whole - ACTIVATION_BYTES_LIMIT
+    return max(0, min(spec.num_layers, math.ceil(excess / (layer - inputs))))
 
 
 def tile_bytes(spec: ModelSpec, length: int, block: int) -> int:
