@@ -195,7 +195,8 @@ def test_imports_for_types_alone_are_not_followed(
     monkeypatch.setattr(sources, "package_folder", lambda package: copied / package)
     (copied / "moac/one.py").write_text(
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from moac import cli\nelse:\n    from moac import options\n"
+        "if TYPE_CHECKING:\n    from moac.cli import main\n"
+        "else:\n    from moac.cli import options\n"
         "def later():\n    import moac_runtime.package.plan\n"
     )
     followed = set(sources.sources(["moac.one"]))

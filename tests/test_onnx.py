@@ -311,7 +311,7 @@ def test_a_damaged_layout_is_one_sentence(onnx_package: Path, tmp_path: Path) ->
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moac_runtime.engine.model.find_spec", lambda name: None)
+    monkeypatch.setattr("moac_runtime.backends.open.find_spec", lambda name: None)
     monkeypatch.setattr("moac.export.target.find_spec", lambda name: None)
     with pytest.raises(MoacError, match=r"needs onnxruntime, .*pip install 'moac\[onnx\]'"):
         choose_backend("onnx", ["torch", "onnx"])
@@ -321,7 +321,7 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_host_without_torch_takes_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "moac_runtime.engine.model.find_spec", lambda name: None if name == "torch" else name
+        "moac_runtime.backends.open.find_spec", lambda name: None if name == "torch" else name
     )
     assert choose_backend(None, ["torch", "onnx"]) == "onnx"
     with pytest.raises(MoacError, match="the backend torch needs torch"):
