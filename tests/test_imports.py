@@ -112,6 +112,7 @@ def test_running_a_package_imports_the_runtime_alone(
     runtime, modules = loaded(script, tiny_package.package, tmp_path)
     assert HEAVY & modules == ({"moac"} if script == RUN_AS_MOAC else set())
     assert runtime.is_relative_to(tiny_package.package) == (script == RUN_AS_FOLDER)
+    assert "click" not in modules  # the other commands'
 
 
 @needs_compiler

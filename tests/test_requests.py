@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moac import CompileRequest
-from moac.bench.command import bench_command
 from moac.bench.request import BenchRequest
-from moac.cli.main import cli
+from moac.cli.bench import bench_command
+from moac.cli.group import cli
 from moac.evaluation import EvalRequest
 from moac.pipeline.verify import verify
 from moac_runtime.errors import UsageError

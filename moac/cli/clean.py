@@ -1,4 +1,4 @@
-"""`moac clean` on the command line."""
+"""`moac clean`."""
 
 from __future__ import annotations
 
