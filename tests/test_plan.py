@@ -20,6 +20,7 @@ from tiny import Compiled, moac_command, options, plan_options, request
 
 from moac import CompileRequest, compile_model
 from moac.checkpoint import open_checkpoint
+from moac.goal import Budget
 from moac.pipeline.cap import KvCap
 from moac.pipeline.planner import plan_model
 from moac.planning import Layout
@@ -553,8 +554,8 @@ def test_two_goals_in_a_request(asked: dict[str, Any]) -> None:
 
 
 def test_the_budget_of_a_request() -> None:
-    assert (request().share, request().planning()["budget"]) == (0.5, 0.5)
-    assert (request(budget=0.5).share, request(budget=1).share) == (0.5, 1)
+    assert (request().goal, request().planning()["budget"]) == (Budget(0.5), 0.5)
+    assert (request(budget=0.5).goal, request(budget=1).goal) == (Budget(0.5), Budget(1))
     assert request(max_loss=0.1).planning()["budget"] is None
     assert replace(request(), max_loss=0.1).max_loss == 0.1
 

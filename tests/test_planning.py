@@ -26,7 +26,7 @@ from moac.planning import (
     uniform_plan,
 )
 from moac.planning.beyond import spend_beyond
-from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule, span_tokens
 
@@ -282,8 +282,8 @@ def test_the_smallest_budget_works_when_asked_for(lengths, min_span):
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan")])
-def test_a_budget_outside_0_to_1_is_wrong_usage(budget):
-    with pytest.raises(UsageError, match="above 0 and at most 1"):
+def test_a_budget_outside_0_to_1_is_refused(budget):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
         make_problem(budget=budget)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moac.checkpoint import Checkpoint
+from moac.goal import MaxKvBytes
 from moac.planning import Layout
 from moac.request import CompileRequest
 from moac_runtime.errors import BudgetError, UsageError
@@ -31,11 +32,12 @@ class KvCap:
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: CompileRequest) -> KvCap | None:
         """What the request asks for, None where it sets no cap. Raises UsageError."""
-        if request.max_kv_bytes is None:
+        goal = request.goal
+        if not isinstance(goal, MaxKvBytes):
             return None
         context = checkpoint.spec.context
         most = request.capacity or context
-        length = request.length or most
+        length = goal.length or most
         if length > most:
             limit = "the capacity" if most < context else "the model's context"
             raise UsageError(
@@ -48,8 +50,8 @@ class KvCap:
                 "tokens, so there is nothing to plan; give a longer --length"
             )
         return cls(
-            max_bytes=request.max_kv_bytes,
-            batch=request.batch or 1,
+            max_bytes=goal.size,
+            batch=goal.batch or 1,
             length=length,
             token_bytes=kv_token(checkpoint, request),
         )

@@ -16,6 +16,7 @@ from moac.calibration.jsonl import user_opening
 from moac.calibration.prompt import PromptFormat
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.export.target import require_onnx
+from moac.goal import MaxLoss
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
@@ -269,14 +270,14 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
 
 def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     """Calibrate, profile, learn what losses follow, optimise, and measure the best plans."""
-    request = bench.request
+    request, goal = bench.request, bench.request.goal
     cap = KvCap.of(bench.checkpoint, request)
     counts = sample_counts(lengths, request.measuring.samples)
     with clock("rehearse"):
         rehearse(bench, counts, lengths.unseen)
     with clock("calibrate"):
         samples = calibrate(bench, counts)
-    if request.max_loss is None:
+    if not isinstance(goal, MaxLoss):
         samples, later = halves(samples)
     with clock("profile"):
         tables = profile(bench, samples)
@@ -286,7 +287,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
 
     with clock("predict"):
         model = learn(bench, samples, tables, lengths, problem_at)
-    if request.max_loss is None:
+    if not isinstance(goal, MaxLoss):
         budget = _budget(request, cap, bench.layout, lengths)
         with clock("refine"):
             samples, tables = refine(bench, samples, tables, later, lengths, budget)
@@ -295,7 +296,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
             front = optimise(bench, problem, lengths)
     else:
         with clock("optimise"):
-            problem, front = smallest_within(bench, lengths, problem_at, model, request.max_loss)
+            problem, front = smallest_within(bench, lengths, problem_at, model, goal.nats)
     with clock("validate"):
         best, measured = validate(bench, [point.plan for point in front], lengths)
     plan = front[best].plan
@@ -306,7 +307,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
         **planning_record(lengths, problem, front, front[best], measured),
         **model.record(front, plan),
         **({} if cap is None else {"kv_cap": cap.record(plan)}),
-        **({} if request.max_loss is None else {"max_loss": request.max_loss}),
+        **({"max_loss": goal.nats} if isinstance(goal, MaxLoss) else {}),
     }
     return Planned(plan, record)
 
@@ -430,4 +431,4 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:
-    return request.share if cap is None else cap.budget(layout, lengths.planned)
+    return request.goal.share if cap is None else cap.budget(layout, lengths.planned)

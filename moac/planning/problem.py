@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, head_span
 
@@ -104,8 +104,8 @@ class Problem:
     `between`: those where a plan that keeps the budget at `lengths` was found to pass it.
     `rules_per_layer` limits the distinct rules of a layer (the paper's plans use 2); None sets no
     limit.
-    Raises UsageError for a budget outside (0, 1], BudgetError for one that no plan meets, and
-    ValueError for tables that do not fit.
+    Raises BudgetError for a budget that no plan meets, and ValueError for one outside (0, 1] and
+    for tables that do not fit.
     """
 
     layout: Layout
@@ -192,9 +192,9 @@ def smallest_budget(layout: Layout, lengths: Sequence[int]) -> tuple[float, int]
 
 
 def check_budget(layout: Layout, budget: float, lengths: Sequence[int]) -> None:
-    """Raise UsageError or BudgetError, each with the fix, where no plan can meet `budget`."""
+    """Raise BudgetError, with the fix, where no plan meets `budget`; ValueError outside (0, 1]."""
     if not 0 < budget <= 1:
-        raise UsageError(f"the budget must be above 0 and at most 1, got {budget:g}")
+        raise ValueError(f"budget must be above 0 and at most 1, got {budget:g}")
     if not lengths:
         raise ValueError("lengths must name at least one length")
     smallest, length = smallest_budget(layout, lengths)
