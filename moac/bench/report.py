@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moac.bench.runner import BenchResult, Row
+from moac.bench.result import BenchResult, Row
 from moac.show.summary import table
 
 _MIB = 1 << 20

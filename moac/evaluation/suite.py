@@ -30,7 +30,7 @@ from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.evaluation.wordings import WordingKind
-from moac.pipeline.origin import check_source
+from moac.origin import check_source
 from moac.pipeline.plan_file import read_plan_file
 from moac.progress.cost import Costs
 from moac.progress.progress import notes, passed, stage, step

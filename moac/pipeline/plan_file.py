@@ -14,11 +14,11 @@ from typing import Any
 
 from moac.checkpoint import Checkpoint
 from moac.lengths import Lengths
-from moac.packaging.rename import move_new
+from moac.origin import told_model
 from moac.pipeline.cap import KvCap, kv_token, told_bytes
-from moac.pipeline.origin import told_model
 from moac.planning import Layout
 from moac.request import CompileRequest
+from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.plan import Plan
 
