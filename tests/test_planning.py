@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moac.planning import (
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     SolverOptions,
@@ -36,10 +36,12 @@ FOUR_RULES = (Rule(32, 0.0), Rule(0, 0.5), Rule(96, 0.0), DENSE)
 
 
 def make_layout(layers: int = 2, heads: int = 2, windows: tuple[int | None, ...] | None = None):
-    return Layout(heads, SINK, BLOCK, MIN_SPAN, windows or (None,) * layers)
+    return HeadLayout(heads, SINK, BLOCK, MIN_SPAN, windows or (None,) * layers)
 
 
-def make_objective(layout: Layout, length: int, seed: int, name: str | None = None) -> Objective:
+def make_objective(
+    layout: HeadLayout, length: int, seed: int, name: str | None = None
+) -> Objective:
     """Mostly falling losses, some negative, dense at 0; infinite below the minimum span."""
     rng = np.random.default_rng([seed, length])
     shape = (layout.num_layers, layout.num_kv_heads, -(-length // BLOCK) + 1)
@@ -260,7 +262,7 @@ def test_a_large_choice_is_solved_within_its_gap_from_the_core():
 
 
 def test_an_impossible_budget_is_told_with_the_smallest_possible():
-    layout = Layout(3, 64, 64, 128, (None,) * 2)
+    layout = HeadLayout(3, 64, 64, 128, (None,) * 2)
     with pytest.raises(BudgetError) as caught:
         uniform_plan(layout, budget=0.05, lengths=(2048, 1024))
     assert str(caught.value) == (
@@ -272,7 +274,7 @@ def test_an_impossible_budget_is_told_with_the_smallest_possible():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(64, 2000), min_size=1, max_size=3), st.integers(17, 300))
 def test_the_smallest_budget_works_when_asked_for(lengths, min_span):
-    layout = Layout(2, SINK, BLOCK, min_span, (None, 100))
+    layout = HeadLayout(2, SINK, BLOCK, min_span, (None, 100))
     smallest, _ = smallest_budget(layout, lengths)
     plan = uniform_plan(layout, budget=smallest, lengths=lengths)
     assert all(plan.density(n) <= smallest for n in lengths)

@@ -443,8 +443,8 @@ def test_a_signal_while_a_library_loads_ends_the_process_at_once(
 def test_loading_that_is_given_up_hashes_no_further(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moac_runtime.backends.open import OPENERS
-    from moac_runtime.engine.model import load
+    from moac_runtime.backends import open as opening
+    from moac_runtime.engine import model as generation
     from moac_runtime.package.artifact import Opening
 
     cancelled: list[bool] = []
@@ -459,9 +459,9 @@ def test_loading_that_is_given_up_hashes_no_further(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(OPENERS, "torch", interrupted)
+    monkeypatch.setitem(opening.OPENERS, "torch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load(package, backend="torch")
+        generation.load(package, backend="torch")
     assert cancelled == [True]
 
 

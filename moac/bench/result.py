@@ -15,7 +15,7 @@ from moac.bench.worker import Load, Usage
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BenchRow:
     """One system at one batch and context; `to_json` is a row of the result."""
 
     system: str
@@ -63,7 +63,7 @@ class BenchResult:
 
     machine: dict[str, Any]
     bandwidth: float
-    rows: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
     date: str
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class BenchResult:
 
 def measured_row(
     name: str, load: Load, subject: Subject, times: Times, usage: Usage, bandwidth: float
-) -> Row:
+) -> BenchRow:
     """What was measured of one system. `bandwidth`: 10^9 bytes a second."""
     kv_read = kv_bytes_read(
         subject.spec,
@@ -93,7 +93,7 @@ def measured_row(
     median = statistics.median(times.steps)
     medians = [statistics.median(block) for block in times.blocks]
     read = usage.weight_bytes + kv_read
-    return Row(
+    return BenchRow(
         system=name,
         batch=load.batch,
         context=load.context,

@@ -20,7 +20,7 @@ from moac.bench.machine import machine, read_bandwidth_gbs
 from moac.bench.memory import check_memory
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import BenchRequest
-from moac.bench.result import BenchResult, Row, Times, measured_row
+from moac.bench.result import BenchResult, BenchRow, Times, measured_row
 from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
 from moac.bench.worker import Load, Worker
@@ -53,7 +53,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
         bandwidth = read_bandwidth_gbs(request.device)
     if request.device == "cuda":
         torch.cuda.empty_cache()  # the memory is for the processes that are measured
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for batch, context in product(request.batches, request.contexts):
         rows.extend(_measure(request, model, systems, batch, context, bandwidth))
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -83,7 +83,7 @@ def choose_systems(request: BenchRequest) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class _Target:
     """What is measured. `plan(capacity)`: our own row's plan at a capacity."""
 
     spec: ModelSpec
@@ -91,10 +91,10 @@ class _Model:
     plan: Callable[[int], Plan]
 
 
-def _open_model(request: BenchRequest) -> _Model:
+def _open_model(request: BenchRequest) -> _Target:
     if request.package is None:
         spec = shape_spec(request.shape or "")
-        model = _Model(spec, request.dtype or "bfloat16", _random_plans(request, spec))
+        model = _Target(spec, request.dtype or "bfloat16", _random_plans(request, spec))
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
@@ -109,7 +109,7 @@ def _open_model(request: BenchRequest) -> _Model:
                 "leave out --dtype"
             )
         _check_source(request, artifact)
-        model = _Model(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
+        model = _Target(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
         limit = min(artifact.capacity, artifact.spec.context)
     longest = request.capacity(max(request.contexts))
     if longest > limit:
@@ -145,12 +145,12 @@ def _check_source(request: BenchRequest, artifact: Artifact) -> None:
 
 def _measure(
     request: BenchRequest,
-    model: _Model,
+    model: _Target,
     systems: Sequence[str],
     batch: int,
     context: int,
     bandwidth: float,
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """The rows of one batch and context."""
     load = Load(batch, context, request.capacity(context), request.seed)
     plan = model.plan(load.capacity)
@@ -171,7 +171,7 @@ def _measure(
             yield measured_row(name, load, subjects[name], found, usage, bandwidth)
 
 
-def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
+def _subject(request: BenchRequest, model: _Target, plan: Plan) -> Subject:
     return Subject(
         spec=model.spec,
         plan=plan,

@@ -8,7 +8,7 @@ from typing import Any
 
 from moac.checkpoint import Checkpoint
 from moac.goal import MaxKvBytes
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.dtypes import DTYPE_BYTES
@@ -56,7 +56,7 @@ class KvCap:
             token_bytes=kv_token(checkpoint, request),
         )
 
-    def budget(self, layout: Layout, lengths: Sequence[int]) -> float:
+    def budget(self, layout: HeadLayout, lengths: Sequence[int]) -> float:
         """The largest density at `length` whose bytes the cap holds.
 
         The same density is then the budget at all of `lengths`. Raises BudgetError where no plan
@@ -113,7 +113,7 @@ def told_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _least_tokens(layout: Layout, lengths: Sequence[int], length: int) -> tuple[int, int]:
+def _least_tokens(layout: HeadLayout, lengths: Sequence[int], length: int) -> tuple[int, int]:
     """The fewest tokens at `length` whose density the smallest plan meets at all of `lengths`.
 
     And the one of them that needs so many.

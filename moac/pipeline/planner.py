@@ -25,8 +25,8 @@ from moac.pipeline.loss_model import learn, smallest_within
 from moac.pipeline.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
 from moac.pipeline.reading import open_reader
 from moac.pipeline.stages import (
-    Bench,
     Measured,
+    Workbench,
     calibrate,
     halves,
     optimise,
@@ -37,7 +37,7 @@ from moac.pipeline.stages import (
     validate,
 )
 from moac.pipeline.work import Forecast
-from moac.planning import FrontPoint, Layout, Problem, largest_density, layerwise_plan
+from moac.planning import FrontPoint, HeadLayout, Problem, largest_density, layerwise_plan
 from moac.planning.capacities import largest_record
 from moac.planning.problem import check_budget
 from moac.progress.cost import Kind
@@ -107,7 +107,7 @@ def plan_model(
     clock = Clock(work.seconds)
     with whole(work.time_left()):
         with clock("load"):
-            bench = open_bench(checkpoint, layout, request, work_dir)
+            bench = open_workbench(checkpoint, layout, request, work_dir)
         found = find_plan(bench, lengths, clock)
     record = sealed(found.plan, {**found.record, **clock.to_json()})
     write_plan_file(Path(out), found.plan, record, force=force)
@@ -120,11 +120,11 @@ def plan_model(
     )
 
 
-def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, Layout]:
+def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, HeadLayout]:
     """What the request means for this checkpoint; raises before any work where it cannot be."""
     spec = checkpoint.spec
     _check_calibration(checkpoint, request)
-    layout = Layout(
+    layout = HeadLayout(
         num_kv_heads=spec.num_kv_heads,
         sink=request.sink,
         block=request.block,
@@ -192,9 +192,12 @@ def longest_session(checkpoint: Checkpoint, request: CompileRequest) -> int:
     return request.capacity or checkpoint.spec.context
 
 
-def open_bench(
-    checkpoint: Checkpoint, layout: Layout, request: CompileRequest, work_dir: str | Path | None
-) -> Bench:
+def open_workbench(
+    checkpoint: Checkpoint,
+    layout: HeadLayout,
+    request: CompileRequest,
+    work_dir: str | Path | None,
+) -> Workbench:
     """Load the dense model, on the GPU if there is one, for calibration and measurement."""
     set_torch_threads()
     device = pick_device()
@@ -206,7 +209,7 @@ def open_bench(
             model = checkpoint.load_model(dtype, device)
         with step(Kind.BUILD):
             reader = open_reader(checkpoint, dtype, device, workspace.root)
-    return Bench(
+    return Workbench(
         checkpoint=checkpoint,
         model=model,
         reader=reader,
@@ -268,7 +271,7 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
     }
 
 
-def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
+def find_plan(bench: Workbench, lengths: Lengths, clock: Clock) -> Planned:
     """Calibrate, profile, learn what losses follow, optimise, and measure the best plans."""
     request, goal = bench.request, bench.request.goal
     cap = KvCap.of(bench.checkpoint, request)
@@ -312,7 +315,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
     return Planned(plan, record)
 
 
-def taken_plan(bench: Bench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
+def taken_plan(bench: Workbench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
     """The plan of a file. One that was edited is measured, and told without what no longer holds.
 
     Densities are counted again, up to the longest session of this package; where one passes the
@@ -430,5 +433,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
-def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:
+def _budget(
+    request: CompileRequest, cap: KvCap | None, layout: HeadLayout, lengths: Lengths
+) -> float:
     return request.goal.share if cap is None else cap.budget(layout, lengths.planned)

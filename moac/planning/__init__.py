@@ -15,14 +15,14 @@ if TYPE_CHECKING:
         solve_minmax,
         solve_weighted,
     )
-    from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
+    from moac.planning.problem import HeadLayout, Objective, Problem, plan_losses, smallest_budget
     from moac.planning.rules import candidate_rules
     from moac.planning.solver import SolverOptions
     from moac.planning.uniform import matching_uniform, uniform_plan
 
 __all__ = [
     "FrontPoint",
-    "Layout",
+    "HeadLayout",
     "Objective",
     "Problem",
     "SolverOptions",
@@ -41,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "FrontPoint": "milp",
-    "Layout": "problem",
+    "HeadLayout": "problem",
     "Objective": "problem",
     "Problem": "problem",
     "SolverOptions": "solver",

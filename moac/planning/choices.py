@@ -1,4 +1,4 @@
-"""A problem as flat columns, and a goal over them, shifted and scaled for a solver."""
+"""A problem as flat columns, and a criterion over them, shifted and scaled for a solver."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Goal:
+class Criterion:
     """What to minimise over choices: `cost . losses`, plus the worst of `ratios * losses - room`.
 
     All `[objectives]`, losses as `Choices` scales them. `upper`: what they may sum to, infinite
@@ -92,7 +92,7 @@ class Goal:
     @classmethod
     def of(
         cls, choices: Choices, weights: Floats, bounds: Floats, units: Floats | None = None
-    ) -> Goal:
+    ) -> Criterion:
         """Least `weights . losses`, plus `max(losses / units)`, with `losses <= bounds`."""
         cost, ideal = weights * choices.scale, choices.ideal
         floor, most = float(weights @ ideal), float(cost.max())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from moac.planning.choices import Goal
+from moac.planning.choices import Criterion
 from moac.planning.highs import new_solver
 from moac.planning.problem import Floats, Ints
 
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prices:
-    """What the rows charge: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
+    """The dual prices of the rows: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
 
     `fixed` is to be subtracted once. `layers` `[layers]`: the least that a column of each layer
     pays at these prices.
@@ -54,15 +54,17 @@ class Master:
     """Rows: one mixture a layer, budgets, bounds, and the worst objective where there is one.
 
     Until `charge` it only looks for a mixture that keeps the bounds: its value is by how much
-    they are missed. From then on it minimises the goal, and no bound may be missed.
+    they are missed. From then on it minimises the criterion, and no bound may be missed.
     """
 
-    def __init__(self, goal: Goal, budget: Floats, columns: Columns, *, num_layers: int) -> None:
+    def __init__(
+        self, criterion: Criterion, budget: Floats, columns: Columns, *, num_layers: int
+    ) -> None:
         self.charged = False
-        self._goal, self._budget, self._num_layers = goal, budget, num_layers
-        room = np.zeros(0) if goal.room is None else goal.room
+        self._criterion, self._budget, self._num_layers = criterion, budget, num_layers
+        room = np.zeros(0) if criterion.room is None else criterion.room
         self._room = room
-        upper = np.concatenate([np.ones(num_layers), budget, goal.upper, room])
+        upper = np.concatenate([np.ones(num_layers), budget, criterion.upper, room])
         lower = np.concatenate([np.ones(num_layers), np.full(len(upper) - num_layers, -np.inf)])
         self._solver = new_solver()
         none = np.zeros(0, dtype=np.int32)
@@ -70,7 +72,7 @@ class Master:
             len(upper), lower, upper, 0, np.zeros(len(upper), dtype=np.int32), none, np.zeros(0)
         )
         first = num_layers + len(budget)
-        misses = [np.array([row]) for row in range(first, first + len(goal.upper))]
+        misses = [np.array([row]) for row in range(first, first + len(criterion.upper))]
         worst = [np.arange(len(upper) - len(room), len(upper))] if len(room) else []
         for number, rows in enumerate([*misses, *worst]):
             cost = 1.0 if number < len(misses) else 0.0
@@ -87,9 +89,9 @@ class Master:
         self._pass(columns)
 
     def charge(self) -> None:
-        """From here on minimise the goal; no bound may be missed."""
+        """From here on minimise the criterion; no bound may be missed."""
         self.charged = True
-        missed, worst = len(self._goal.upper), self._own - len(self._goal.upper)
+        missed, worst = len(self._criterion.upper), self._own - len(self._criterion.upper)
         costs = np.concatenate([np.zeros(missed), np.ones(worst), self._cost(self._columns)])
         every = np.arange(len(costs), dtype=np.int32)
         self._solver.changeColsCost(len(costs), every, costs)
@@ -112,13 +114,15 @@ class Master:
         return share
 
     def _cost(self, columns: Columns) -> Floats:
-        cost: Floats = columns.losses @ self._goal.cost
+        cost: Floats = columns.losses @ self._criterion.cost
         return cost if self.charged else np.zeros_like(cost)
 
     def _pass(self, columns: Columns) -> None:
         count = len(columns.layer)
         parts = [np.ones((count, 1)), columns.tokens, columns.losses]
-        parts += [] if self._goal.ratios is None else [columns.losses * self._goal.ratios]
+        parts += (
+            [] if self._criterion.ratios is None else [columns.losses * self._criterion.ratios]
+        )
         values = np.hstack(parts)
         shared = np.arange(self._num_layers, self._num_layers + values.shape[1] - 1)
         rows = np.hstack([columns.layer[:, None], np.tile(shared, (count, 1))])
@@ -138,14 +142,14 @@ class Master:
     def _prices(self, duals: Floats) -> Prices:
         """Prices that bound: not negative, and no dearer than a miss and the worst cost."""
         layers, charged = duals[: self._num_layers], np.maximum(-duals[self._num_layers :], 0.0)
-        ends = np.cumsum([len(self._budget), len(self._goal.upper)])
+        ends = np.cumsum([len(self._budget), len(self._criterion.upper)])
         tokens, losses, worst = np.split(charged, ends)
-        bounded = np.isfinite(self._goal.upper)
+        bounded = np.isfinite(self._criterion.upper)
         losses = np.where(bounded, losses if self.charged else np.minimum(losses, 1.0), 0.0)
-        fixed = tokens @ self._budget + losses[bounded] @ self._goal.upper[bounded]
-        if self._goal.ratios is not None:
+        fixed = tokens @ self._budget + losses[bounded] @ self._criterion.upper[bounded]
+        if self._criterion.ratios is not None:
             most = 1.0 if self.charged else 0.0
             worst = worst * min(1.0, most / max(worst.sum(), _DROPPED))
             fixed += worst @ self._room
-            losses = losses + worst * self._goal.ratios
+            losses = losses + worst * self._criterion.ratios
         return Prices(tokens, losses, float(fixed), layers)

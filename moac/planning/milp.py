@@ -1,4 +1,4 @@
-"""Plans by mixed-integer programming: the problem, a goal, and how the plan was found.
+"""Plans by mixed-integer programming: the problem, a criterion, and how the plan was found.
 
 The program itself stands in `assembly.py`; `limited.py` solves it where layers may use few rules.
 """
@@ -13,12 +13,12 @@ import numpy as np
 
 from moac.planning.assembly import assemble
 from moac.planning.capacities import over_budget
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.columns import Relaxation
 from moac.planning.layers import num_sets
 from moac.planning.limited import solve_limited
 from moac.planning.problem import Floats, Ints, Problem, plan_losses
-from moac.planning.solver import Outcome, SolverOptions, solve
+from moac.planning.solver import SolverOptions, SolverResult, solve
 from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 
@@ -109,10 +109,10 @@ def solve_minmax(
 
 
 class Optimiser:
-    """Finds plans of one problem; what one goal teaches about layers helps with the next.
+    """Finds plans of one problem; what one criterion teaches about layers helps with the next.
 
     The program counts tokens at a few capacities. Where a plan passes the budget at others, they
-    are counted too, for every goal from then on, and the goal is solved again.
+    are counted too, for every criterion from then on, and the criterion is solved again.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -140,7 +140,7 @@ class Optimiser:
         where none was found in time, or (with few rules a layer) at most the share `within` above
         what the best plan is known to cost at least. The budget alone always leaves a plan. Where
         no plan can be better than one of `known` by more than the gap, that one is returned. A
-        time limit holds for each time that the goal is solved.
+        time limit holds for each time that the criterion is solved.
         """
         started = time.perf_counter()
         while True:
@@ -166,9 +166,9 @@ class Optimiser:
         started: float,
     ) -> FrontPoint | None:
         """`minimise` with the budget at the bounded capacities alone."""
-        goal = Goal.of(self.choices, weights, bounds, units)
-        value, at_hand = self._best_known(goal, known)
-        outcome = self._solve(goal, options, value, within)
+        criterion = Criterion.of(self.choices, weights, bounds, units)
+        value, at_hand = self._best_known(criterion, known)
+        outcome = self._solve(criterion, options, value, within)
         if outcome.status == "known":
             return at_hand
         chosen = self._chosen(outcome, bounds)
@@ -176,28 +176,30 @@ class Optimiser:
             return None
         plan = self.choices.plan(chosen)
         losses = plan_losses(plan, self.choices.problem.objectives)
-        record = _record(goal, outcome, np.array(losses), weights, units, options, started)
+        record = _record(criterion, outcome, np.array(losses), weights, units, options, started)
         return FrontPoint(plan, losses, record)
 
     def _best_known(
-        self, goal: Goal, known: Sequence[FrontPoint]
+        self, criterion: Criterion, known: Sequence[FrontPoint]
     ) -> tuple[float, FrontPoint | None]:
         """The least value among plans that keep the bounds, and its plan."""
         best: tuple[float, FrontPoint | None] = (np.inf, None)
         for point in known:
             losses = (np.array(point.losses) - self.choices.ideal) / self.choices.scale
-            if (losses <= goal.upper).all() and goal.value(losses) < best[0]:
-                best = goal.value(losses), point
+            if (losses <= criterion.upper).all() and criterion.value(losses) < best[0]:
+                best = criterion.value(losses), point
         return best
 
-    def _solve(self, goal: Goal, options: SolverOptions, known: float, within: float) -> Outcome:
+    def _solve(
+        self, criterion: Criterion, options: SolverOptions, known: float, within: float
+    ) -> SolverResult:
         if self._relaxation is None:
-            return solve(assemble(self.choices, goal), options=options, known=known)
+            return solve(assemble(self.choices, criterion), options=options, known=known)
         return solve_limited(
-            self.choices, goal, self._relaxation, options=options, known=known, within=within
+            self.choices, criterion, self._relaxation, options=options, known=known, within=within
         )
 
-    def _chosen(self, outcome: Outcome, bounds: Floats) -> Ints | None:
+    def _chosen(self, outcome: SolverResult, bounds: Floats) -> Ints | None:
         if outcome.values is not None:
             return np.flatnonzero(outcome.values[: len(self.choices.rule)] > 0.5)
         if outcome.status == "time limit" and not np.isfinite(bounds).any():
@@ -206,8 +208,8 @@ class Optimiser:
 
 
 def _record(
-    goal: Goal,
-    outcome: Outcome,
+    criterion: Criterion,
+    outcome: SolverResult,
     losses: Floats,
     weights: Floats,
     units: Floats | None,
@@ -217,8 +219,8 @@ def _record(
     objective = float(weights @ losses)
     if units is not None:
         objective += float((losses / units).max())
-    least = min(max(goal.floor, goal.floor + goal.unit * outcome.bound), objective)
-    gap = 0.0 if least == objective else (objective - least) / (objective - goal.floor)
+    least = min(max(criterion.floor, criterion.floor + criterion.unit * outcome.bound), objective)
+    gap = 0.0 if least == objective else (objective - least) / (objective - criterion.floor)
     seconds = time.perf_counter() - started
     return SolverRecord(outcome.status, objective, least, gap, options.seed, seconds)
 
