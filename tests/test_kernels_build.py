@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from interpreted import shape
 
 import moac_kernels
-from moac_kernels.assembler import instructions
+from moac_kernels.assembler import tool
 from moac_kernels.build import PORTABLE, Built, build_kernels, write_sources
 from moac_kernels.catalog import KERNELS, SOURCES
 from moac_kernels.render import render
@@ -96,6 +97,14 @@ def test_generated_sources_follow_the_model(tmp_path: Path) -> None:
 def test_shapes_that_no_kernel_serves(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         shape(**changes)
+
+
+def instructions(cubin: Path) -> Counter[str]:
+    """How often each machine instruction stands in a cubin, such as `LDGSTS.E.BYPASS.128`."""
+    command = [tool("cuobjdump"), "-sass", cubin]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", re.MULTILINE)
+    return Counter(line.findall(sass))
 
 
 def check(folder: Path, built: Built) -> None:

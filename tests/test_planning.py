@@ -21,7 +21,6 @@ from moac.planning import (
     pareto_front,
     plan_losses,
     smallest_budget,
-    solve_minmax,
     solve_weighted,
     uniform_plan,
 )
@@ -145,22 +144,6 @@ def test_weighted_and_bounded_solves_equal_brute_force(seed, limit):
         min(a for _, (a, b) in plans if b <= bound), abs=1e-6
     )
     assert bounded.losses[1] <= bound + 1e-6
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_minmax_equals_brute_force(seed):
-    problem = make_problem(seed=seed, rules=FOUR_RULES)
-    reference = uniform_plan(problem.layout, budget=0.5, lengths=problem.lengths)
-    units = np.abs(plan_losses(reference, problem.objectives))
-    point = solve_minmax(problem, reference, options=EXACT)
-
-    def worst(losses: tuple[float, ...]) -> float:
-        ratios = losses / units
-        return float(ratios.max() + 1e-3 * ratios.mean())
-
-    best = min(worst(losses) for _, losses in every_plan(problem))
-    assert worst(point.losses) == pytest.approx(best, abs=1e-5)
-    assert point.record.objective == pytest.approx(worst(point.losses))
 
 
 def test_every_front_plan_is_on_the_true_front():

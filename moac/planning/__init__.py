@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from moac.planning.milp import (
         FrontPoint,
         SolverRecord,
-        solve_minmax,
         solve_weighted,
     )
     from moac.planning.problem import HeadLayout, Objective, Problem, plan_losses, smallest_budget
@@ -34,7 +33,6 @@ __all__ = [
     "pareto_front",
     "plan_losses",
     "smallest_budget",
-    "solve_minmax",
     "solve_weighted",
     "uniform_plan",
 ]
@@ -53,7 +51,6 @@ _HOMES = {
     "pareto_front": "front",
     "plan_losses": "problem",
     "smallest_budget": "problem",
-    "solve_minmax": "milp",
     "solve_weighted": "milp",
     "uniform_plan": "uniform",
 }

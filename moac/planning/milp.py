@@ -84,30 +84,6 @@ def solve_weighted(
     return point
 
 
-def solve_minmax(
-    problem: Problem, reference: Plan, *, options: SolverOptions | None = None
-) -> FrontPoint:
-    """The plan whose worst objective is least, each counted in losses of `reference`.
-
-    Of plans with the same worst objective, one with low others: the record's objective is the
-    worst ratio plus a thousandth of the mean ratio. A negative reference loss counts by its size.
-    Raises ValueError where the reference loses nothing.
-    """
-    units = np.abs(plan_losses(reference, problem.objectives))
-    for objective, unit in zip(problem.objectives, units, strict=True):
-        if unit == 0:
-            raise ValueError(f"the reference plan must have a loss in {objective.name}, got 0")
-    point = Optimiser(problem).minimise(
-        weights=TIE_BREAK / len(units) / units,
-        bounds=np.full(len(units), np.inf),
-        units=units,
-        options=options or SolverOptions(),
-    )
-    if point is None:
-        raise RuntimeError("the solver found no plan, though the smallest one fits the budget")
-    return point
-
-
 class Optimiser:
     """Finds plans of one problem; what one criterion teaches about layers helps with the next.
 
@@ -130,21 +106,20 @@ class Optimiser:
         weights: Floats,
         bounds: Floats,
         options: SolverOptions,
-        units: Floats | None = None,
         known: Sequence[FrontPoint] = (),
         within: float = np.inf,
     ) -> FrontPoint | None:
-        """Least `weights . losses` (plus `max(losses / units)`) with `losses <= bounds`, or None.
+        """Least `weights . losses` with `losses <= bounds`, or None.
 
-        `weights`, `bounds` and `units`: `[objectives]`. None where no plan keeps the bounds, or
-        where none was found in time, or (with few rules a layer) at most the share `within` above
-        what the best plan is known to cost at least. The budget alone always leaves a plan. Where
+        `weights` and `bounds`: `[objectives]`. None where no plan keeps the bounds, or where none
+        was found in time, or (with few rules a layer) at most the share `within` above what the
+        best plan is known to cost at least. The budget alone always leaves a plan. Where
         no plan can be better than one of `known` by more than the gap, that one is returned. A
         time limit holds for each time that the criterion is solved.
         """
         started = time.perf_counter()
         while True:
-            found = self._minimise(weights, bounds, options, units, known, within, started)
+            found = self._minimise(weights, bounds, options, known, within, started)
             if found is None or found in known:
                 return found
             problem, plan = self.choices.problem, found.plan
@@ -160,13 +135,12 @@ class Optimiser:
         weights: Floats,
         bounds: Floats,
         options: SolverOptions,
-        units: Floats | None,
         known: Sequence[FrontPoint],
         within: float,
         started: float,
     ) -> FrontPoint | None:
         """`minimise` with the budget at the bounded capacities alone."""
-        criterion = Criterion.of(self.choices, weights, bounds, units)
+        criterion = Criterion.of(self.choices, weights, bounds)
         value, at_hand = self._best_known(criterion, known)
         outcome = self._solve(criterion, options, value, within)
         if outcome.status == "known":
@@ -176,7 +150,7 @@ class Optimiser:
             return None
         plan = self.choices.plan(chosen)
         losses = plan_losses(plan, self.choices.problem.objectives)
-        record = _record(criterion, outcome, np.array(losses), weights, units, options, started)
+        record = _record(criterion, outcome, float(weights @ losses), options, started)
         return FrontPoint(plan, losses, record)
 
     def _best_known(
@@ -210,15 +184,10 @@ class Optimiser:
 def _record(
     criterion: Criterion,
     outcome: SolverResult,
-    losses: Floats,
-    weights: Floats,
-    units: Floats | None,
+    objective: float,
     options: SolverOptions,
     started: float,
 ) -> SolverRecord:
-    objective = float(weights @ losses)
-    if units is not None:
-        objective += float((losses / units).max())
     least = min(max(criterion.floor, criterion.floor + criterion.unit * outcome.bound), objective)
     gap = 0.0 if least == objective else (objective - least) / (objective - criterion.floor)
     seconds = time.perf_counter() - started

@@ -85,15 +85,15 @@ def solve(
     if is_close(known, bound, options):
         return SolverResult("known", None, np.inf, bound)
     target = max(target, bound * (1 + options.gap))
-    dearness = np.array(relaxed.getSolution().col_dual)
+    reduced_costs = np.array(relaxed.getSolution().col_dual)
     best = SolverResult("infeasible", None, np.inf, bound)
     reach = first_reach(bound)
     while True:
-        lp.col_upper_ = np.where(dearness > reach, 0.0, upper)
+        lp.col_upper_ = np.where(reduced_costs > reach, 0.0, upper)
         found = _search(lp, options, deadline, bound=bound, target=target)
         best = best_of(best, found, proven=bound + reach)
         missed = best.objective - bound
-        last = reach >= min(missed, dearness.max(initial=0.0)) or found.status in STOPPED
+        last = reach >= min(missed, reduced_costs.max(initial=0.0)) or found.status in STOPPED
         found_one = best.values is not None and not proof
         if last or found_one or _enough(best, target, options):
             break
