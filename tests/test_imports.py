@@ -154,6 +154,12 @@ def test_torch_loads_with_its_own_backends_alone() -> None:
     assert "torch" in reached("moac_runtime.backends.torch.session", graph)
 
 
+def test_tokenizer_and_streamed_text_do_without_each_other() -> None:
+    graph = arrows(deferred=False)
+    for one, other in (("tokenizer", "stream"), ("stream", "tokenizer")):
+        assert f"moac_runtime.text.{other}" not in reached(f"moac_runtime.text.{one}", graph)
+
+
 @pytest.mark.parametrize("folder", ["runtime", "kernels"])
 def test_the_folders_are_no_packages(folder: str) -> None:
     # an importable top-level `kernels` would break transformers
