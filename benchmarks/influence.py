@@ -29,9 +29,9 @@ from torch import Tensor
 from moac.calibration import build_calibration
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.methods import method_plans
-from moac.pipeline.planner import open_bench
+from moac.pipeline.planner import open_workbench
 from moac.planning import (
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     candidate_rules,
@@ -131,10 +131,10 @@ class _Forms(influence_attention._SpanSums):
             form[:, first : first + count] += change[:, 1 : 1 + count]
 
 
-def profile(options: argparse.Namespace, layout: Layout) -> dict[tuple[str, str], Tensor]:
+def profile(options: argparse.Namespace, layout: HeadLayout) -> dict[tuple[str, str], Tensor]:
     """Influence `[samples, layers, kv_heads, spans]` by form and kind of sample."""
     checkpoint = open_checkpoint(options.source)
-    bench = open_bench(checkpoint, layout, CompileRequest(budget=options.budget), None)
+    bench = open_workbench(checkpoint, layout, CompileRequest(budget=options.budget), None)
     found: dict[tuple[str, str], list[Tensor]] = {}
     for kind, count in SAMPLES.items():
         samples = build_calibration(
@@ -158,7 +158,11 @@ def profile(options: argparse.Namespace, layout: Layout) -> dict[tuple[str, str]
 
 
 def plan_of(
-    way: Way, tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+    way: Way,
+    tables: Mapping[tuple[str, str], Tensor],
+    layout: HeadLayout,
+    length: int,
+    budget: float,
 ) -> Plan:
     """The plan that loses least by the costs that `way` makes of influence."""
     costs = costs_of(way, tables, layout, length, budget)
@@ -166,7 +170,7 @@ def plan_of(
 
 
 def least_largest(
-    tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+    tables: Mapping[tuple[str, str], Tensor], layout: HeadLayout, length: int, budget: float
 ) -> Plan:
     """The plan whose largest domain loses least, each in units of the uniform plan's loss.
 
@@ -188,7 +192,11 @@ def least_largest(
 
 
 def costs_of(
-    way: Way, tables: Mapping[tuple[str, str], Tensor], layout: Layout, length: int, budget: float
+    way: Way,
+    tables: Mapping[tuple[str, str], Tensor],
+    layout: HeadLayout,
+    length: int,
+    budget: float,
 ) -> dict[str, Floats]:
     """Costs `[layers, kv_heads, spans]` by domain, in units of what the uniform plan loses."""
     uniform = uniform_plan(layout, budget=budget, lengths=(length,))
@@ -208,7 +216,7 @@ def costs_of(
 def solved(
     costs: Mapping[str, Floats],
     weights: Mapping[str, float],
-    layout: Layout,
+    layout: HeadLayout,
     length: int,
     budget: float,
 ) -> Plan:
@@ -230,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
 
     artifact, checkpoint = open_artifact(options.package), open_checkpoint(options.source)
-    layout = Layout.of(artifact.plan)
+    layout = HeadLayout.of(artifact.plan)
     tables = profile(options, layout)
     uniform = uniform_plan(layout, budget=options.budget, lengths=(options.length,))
     plans = {"uniform": uniform, "dense": method_plans(artifact, ["dense"])["dense"](0)}

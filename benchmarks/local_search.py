@@ -23,9 +23,9 @@ from judging import show
 
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
-from moac.pipeline.planner import open_bench, prepare, sample_counts
-from moac.pipeline.stages import Bench, calibrate, sample_loss
-from moac.planning import Layout, matching_uniform
+from moac.pipeline.planner import open_workbench, prepare, sample_counts
+from moac.pipeline.stages import Workbench, calibrate, sample_loss
+from moac.planning import HeadLayout, matching_uniform
 from moac.planning.objectives import ANSWERS, COUNTING
 from moac.progress.cost import Kind
 from moac.progress.progress import stage
@@ -42,7 +42,9 @@ Spans = list[list[int]]
 class Losses:
     """What a plan loses on samples, dense at 0 and the uniform plan at 1."""
 
-    def __init__(self, bench: Bench, samples: Sequence[CalibrationSample], uniform: Plan) -> None:
+    def __init__(
+        self, bench: Workbench, samples: Sequence[CalibrationSample], uniform: Plan
+    ) -> None:
         self._bench, self._samples = bench, samples
         self._dense = self._by_domain(None)
         self._uniform = self._by_domain(uniform)
@@ -66,7 +68,7 @@ class Losses:
 
 
 def search(
-    layout: Layout, spans: Spans, length: int, losses: Losses, steps: int
+    layout: HeadLayout, spans: Spans, length: int, losses: Losses, steps: int
 ) -> tuple[Spans, list[float]]:
     """The best spans met, and the loss after every step."""
     rng = random.Random(0)
@@ -82,7 +84,7 @@ def search(
     return spans, course
 
 
-def exchanged(layout: Layout, spans: Spans, length: int, rng: random.Random) -> Spans:
+def exchanged(layout: HeadLayout, spans: Spans, length: int, rng: random.Random) -> Spans:
     """Some blocks of one head's span given to another; both stay between minimum and dense."""
     heads = [(i, j) for i in range(layout.num_layers) for j in range(layout.num_kv_heads)]
     while True:
@@ -95,7 +97,7 @@ def exchanged(layout: Layout, spans: Spans, length: int, rng: random.Random) -> 
             return moved
 
 
-def plan_of(layout: Layout, spans: Spans) -> Plan:
+def plan_of(layout: HeadLayout, spans: Spans) -> Plan:
     return layout.plan([[Rule(size, 0.0) for size in layer] for layer in spans])
 
 
@@ -113,7 +115,7 @@ def main() -> None:
     artifact, checkpoint = open_artifact(options.package), open_checkpoint(options.source)
     request = CompileRequest(budget=artifact.plan.density(options.length))
     lengths, layout = prepare(checkpoint, request)
-    bench = open_bench(checkpoint, layout, request, options.work_dir)
+    bench = open_workbench(checkpoint, layout, request, options.work_dir)
     made = calibrate(bench, sample_counts(lengths, request.measuring.samples))
     samples = [s for s in made if s.length == options.length and s.domain != "documents"]
     uniform = matching_uniform(artifact.plan, lengths=(options.length,))

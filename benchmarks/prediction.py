@@ -36,9 +36,9 @@ from moac.calibration import (
 )
 from moac.calibration import samples as sample_making
 from moac.checkpoint import open_checkpoint
-from moac.pipeline.planner import open_bench, prepare, sample_counts
-from moac.pipeline.stages import Bench, calibrate, profile, sample_loss
-from moac.planning import Layout, Problem, candidate_rules, solve_weighted, uniform_plan
+from moac.pipeline.planner import open_workbench, prepare, sample_counts
+from moac.pipeline.stages import Workbench, calibrate, profile, sample_loss
+from moac.planning import HeadLayout, Problem, candidate_rules, solve_weighted, uniform_plan
 from moac.planning.objectives import length_objectives
 from moac.planning.prediction import Curve, Estimate, left_out, root
 from moac.planning.problem import Floats
@@ -92,7 +92,7 @@ def main() -> None:
     request = CompileRequest()
     checkpoint = open_checkpoint(options.model)
     lengths, layout = prepare(checkpoint, request)
-    bench = open_bench(checkpoint, layout, request, options.work_dir)
+    bench = open_workbench(checkpoint, layout, request, options.work_dir)
     length = options.length or lengths.profiled[0]
     if length not in lengths.profiled:
         parser.error(f"--length must be one of {lengths.profiled}, got {length}")
@@ -123,7 +123,7 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def held_out_samples(bench: Bench, length: int, count: int) -> list[CalibrationSample]:
+def held_out_samples(bench: Workbench, length: int, count: int) -> list[CalibrationSample]:
     """Calibration's own kinds of samples, made of text that calibration never reads."""
     with patch.object(sample_making, "calibration_text", held_out_text):
         return build_calibration(
@@ -136,7 +136,7 @@ def held_out_samples(bench: Bench, length: int, count: int) -> list[CalibrationS
 
 
 def random_plans(
-    layout: Layout, near: Sequence[tuple[CalibrationSample, Any]], length: int, count: int
+    layout: HeadLayout, near: Sequence[tuple[CalibrationSample, Any]], length: int, count: int
 ) -> list[Drawn]:
     """`count` plans, densities and kinds in turn; plan `i` is the same however many are drawn."""
     solved: dict[float, Floats] = {}
@@ -163,7 +163,7 @@ def random_plans(
 
 
 def solved_spans(
-    layout: Layout, near: Sequence[tuple[CalibrationSample, Any]], length: int, density: float
+    layout: HeadLayout, near: Sequence[tuple[CalibrationSample, Any]], length: int, density: float
 ) -> Floats:
     """The solver's spans in tokens at one length and density, `[layers, kv_heads]`."""
     uniform = uniform_plan(layout, budget=density, lengths=(length,))
@@ -174,7 +174,7 @@ def solved_spans(
     return np.array([[float(head.size) for head in row] for row in plan.spans(length)])
 
 
-def scaled(weights: Floats, density: float, layout: Layout, length: int) -> Floats:
+def scaled(weights: Floats, density: float, layout: HeadLayout, length: int) -> Floats:
     """Spans in proportion to `weights`, in blocks, with the largest density up to `density`."""
 
     def at(factor: float) -> Floats:
@@ -189,7 +189,7 @@ def scaled(weights: Floats, density: float, layout: Layout, length: int) -> Floa
 
 
 def measure(
-    bench: Bench, held_out: Sequence[CalibrationSample], plans: Sequence[Drawn]
+    bench: Workbench, held_out: Sequence[CalibrationSample], plans: Sequence[Drawn]
 ) -> dict[str, Floats]:
     """Increase of loss over dense in nats a token, `[plans, samples]` by domain."""
     work = sum(bench.costs.forward(len(sample.token_ids)) for sample in held_out)

@@ -11,8 +11,8 @@ from torch import Tensor
 from moac.calibration import CalibrationSample
 from moac.checkpoint import open_checkpoint
 from moac.lengths import Lengths
-from moac.pipeline.planner import open_bench, prepare, sample_counts
-from moac.pipeline.stages import Bench, calibrate, halves, planning_problem, profile, refine
+from moac.pipeline.planner import open_workbench, prepare, sample_counts
+from moac.pipeline.stages import Workbench, calibrate, halves, planning_problem, profile, refine
 from moac.planning import Problem
 from moac.request import CompileRequest
 
@@ -23,7 +23,7 @@ Pairs = Sequence[tuple[CalibrationSample, Tensor]]
 class Profiled:
     """`pairs`: samples and their influence, the first `around_dense` around the dense model."""
 
-    bench: Bench
+    bench: Workbench
     lengths: Lengths
     budget: float
     pairs: Pairs
@@ -40,7 +40,7 @@ def profiled(model: str, *, budget: float, samples: int, work_dir: Path) -> Prof
     request = CompileRequest(budget=budget, samples=samples)
     checkpoint = open_checkpoint(model)
     lengths, layout = prepare(checkpoint, request)
-    bench = open_bench(checkpoint, layout, request, work_dir)
+    bench = open_workbench(checkpoint, layout, request, work_dir)
     first, later = halves(calibrate(bench, sample_counts(lengths, request.measuring.samples)))
     known, tables = refine(bench, first, profile(bench, first), later, lengths, budget)
     return Profiled(bench, lengths, budget, list(zip(known, tables, strict=True)), len(first))

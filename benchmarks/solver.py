@@ -27,7 +27,7 @@ import numpy as np
 
 from moac.planning import (
     FrontPoint,
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     SolverOptions,
@@ -64,7 +64,7 @@ SHAPES = (
 
 def instance(shape: Shape, *, seed: int) -> Problem:
     """A problem of that shape: one objective per length, as a compile makes them."""
-    layout = Layout(shape.kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * shape.layers)
+    layout = HeadLayout(shape.kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * shape.layers)
     rng = np.random.default_rng(seed)
     heads = (shape.layers, shape.kv_heads, 1)
     # Spread of the magnitudes, and its split over layers, heads and lengths, as in SmolLM2's own.
@@ -133,7 +133,7 @@ def measured(path: Path, *, by_domain: bool, rules_per_layer: int | None = None)
     layers, kv_heads, _ = objectives[0].table.shape
     extrapolated = 2 * lengths[-1]
     return Problem(
-        layout=Layout(kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * layers),
+        layout=HeadLayout(kv_heads, SINK, BLOCK, MIN_SPAN, (None,) * layers),
         rules=candidate_rules(
             lengths, block=BLOCK, min_span=MIN_SPAN, extrapolated=(extrapolated,)
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -11,6 +10,7 @@ from typing import Any
 
 from moac.calibration import read_calibration
 from moac.effort import EFFORTS, STANDARD, Effort
+from moac.goal import Budget, Goal, goal_of
 from moac.packaging.cpu_kernels import CPU_NAMES
 from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
@@ -21,10 +21,7 @@ from moac_runtime.package.manifest import DTYPES, WEIGHTS
 TARGETS = ("torch", "onnx", *CPU_NAMES, *CUDA_TARGETS)
 ONNX_DTYPES = ("float32", "float16")
 ONNX_WEIGHTS = ("shared", "int8")
-DEFAULT_BUDGET = 0.5
 
-# Each says how much may stay, and only one of them can.
-GOALS = ("budget", "max_kv_bytes", "max_loss")
 # The choices that decide a plan; the others decide how it is packaged.
 PLANNING = (
     *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
@@ -75,7 +72,7 @@ class CompileRequest:
 
     def __post_init__(self) -> None:
         check_types(self)
-        self._check_goal()
+        _ = self.goal  # it is refused now where it cannot be meant
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise UsageError("lengths must be positive numbers of tokens, such as 1024,2048")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -110,20 +107,23 @@ class CompileRequest:
         return replace(chosen, **{name: n for name, n in given.items() if n is not None})
 
     @property
-    def share(self) -> float:
-        """The largest share of the dense model's KV memory that is asked for: `budget`, a half
-        where nothing says how much may stay, all where `max_loss` decides.
-        """
-        if self.budget is not None:
-            return self.budget
-        return DEFAULT_BUDGET if self.max_loss is None else 1.0
+    def goal(self) -> Goal:
+        """How much KV memory may stay: a half where nothing says it."""
+        return goal_of(
+            budget=self.budget,
+            max_kv_bytes=self.max_kv_bytes,
+            batch=self.batch,
+            length=self.length,
+            max_loss=self.max_loss,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Every choice as JSON values, the budget that holds where none was given among them."""
         asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         asked["effort"] = self.effort or STANDARD
         asked |= {"samples": self.measuring.samples, "plans": self.measuring.plans}
-        return asked if self._goals() else {**asked, "budget": self.share}
+        goal = self.goal
+        return {**asked, "budget": goal.share if isinstance(goal, Budget) else None}
 
     def planning(self) -> dict[str, Any]:
         """The choices that decide a plan, as JSON values."""
@@ -134,33 +134,6 @@ class CompileRequest:
         """Which of them were given, be it as what they are by default."""
         left_out = (Default, NoneType)
         return [name for name in PLANNING if not isinstance(getattr(self, name), left_out)]
-
-    def _goals(self) -> list[str]:
-        return [name for name in GOALS if getattr(self, name) is not None]
-
-    def _check_goal(self) -> None:
-        asked = [f"--{name.replace('_', '-')}" for name in self._goals()]
-        if len(asked) > 1:
-            raise UsageError(
-                f"{asked[0]} and {asked[1]} both say how much may stay; give one of them"
-            )
-        if not 0 < self.share <= 1:
-            raise UsageError(
-                f"the budget is {self.share:g}, expected above 0 and at most 1: the share of "
-                "the dense model's KV memory that may stay"
-            )
-        for name in ("max_kv_bytes", "batch", "length"):
-            found = getattr(self, name)
-            if found is not None and found < 1:
-                raise UsageError(f"{name.replace('_', ' ')} is {found}, expected at least 1")
-            if found is not None and self.max_kv_bytes is None:
-                raise UsageError(
-                    f"--{name} says what --max-kv-bytes is for; give --max-kv-bytes with it"
-                )
-        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
-            raise UsageError(
-                f"the most loss is {self.max_loss:g}, expected a number of nats a token above 0"
-            )
 
     def _check_weights(self) -> None:
         if self.weights not in WEIGHTS:

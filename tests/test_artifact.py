@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moac.packaging import rename, writer
+from moac.packaging import writer
 from moac.packaging.staging import check_target, staged
 from moac.sizes import parse_size
+from moac.store import rename
 from moac_runtime.errors import ArtifactError, CheckpointError, MoacError, UsageError
 from moac_runtime.package.artifact import (
     WEIGHT_INDEX,

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from tiny import Compiled, built_for
 
 import moac
-from moac.cli.main import cli
+from moac.cli.group import cli
 from moac.extras import require
 from moac.show.inspection import inspect_package
 from moac_runtime.backends.cuda.host import has_driver

@@ -18,11 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from moac.bench import availability, memory, runner, shapes
 from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
 from moac.bench.machine import peak_bytes, read_bandwidth_gbs
+from moac.bench.open import open_system
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import SYSTEMS, BenchRequest
-from moac.bench.runner import choose_systems, percentile, run_bench, with_backend
+from moac.bench.result import percentile
+from moac.bench.runner import choose_systems, run_bench, with_backend
 from moac.bench.shapes import SHAPES, shape_spec
-from moac.bench.system import Subject, open_system
+from moac.bench.system import Subject
 from moac.bench.transformers_cache import GrowingCache
 from moac.bench.worker import Load, Running, Worker
 from moac_runtime.backends.cpu.library import runnable_sets

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moac.planning import (
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     SolverOptions,
@@ -63,7 +63,7 @@ def make_problem(
     seed: int = 0,
 ) -> Problem:
     """Random losses that fall with the span, over the rules that a compile would offer."""
-    layout = Layout(heads, SINK, BLOCK, MIN_SPAN, windows or (None,) * layers)
+    layout = HeadLayout(heads, SINK, BLOCK, MIN_SPAN, windows or (None,) * layers)
     rules = candidate_rules(lengths, block=BLOCK, min_span=MIN_SPAN, extrapolated=extrapolated)
     objectives = []
     for length in lengths:
@@ -134,7 +134,7 @@ def test_one_capacity_of_each_gap_is_named_that_passes_by_most():
 
 @given(st.integers(1, 10**7), st.floats(0.001, 1), st.integers(1, 5000))
 def test_the_most_tokens_that_are_allowed_are_the_last_within_the_budget(length, budget, heads):
-    layout = Layout(heads, SINK, BLOCK, MIN_SPAN, (None,))
+    layout = HeadLayout(heads, SINK, BLOCK, MIN_SPAN, (None,))
     tokens = allowed_tokens(layout, budget, length)
     assert tokens / (heads * length) <= budget < (tokens + 1) / (heads * length)
     assert allowed_at(layout, budget, np.array([1, length]))[1] == tokens
@@ -147,7 +147,7 @@ def test_no_capacities_have_no_largest_density(capacities):
 
 
 def test_a_long_context_is_counted_to_its_end():
-    far = Layout.of(golden()).uniform(Rule(0, 0.5001))
+    far = HeadLayout.of(golden()).uniform(Rule(0, 0.5001))
     density, length = largest_density(far, range(1 << 19, 1 << 20))
     assert density == max(far.density(n) for n in range(length - 200, length + 200))
     assert density > 0.5001
@@ -247,7 +247,7 @@ def test_every_plan_holds_the_budget_at_every_capacity(
 
 def test_a_peak_between_the_lengths_is_counted_and_solved_again():
     """224 and a steep share fit at both lengths, and not at 224, where one of them is dense."""
-    layout = Layout(2, SINK, BLOCK, MIN_SPAN, (None,))
+    layout = HeadLayout(2, SINK, BLOCK, MIN_SPAN, (None,))
     flat, steep = Rule(224, 0.0), Rule(-31, 0.7)
     rules = (Rule(32, 0.0), Rule(64, 0.0), flat, steep)
     peaks = layout.plan(((flat, steep),))
@@ -264,7 +264,7 @@ def test_a_peak_between_the_lengths_is_counted_and_solved_again():
 
 def test_a_plan_that_grows_past_the_budget_beyond_the_lengths_is_not_taken():
     """Of two rules with the same spans at all lengths, the wider one far away does not fit."""
-    layout = Layout(2, SINK, BLOCK, MIN_SPAN, (None,))
+    layout = HeadLayout(2, SINK, BLOCK, MIN_SPAN, (None,))
     table = np.broadcast_to(np.linspace(1, 0, 17), (1, 2, 17)).copy()
     rules = (Rule(32, 0.0), Rule(128, 0.0), Rule(-111, 0.9))
     problem = Problem(layout, rules, (256,), (Objective("256", 256, table),), 0.5)
@@ -328,7 +328,7 @@ def test_what_is_left_between_is_spent_where_no_loss_is_known(seed, limit, windo
 def test_most_of_what_late_jumps_leave_is_spent():
     """On a plan of a real profile, with jumps spread over all capacities."""
     plan = late(golden(), GOLDEN_LENGTHS)
-    layout = Layout.of(plan)
+    layout = HeadLayout.of(plan)
     tables = tuple(
         Objective(str(n), n, np.zeros((layout.num_layers, layout.num_kv_heads, n // 64 + 1)))
         for n in GOLDEN_LENGTHS[:3]
@@ -344,7 +344,7 @@ def test_most_of_what_late_jumps_leave_is_spent():
 
 
 def test_heads_that_lose_most_by_a_block_less_come_first():
-    layout = Layout(2, SINK, BLOCK, MIN_SPAN, (None,))
+    layout = HeadLayout(2, SINK, BLOCK, MIN_SPAN, (None,))
     table = np.zeros((1, 2, 17))
     table[0, 1] = np.linspace(1, 0, 17)
     rules = (Rule(32, 0.0), Rule(-15, 0.5))

@@ -25,6 +25,7 @@ from moac.calibration import calibration_text
 from moac.calibration.prompt import PromptFormat
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac_runtime.errors import MoacError
+from moac_runtime.text.stream import TextStream
 from moac_runtime.text.tokenizer import Tokenizer as PackagedTokenizer
 
 Make = Callable[..., Path]
@@ -405,7 +406,7 @@ def test_rows_of_the_embedding_without_a_token(tmp_path: Path) -> None:
     )
     ids = [*read.encode("key", special=False), VOCAB + 7]
     assert read.decode(ids) == "key"
-    stream = read.stream()
+    stream = TextStream(read.decode)
     assert "".join([*map(stream.push, ids), stream.finish()]) == "key"
 
 

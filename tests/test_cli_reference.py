@@ -12,7 +12,7 @@ from typing import Any
 import click
 import pytest
 
-from moac.cli.main import cli
+from moac.cli.group import cli
 from moac_runtime.command import run_parser
 
 ROOT = Path(__file__).parents[1]

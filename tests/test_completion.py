@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moac.cli.main import cli
+from moac.cli.group import cli
 from moac_runtime.command import run_parser
 
 MOAC = "from moac.cli.main import main; main()"

@@ -20,7 +20,7 @@ from tiny import Compiled, moac_command
 
 from moac.doctor import backends, libraries
 from moac.doctor import machine as told
-from moac.doctor.command import examine
+from moac.doctor.examine import examine
 from moac.doctor.text import doctor_text
 from moac_kernels.cpu_build import find_compiler
 from moac_runtime.backends.cpu import library

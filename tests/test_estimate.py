@@ -20,7 +20,7 @@ from moac.calibration import CalibrationSample
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.pipeline.estimate import exact_bytes, held_bytes, working_bytes
 from moac.pipeline.reading import open_reader
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.profiling.influence import (
     ACTIVATION_BYTES_LIMIT,
     backward_bytes,
@@ -86,7 +86,7 @@ def _exact(wide: Checkpoint) -> int:
 
 def _backward(wide: Checkpoint) -> int:
     model = wide.load_model("float32")
-    layout = Layout(num_kv_heads=4, sink=16, block=16, min_span=32, windows=wide.spec.windows)
+    layout = HeadLayout(num_kv_heads=4, sink=16, block=16, min_span=32, windows=wide.spec.windows)
     tokens = tuple(range(3, 515))
     sample = CalibrationSample("text", 512, tokens, ((128, 512),), (None,), ())
     return peak_of(lambda: sample_influence(model, wide.spec, sample, layout))

@@ -42,7 +42,7 @@ from moac.evaluation.text import KINDS, held_out, kind_tokens, most_windows, win
 from moac.evaluation.wordings import PASSKEY_WORDINGS, SEEN, UNSEEN, WORDINGS, WordingKind
 from moac.pipeline.verify import undropping
 from moac.planning import (
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     SolverOptions,
@@ -336,7 +336,7 @@ def test_the_uniform_plan_holds_as_much_at_each_length(artifact: Artifact) -> No
 
 def test_the_layerwise_plan_is_the_best_of_all_with_one_rule_a_layer() -> None:
     rng = np.random.default_rng(0)
-    layout = Layout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None,) * 3)
+    layout = HeadLayout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None,) * 3)
     tables = np.sort(rng.random((2, 3, 2, 17)))[..., ::-1].copy()
     rules = (Rule(32, 0.0), Rule(0, 0.25), Rule(0, 0.5), Rule(64, 0.5), Rule(0, 1.0))
     objectives = tuple(Objective(f"{k}", 256, tables[k]) for k in range(2))

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from cpu_kernels import needs_avx2, needs_compiler
+from import_graph import Arrows, arrows, inside, modules, reached
 from tiny import Compiled, built_for
 
 from moac_runtime.backends.cuda.host import has_driver
@@ -29,6 +31,23 @@ ALLOWED = {
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }
+
+# No module of the room imports, anywhere, one of these rooms.
+ONE_WAY = {
+    "moac_runtime.host": ("package", "text", "backends", "engine", "command"),
+    "moac_runtime.package": ("text", "backends", "engine", "command"),
+    "moac_runtime.text": ("backends", "engine", "command"),
+    "moac_runtime.backends": ("text", "engine", "command"),
+    "moac_runtime.engine": ("command",),
+    "moac.store": ("packaging", "pipeline", "show", "cli"),
+    "moac.planning": ("checkpoint", "calibration", "packaging", "pipeline", "show", "cli"),
+    "moac.show": ("pipeline", "evaluation", "bench", "cli"),
+    "moac.pipeline": ("evaluation", "bench", "cli"),
+}
+# Arrows that still run the wrong way, as (module, module); the test fails once one is gone.
+KNOWN = {("moac_runtime.backends.open", "moac_runtime.engine.batch")}
+# The only parts of the runtime that may import torch at the top.
+ON_TORCH = ("moac_runtime.backends.torch", "moac_runtime.backends.cuda")
 
 RUN_AS_COMMAND = """
 import json, sys
@@ -75,6 +94,72 @@ def test_the_lower_packages_import_what_they_may(folder: str) -> None:
     assert found - set(sys.stdlib_module_names) - ALLOWED[folder] == set()
 
 
+# ---- the house: modules, rooms and the arrows between them
+
+
+def in_order(graph: Arrows) -> list[str]:
+    """Each after all that it imports; raises CycleError, which names a circle, where none is."""
+    return list(TopologicalSorter(graph).static_order())
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Not even where an import waits inside a function."""
+    assert {"moac.cli.main", "moac_runtime.errors"} <= set(in_order(arrows(deferred=True)))
+
+
+def forbidden() -> list[tuple[str, str]]:
+    """`ONE_WAY` as pairs of rooms."""
+    return [
+        (room, f"{room.partition('.')[0]}.{other}")
+        for room, others in ONE_WAY.items()
+        for other in others
+    ]
+
+
+def test_arrows_between_rooms_run_one_way() -> None:
+    wrong = {
+        (module, target)
+        for module, targets in arrows(deferred=True).items()
+        for target in targets
+        if any(inside(module, room) and inside(target, other) for room, other in forbidden())
+    }
+    assert wrong == KNOWN
+
+
+def test_rooms_form_no_circle() -> None:
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    graph: Arrows = {}
+    for module, targets in arrows(deferred=True).items():
+        others = {room(target) for target in targets if (module, target) not in KNOWN}
+        graph.setdefault(room(module), set()).update(others - {room(module)})
+    assert {"moac.cli", "moac.show", "moac_runtime.backends"} <= set(in_order(graph))
+
+
+def test_the_rules_name_rooms_that_there_are() -> None:
+    named = {room for pair in forbidden() for room in pair} | set(ON_TORCH)
+    assert named - modules().keys() == set()
+
+
+def test_torch_loads_with_its_own_backends_alone() -> None:
+    graph = arrows(deferred=False)
+    free = [
+        module
+        for module in graph
+        if inside(module, "moac_runtime") and not any(inside(module, room) for room in ON_TORCH)
+    ]
+    assert {"moac_runtime.engine.model", "moac_runtime.backends.cpu.session"} <= set(free)
+    assert [module for module in free if "torch" in reached(module, graph)] == []
+    assert "torch" in reached("moac_runtime.backends.torch.session", graph)
+
+
+def test_tokenizer_and_streamed_text_do_without_each_other() -> None:
+    graph = arrows(deferred=False)
+    for one, other in (("tokenizer", "stream"), ("stream", "tokenizer")):
+        assert f"moac_runtime.text.{other}" not in reached(f"moac_runtime.text.{one}", graph)
+
+
 @pytest.mark.parametrize("folder", ["runtime", "kernels"])
 def test_the_folders_are_no_packages(folder: str) -> None:
     # an importable top-level `kernels` would break transformers
@@ -112,6 +197,7 @@ def test_running_a_package_imports_the_runtime_alone(
     runtime, modules = loaded(script, tiny_package.package, tmp_path)
     assert HEAVY & modules == ({"moac"} if script == RUN_AS_MOAC else set())
     assert runtime.is_relative_to(tiny_package.package) == (script == RUN_AS_FOLDER)
+    assert "click" not in modules  # the other commands'
 
 
 @needs_compiler

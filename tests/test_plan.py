@@ -20,9 +20,10 @@ from tiny import Compiled, moac_command, options, plan_options, request
 
 from moac import CompileRequest, compile_model
 from moac.checkpoint import open_checkpoint
+from moac.goal import Budget
 from moac.pipeline.cap import KvCap
 from moac.pipeline.planner import plan_model
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.planning.problem import allowed_tokens
 from moac.sizes import parse_size
 from moac_runtime.backends.torch.decoder import Decoder
@@ -477,7 +478,7 @@ def test_a_plan_under_a_cap_keeps_it_in_the_package(
 
 def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
     checkpoint = open_checkpoint(str(tiny_package.checkpoint))
-    layout = Layout(
+    layout = HeadLayout(
         num_kv_heads=2, sink=16, block=16, min_span=32, windows=checkpoint.spec.windows
     )
     asked = request(max_kv_bytes=700_001, batch=1, length=2000, dtype="float32")
@@ -553,8 +554,8 @@ def test_two_goals_in_a_request(asked: dict[str, Any]) -> None:
 
 
 def test_the_budget_of_a_request() -> None:
-    assert (request().share, request().planning()["budget"]) == (0.5, 0.5)
-    assert (request(budget=0.5).share, request(budget=1).share) == (0.5, 1)
+    assert (request().goal, request().planning()["budget"]) == (Budget(0.5), 0.5)
+    assert (request(budget=0.5).goal, request(budget=1).goal) == (Budget(0.5), Budget(1))
     assert request(max_loss=0.1).planning()["budget"] is None
     assert replace(request(), max_loss=0.1).max_loss == 0.1
 

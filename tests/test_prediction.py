@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moac.calibration import CalibrationSample
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.planning.prediction import Curve, Estimate, SpanCosts, left_out, root, student
 from moac_runtime.package.span import DENSE, Rule
 
@@ -65,7 +65,7 @@ def test_roots_keep_the_sign() -> None:
 
 
 def test_scores_between_the_profiled_lengths() -> None:
-    layout = Layout(num_kv_heads=1, sink=16, block=16, min_span=32, windows=(None,))
+    layout = HeadLayout(num_kv_heads=1, sink=16, block=16, min_span=32, windows=(None,))
     tables = []
     for length, cost in ((64, 1.0), (256, 3.0)):
         table = torch.zeros(1, 1, length // 16 + 1)
@@ -81,7 +81,7 @@ def test_scores_between_the_profiled_lengths() -> None:
 
 
 def test_signs_do_not_average_out_and_wider_spans_never_cost_more() -> None:
-    layout = Layout(num_kv_heads=1, sink=0, block=16, min_span=16, windows=(None,))
+    layout = HeadLayout(num_kv_heads=1, sink=0, block=16, min_span=16, windows=(None,))
     one = torch.tensor([[[math.inf, 1.0, -3.0, 2.0, 0.0]]])
     costs = SpanCosts.of([sample("text", 64), sample("text", 64)], [one, -one])
     found = [costs.score("text", layout.uniform(Rule(n, 0.0)), 64) for n in (16, 32, 48, 64)]

@@ -172,7 +172,7 @@ def test_a_working_directory_that_is_gone(package: Path, tmp_path: Path) -> None
 AS_NOBODY = """
 import os, sys, encodings.unicode_escape, jinja2.ext, moac.cli.main
 import moac.show.inspection, moac.show.summary
-from moac_runtime.text.tokenizer import ChatTemplate
+from moac_runtime.text.template import ChatTemplate
 ChatTemplate("{{ 'read once, with all that Jinja loads for it' }}")
 if sys.argv[1] == "run":
     import moac_runtime.engine.model, moac_runtime.backends.torch.session

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac.calibration import CalibrationSample
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.planning.objectives import ANSWERS, COUNTING, length_objectives
 from moac.profiling import attention as profiled
 from moac.profiling.attention import InfluenceRecorder, influence_attention
@@ -184,10 +184,10 @@ def test_sink_off_the_block_grid_is_refused() -> None:
         InfluenceRecorder(sink=10, block=16, windows=(None,))
 
 
-def _layout(model: object) -> Layout:
+def _layout(model: object) -> HeadLayout:
     config = model.config  # type: ignore[attr-defined]
     windows = (None,) * config.num_hidden_layers
-    return Layout(config.num_key_value_heads, SINK, BLOCK, 48, windows)
+    return HeadLayout(config.num_key_value_heads, SINK, BLOCK, 48, windows)
 
 
 def _sample(length: int, domain: str = "retrieval") -> CalibrationSample:
@@ -334,7 +334,7 @@ def _profiled(*domains: str) -> tuple[list[CalibrationSample], list[Tensor]]:
     return samples, [torch.rand(2, 2, 160 // BLOCK + 1, generator=generator) for _ in samples]
 
 
-def _reference(layout: Layout) -> Plan:
+def _reference(layout: HeadLayout) -> Plan:
     return layout.uniform(Rule(64, 0.0))
 
 

@@ -19,7 +19,7 @@ from tiny import Compiled, moac_command, options, plan_options
 
 from moac.calibration import CalibrationSample
 from moac.pipeline import stages
-from moac.pipeline.stages import Bench, calibrate, profile
+from moac.pipeline.stages import Workbench, calibrate, profile
 from moac.progress import progress
 from moac.progress.eta import TimeLeft
 from moac.progress.progress import passed, stage, step, whole
@@ -228,7 +228,7 @@ def test_standard_error_may_be_closed(tiny_package: Compiled, tmp_path: Path) ->
 # ---- the order of work
 
 
-def _bench(folder: Path) -> Bench:
+def _bench(folder: Path) -> Workbench:
     spec = SimpleNamespace(
         **{"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "vocab_size": 8},
         **{"hidden_size": 8, "intermediate_size": 8, "tied_embeddings": True},
@@ -243,7 +243,7 @@ def _bench(folder: Path) -> Bench:
     )
     found.costs = stages.Costs(spec, 4)
     found.key = lambda kind, **parts: f"{kind}-{parts['length']}-{parts['domain']}"
-    bench: Bench = found
+    bench: Workbench = found
     return bench
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moac.calibration import CalibrationSample
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.pipeline.reading import Reader, open_reader
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.profiling.hooks import REFERENCE, attention
 from moac_kernels.build import BuildError
 from moac_runtime.package.plan import Plan
@@ -53,7 +53,7 @@ def _sample() -> CalibrationSample:
 
 def _plan(checkpoint: Checkpoint) -> Plan:
     spec = checkpoint.spec
-    layout = Layout(spec.num_kv_heads, 32, 16, 48, spec.windows)
+    layout = HeadLayout(spec.num_kv_heads, 32, 16, 48, spec.windows)
     rules = [Rule(64, 0.0), DENSE, Rule(96, 0.0)]
     heads = range(spec.num_kv_heads)
     return layout.plan(

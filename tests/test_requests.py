@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from moac import CompileRequest
-from moac.bench.command import bench_command
 from moac.bench.request import BenchRequest
-from moac.cli.main import cli
+from moac.cli.bench import bench_command
+from moac.cli.group import cli
 from moac.evaluation import EvalRequest
+from moac.goal import DEFAULT_BUDGET, Budget, Goal, MaxKvBytes, MaxLoss
 from moac.pipeline.verify import verify
 from moac_runtime.errors import UsageError
 
@@ -55,6 +56,27 @@ def test_a_compile_that_cannot_be_meant(asked: dict[str, Any], words: str) -> No
     with pytest.raises(UsageError) as caught:
         CompileRequest(**asked)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "goal"),
+    [
+        ({}, Budget(0.5)),
+        ({"budget": 1}, Budget(1)),
+        ({"max_loss": 0.1}, MaxLoss(0.1)),
+        ({"max_kv_bytes": 7}, MaxKvBytes(7, batch=None, length=None)),
+        ({"max_kv_bytes": 7, "batch": 2, "length": 3}, MaxKvBytes(7, batch=2, length=3)),
+    ],
+)
+def test_a_compile_has_one_goal(asked: dict[str, Any], goal: Goal) -> None:
+    assert CompileRequest(**asked).goal == goal
+
+
+@pytest.mark.parametrize("asked", [{"batch": 2}, {"length": 512}])
+@pytest.mark.parametrize("other", [{"budget": 0.5}, {"max_loss": 0.1}])
+def test_sequences_without_their_bytes(asked: dict[str, Any], other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="give --max-kv-bytes with it"):
+        CompileRequest(**asked, **other)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +144,7 @@ def test_the_benchmark_tells_the_defaults_of_its_request() -> None:
 
 def _check_defaults(command: click.Command, request_of: Any) -> None:
     defaults = {field.name: field.default for field in fields(request_of)}
-    defaults["budget"] = 0.5  # where nothing says how much may stay
+    defaults["budget"] = DEFAULT_BUDGET
     context = click.Context(command)
     shown = 0
     for option in command.params:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from moac.planning import (
-    Layout,
+    HeadLayout,
     Objective,
     Problem,
     SolverOptions,
     candidate_rules,
     solve_weighted,
 )
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.columns import Relaxation
 from moac.planning.layers import num_sets, rule_sets, set_prices
 from moac.planning.milp import Optimiser
@@ -27,7 +27,7 @@ BOTH = {"256": 1.0, "512": 1.0}
 
 
 def make_problem(*, layers: int = 8, heads: int = 4, seed: int = 0, limit: int | None = 2):
-    layout = Layout(heads, 16, BLOCK, MIN_SPAN, (None,) * layers)
+    layout = HeadLayout(heads, 16, BLOCK, MIN_SPAN, (None,) * layers)
     rng = np.random.default_rng(seed)
     objectives = []
     for length in LENGTHS:
@@ -59,21 +59,21 @@ def test_set_prices_are_those_of_trying_each_set(limit):
 def test_the_bound_of_the_relaxation_holds_and_is_tight(seed):
     problem = make_problem(seed=seed)
     choices = Choices.of(problem)
-    goal = Goal.of(choices, np.ones(2), np.full(2, np.inf))
-    relaxed = Relaxation(choices, 2).solve(goal, gap=0.0, deadline=np.inf)
-    bound = goal.floor + goal.unit * relaxed.bound
+    criterion = Criterion.of(choices, np.ones(2), np.full(2, np.inf))
+    relaxed = Relaxation(choices, 2).solve(criterion, gap=0.0, deadline=np.inf)
+    bound = criterion.floor + criterion.unit * relaxed.bound
     record = solve_weighted(problem, BOTH, options=SolverOptions(gap=1e-3)).record
     assert bound <= record.objective
-    assert bound - goal.floor > 0.95 * (record.objective - goal.floor)
+    assert bound - criterion.floor > 0.95 * (record.objective - criterion.floor)
 
 
 def test_a_hasty_bound_holds_too():
     choices = Choices.of(make_problem())
-    goal = Goal.of(choices, np.ones(2), np.full(2, np.inf))
+    criterion = Criterion.of(choices, np.ones(2), np.full(2, np.inf))
     relaxation = Relaxation(choices, 2)
-    hasty = relaxation.solve(goal, gap=0.0, deadline=0.0)
+    hasty = relaxation.solve(criterion, gap=0.0, deadline=0.0)
     assert hasty.status == "time limit"
-    assert 0 <= hasty.bound <= relaxation.solve(goal, gap=0.0, deadline=np.inf).bound
+    assert 0 <= hasty.bound <= relaxation.solve(criterion, gap=0.0, deadline=np.inf).bound
 
 
 def test_few_rules_cost_no_less_than_many_and_the_gap_is_proven():

@@ -126,7 +126,7 @@ def test_json_stands_alone_though_libraries_print(
 
 
 def test_every_command_with_json_is_tried(tiny_package: Compiled, tmp_path: Path) -> None:
-    from moac.cli.main import cli
+    from moac.cli.group import cli
 
     has = {
         name

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
-from moac_runtime.text.tokenizer import StopStrings, Tokenizer
+from moac_runtime.text.stream import StopStrings, TextStream
+from moac_runtime.text.tokenizer import Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_end|>"]
 
@@ -359,7 +360,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    stream = tokenizer.stream()
+    stream = TextStream(tokenizer.decode)
     return [*(stream.push(token) for token in tokens), stream.finish()]
 
 

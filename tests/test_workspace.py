@@ -25,10 +25,10 @@ from tiny import Compiled, moac_command, plan_options
 
 from moac.packaging import cpu_kernels
 from moac.packaging.cpu_kernels import built_library, emit_cpu_kernels
-from moac.packaging.rename import ASIDE
 from moac.store import atomic
 from moac.store.atomic import PARTIAL, is_abandoned, write_whole
 from moac.store.kept import Damaged, Header, read_result, write_result
+from moac.store.rename import ASIDE
 from moac.store.workspace import Workspace
 from moac_runtime.errors import MoacError
 

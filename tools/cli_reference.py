@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from moac.cli.main import cli
+from moac.cli.group import cli
 from moac_runtime.command import run_parser
 
 Row = tuple[str, str, str]

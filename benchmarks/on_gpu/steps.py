@@ -15,11 +15,12 @@ from torch import Tensor
 
 from moac.bench.availability import obstacle
 from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
+from moac.bench.open import open_system
 from moac.bench.ours import random_weights
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import BenchRequest
 from moac.bench.shapes import shape_spec
-from moac.bench.system import Subject, System, open_system
+from moac.bench.system import Subject, System
 from moac.bench.worker import Load, Running
 from moac.packaging.fuse import head_order
 from moac_runtime.backends.cuda.decoder import CudaDecoder

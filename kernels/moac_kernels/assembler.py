@@ -1,10 +1,9 @@
-"""What the assembler made of a kernel: registers, memory it spilled to, and its instructions."""
+"""What the assembler made of a kernel: registers, and memory it spilled to."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,24 +33,7 @@ def tool(name: str) -> Path:
 
 def resources(cubin: Path) -> Resources:
     """Registers and spills of the one kernel in a cubin."""
-    report = _dump("-res-usage", cubin)
+    command = [str(tool("cuobjdump")), "-res-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
     return Resources(int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]))
-
-
-def instructions(cubin: Path) -> Counter[str]:
-    """How often each machine instruction stands in a cubin, such as `LDGSTS.E.BYPASS.128`."""
-    return Counter(
-        re.findall(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)",
-            _dump("-sass", cubin),
-            re.MULTILINE,
-        )
-    )
-
-
-def _dump(option: str, cubin: Path) -> str:
-    done = subprocess.run(
-        [tool("cuobjdump"), option, cubin], capture_output=True, text=True, check=True
-    )
-    return done.stdout

@@ -140,14 +140,6 @@ def _bounds(ends: Tensor, programs: int) -> Tensor:
     return snapped
 
 
-def decode_read_bytes(work: DecodeWork, *, head_dim: int, group: int, itemsize: int) -> int:
-    """Bytes the decode launch reads: keys, values, queries and tables."""
-    slots = int((work.items[:, 3] - work.items[:, 2]).sum())
-    each = group * head_dim * itemsize + 16 + 4 * FIELDS + 4  # query, item, span, position
-    tables = 4 * len(work.programs)
-    return slots * 2 * head_dim * itemsize + len(work.items) * each + tables
-
-
 def prefill_rows(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Rows of a prefill step, int32 `[B, 4]`: its first new token among all, how many there are,
     the first one's position, and an unused field. New tokens stand row after row."""

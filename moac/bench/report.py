@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moac.bench.runner import BenchResult, Row
+from moac.bench.result import BenchResult, BenchRow
 from moac.show.summary import table
 
 _MIB = 1 << 20
@@ -34,7 +34,7 @@ def bench_table(result: BenchResult) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[object, ...]:
+def _cells(row: BenchRow) -> tuple[object, ...]:
     low, high = row.decode_ms_blocks
     return (
         row.system,

@@ -6,28 +6,25 @@ falls on all of them alike.
 
 from __future__ import annotations
 
-import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
-from typing import Any
 
 import click
 import torch
 
 from moac.bench.availability import check_available, runnable
-from moac.bench.floor import floor_ms, kv_bytes_read
-from moac.bench.machine import machine, read_bandwidth_gbs, versions
+from moac.bench.machine import machine, read_bandwidth_gbs
 from moac.bench.memory import check_memory
 from moac.bench.plans import random_plan, system_plan
 from moac.bench.request import BenchRequest
+from moac.bench.result import BenchResult, BenchRow, Times, measured_row
 from moac.bench.shapes import shape_spec
 from moac.bench.system import Subject
-from moac.bench.worker import Load, Usage, Worker
-from moac.pipeline.origin import check_source
+from moac.bench.worker import Load, Worker
+from moac.origin import check_source
 from moac.progress.progress import stage, step
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.backends.open import choose_backend
@@ -39,70 +36,6 @@ from moac_runtime.package.spec import ModelSpec
 
 _BLOCK_STEPS = 8
 _PREFILL, _DECODE = "prefill", "decode"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One system at one batch and context; `to_json` is a row of the result."""
-
-    system: str
-    batch: int
-    context: int
-    dtype: str
-    density: float
-    prefill_s: float
-    decode_ms_p50: float
-    decode_ms_p95: float
-    decode_ms_blocks: tuple[float, float]
-    tokens_per_s: float
-    kv_bytes: int
-    peak_bytes: int | None
-    read_bytes: int
-    floor_ms: float
-
-    @property
-    def percent_of_floor(self) -> float:
-        """The floor in percent of the median step: 100 would be reading at full bandwidth."""
-        return 100 * self.floor_ms / self.decode_ms_p50
-
-    def to_json(self) -> dict[str, Any]:
-        """`decode_ms_blocks`: lowest and highest median of a block of steps."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"decode_ms_blocks": list(self.decode_ms_blocks)}
-
-
-@dataclass(slots=True)
-class Times:
-    """What was measured of one system: seconds of each prefill, milliseconds of each step."""
-
-    prefill_s: list[float] = field(default_factory=list)
-    blocks: list[list[float]] = field(default_factory=list)
-
-    @property
-    def steps(self) -> list[float]:
-        """Every step's milliseconds."""
-        return [step for block in self.blocks for step in block]
-
-
-@dataclass(frozen=True, slots=True)
-class BenchResult:
-    """Every row, and what the machine is. `bandwidth`: 10^9 bytes a second, measured."""
-
-    machine: dict[str, Any]
-    bandwidth: float
-    rows: tuple[Row, ...]
-    date: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as `moac bench --json` writes it."""
-        return {
-            "machine": self.machine,
-            "read_bandwidth_gbs": self.bandwidth,
-            "versions": versions(),
-            "command": sys.argv,
-            "date": self.date,
-            "rows": [row.to_json() for row in self.rows],
-        }
 
 
 def run_bench(request: BenchRequest) -> BenchResult:
@@ -120,7 +53,7 @@ def run_bench(request: BenchRequest) -> BenchResult:
         bandwidth = read_bandwidth_gbs(request.device)
     if request.device == "cuda":
         torch.cuda.empty_cache()  # the memory is for the processes that are measured
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for batch, context in product(request.batches, request.contexts):
         rows.extend(_measure(request, model, systems, batch, context, bandwidth))
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -150,7 +83,7 @@ def choose_systems(request: BenchRequest) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class _Target:
     """What is measured. `plan(capacity)`: our own row's plan at a capacity."""
 
     spec: ModelSpec
@@ -158,10 +91,10 @@ class _Model:
     plan: Callable[[int], Plan]
 
 
-def _open_model(request: BenchRequest) -> _Model:
+def _open_model(request: BenchRequest) -> _Target:
     if request.package is None:
         spec = shape_spec(request.shape or "")
-        model = _Model(spec, request.dtype or "bfloat16", _random_plans(request, spec))
+        model = _Target(spec, request.dtype or "bfloat16", _random_plans(request, spec))
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
@@ -176,7 +109,7 @@ def _open_model(request: BenchRequest) -> _Model:
                 "leave out --dtype"
             )
         _check_source(request, artifact)
-        model = _Model(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
+        model = _Target(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
         limit = min(artifact.capacity, artifact.spec.context)
     longest = request.capacity(max(request.contexts))
     if longest > limit:
@@ -212,12 +145,12 @@ def _check_source(request: BenchRequest, artifact: Artifact) -> None:
 
 def _measure(
     request: BenchRequest,
-    model: _Model,
+    model: _Target,
     systems: Sequence[str],
     batch: int,
     context: int,
     bandwidth: float,
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """The rows of one batch and context."""
     load = Load(batch, context, request.capacity(context), request.seed)
     plan = model.plan(load.capacity)
@@ -235,10 +168,10 @@ def _measure(
                 times = _alternate(workers, request)
             usages = [worker.usage() for worker in workers]
         for name, found, usage in zip(group, times, usages, strict=True):
-            yield _row(name, load, subjects[name], found, usage, bandwidth)
+            yield measured_row(name, load, subjects[name], found, usage, bandwidth)
 
 
-def _subject(request: BenchRequest, model: _Model, plan: Plan) -> Subject:
+def _subject(request: BenchRequest, model: _Target, plan: Plan) -> Subject:
     return Subject(
         spec=model.spec,
         plan=plan,
@@ -273,41 +206,3 @@ def _alternate(workers: Sequence[Worker], request: BenchRequest) -> list[Times]:
                 with step(_DECODE, steps):
                     found.blocks.append(worker.decode(steps))
     return times
-
-
-def _row(
-    name: str, load: Load, subject: Subject, times: Times, usage: Usage, bandwidth: float
-) -> Row:
-    kv_read = kv_bytes_read(
-        subject.spec,
-        subject.plan,
-        batch=load.batch,
-        capacity=load.capacity,
-        length=(load.context + load.capacity) / 2,  # the middle of the timed steps
-        itemsize=usage.kv_itemsize,
-    )
-    median = statistics.median(times.steps)
-    medians = [statistics.median(block) for block in times.blocks]
-    read = usage.weight_bytes + kv_read
-    return Row(
-        system=name,
-        batch=load.batch,
-        context=load.context,
-        dtype=usage.dtype,
-        density=subject.plan.density(load.capacity),
-        prefill_s=statistics.median(times.prefill_s),
-        decode_ms_p50=median,
-        decode_ms_p95=percentile(times.steps, 95),
-        decode_ms_blocks=(min(medians), max(medians)),
-        tokens_per_s=load.batch * 1e3 / median,
-        kv_bytes=usage.kv_bytes,
-        peak_bytes=usage.peak_bytes,
-        read_bytes=round(read),
-        floor_ms=floor_ms(read, bandwidth),
-    )
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of `values` do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]

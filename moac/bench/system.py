@@ -1,8 +1,8 @@
-"""A way to run the model: what the benchmark asks of it, and opening one by its name."""
+"""A way to run the model: what it is given, and what the benchmark asks of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -54,28 +54,3 @@ class System(Protocol):
 
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-
-
-def open_system(name: str, subject: Subject) -> System:
-    """Load the weights of `subject` into the system `name`. Raises MoacError."""
-    if name in ("moac", "dense", "uniform"):
-        from moac.bench.ours import OurSystem
-
-        return OurSystem(subject)
-    if name == "onnx":
-        from moac.bench.ours import OurSystem
-
-        return OurSystem(replace(subject, backend="onnx"))
-    if name == "llamacpp":
-        from moac.bench.llamacpp import LlamaCpp
-
-        return LlamaCpp(subject)
-    if name == "flex":
-        from moac.bench.flex import Flex
-
-        return Flex(subject)
-    from moac.bench.transformers_cache import GrowingCache, StaticCompiled
-
-    if name == "hf":
-        return GrowingCache(subject)
-    return StaticCompiled(subject)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from moac.bench.machine import peak_bytes
-from moac.bench.system import Subject, System, open_system
+from moac.bench.open import open_system
+from moac.bench.system import Subject, System
 from moac_runtime.errors import MoacError
 from moac_runtime.host.cores import set_torch_threads
 

@@ -1,4 +1,4 @@
-"""`moac clean` on the command line."""
+"""`moac clean`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from moac_runtime.errors import MoacError, UsageError
 
 if TYPE_CHECKING:
-    from moac.store.cleaning import Contents, Group, Item
+    from moac.store.cleaning import Contents, Item, Subtotal
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -140,7 +140,7 @@ def _foreign(names: Sequence[str]) -> str:
     return f"not moac's, and left alone: {told}"
 
 
-def _row(name: str, group: Group) -> tuple[object, ...]:
+def _row(name: str, group: Subtotal) -> tuple[object, ...]:
     return (name, group.files, _size(group.size), _told_age(group.oldest), _told_age(group.newest))
 
 

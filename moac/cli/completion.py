@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import argparse
 
 
 class RunCommand(click.Command):
@@ -28,9 +30,15 @@ def _parameter(action: argparse.Action) -> click.Parameter:
     return click.Option(
         action.option_strings,
         help=action.help,
-        multiple=isinstance(action, argparse._AppendAction),
+        multiple=_repeats(action),
         type=_values(action),
     )
+
+
+def _repeats(action: argparse.Action) -> bool:
+    from argparse import _AppendAction
+
+    return isinstance(action, _AppendAction)
 
 
 def _values(action: argparse.Action) -> click.ParamType[Any] | None:

@@ -15,14 +15,18 @@ from moac_runtime.errors import UsageError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def numbers(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+def numbers(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
     """`1024,2048` as whole numbers, for tokens."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of tokens such as 1024,2048") from None
+    return _whole_numbers(value, "tokens such as 1024,2048")
+
+
+def counts(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """`1,8` as whole numbers."""
+    return _whole_numbers(value, "numbers such as 1,8")
 
 
 def words(
@@ -42,6 +46,15 @@ def size(context: click.Context, option: click.Parameter, value: str | None) -> 
         return parse_size(value)
     except UsageError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _whole_numbers(value: str | None, expected: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of {expected}") from None
 
 
 def given(choices: Mapping[str, Any]) -> dict[str, Any]:

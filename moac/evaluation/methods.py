@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from moac.pipeline.verify import undropping
-from moac.planning import Layout, matching_uniform
+from moac.planning import HeadLayout, matching_uniform
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record
 from moac_runtime.package.plan import Plan
@@ -62,7 +62,7 @@ def _layerwise(artifact: Artifact) -> PlanAt:
             '"layerwise"), which needs the profile; compile it again, or leave layerwise out of '
             "--against"
         )
-    layout = Layout.of(artifact.plan)
+    layout = HeadLayout.of(artifact.plan)
     rules = [Rule(int(alpha), float(beta)) for alpha, beta in found]
     return always(layout.plan([[rule] * layout.num_kv_heads for rule in rules]))
 

@@ -22,7 +22,7 @@ from moac.evaluation.text import held_out
 from moac.evaluation.wordings import SEEN, UNSEEN, WordingKind
 from moac.evaluation.words import keys, vocabulary
 
-Kind = Literal["number", "uuid"]
+NeedleKind = Literal["number", "uuid"]
 Haystack = Literal["noise", "essay", "needles"]
 
 _NIAH_TOKENS, _VARIABLES_TOKENS, _COMMON_TOKENS, _FREQUENT_TOKENS = 128, 30, 120, 50
@@ -37,7 +37,7 @@ class Niah:
     """
 
     haystack: Haystack
-    values: Kind = "number"
+    values: NeedleKind = "number"
     keyed: Literal["word", "uuid"] = "word"
     num_keys: int = 1
     num_values: int = 1
@@ -161,7 +161,7 @@ def _names(rng: random.Random, keyed: str, count: int) -> list[str]:
     return keys(rng, count) if keyed == "word" else [_uuid(rng) for _ in range(count)]
 
 
-def _value(rng: random.Random, kind: Kind) -> str:
+def _value(rng: random.Random, kind: NeedleKind) -> str:
     return str(rng.randint(1_000_000, 9_999_999)) if kind == "number" else _uuid(rng)
 
 

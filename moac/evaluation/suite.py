@@ -30,7 +30,7 @@ from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.evaluation.wordings import WordingKind
-from moac.pipeline.origin import check_source
+from moac.origin import check_source
 from moac.pipeline.plan_file import read_plan_file
 from moac.progress.cost import Costs
 from moac.progress.progress import notes, passed, stage, step
@@ -118,14 +118,14 @@ def evaluate(
     root = Path(work_dir) if work_dir is not None else default_work_dir()
     workspace = Workspace(root, checkpoint.name, checkpoint.identity)
     workspace.prepare()
-    bench = _Bench(
+    rig = _Rig(
         artifact,
         Runner(sessions),
         tokenizer,
         own.eos_token_ids,
         KeptCells.of(workspace, artifact, sessions, batch=request.batch),
     )
-    results, differences, kept = _run(bench, cells, plans, request)
+    results, differences, kept = _run(rig, cells, plans, request)
     if kept:
         total = len(cells) * len(plans)
         click.echo(f"note: {kept} of {total} cells were kept from an earlier run", err=True)
@@ -244,7 +244,7 @@ def _num_windows(request: EvalRequest, kind: str, num_tokens: int, room: int, le
 
 
 @dataclass(frozen=True, slots=True)
-class _Bench:
+class _Rig:
     artifact: Artifact
     runner: Runner
     tokenizer: Any
@@ -257,7 +257,7 @@ class _Bench:
 
 
 def _run(
-    bench: _Bench,
+    rig: _Rig,
     cells: Sequence[_Cell],
     plans: dict[str, PlanAt],
     request: EvalRequest,
@@ -265,13 +265,13 @@ def _run(
     """The figures, the differences, and how many cells were kept from an earlier run."""
     kept = 0
     measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
-    work = len(plans) * sum(cell.cost(bench.costs) for cell in cells)
+    work = len(plans) * sum(cell.cost(rig.costs) for cell in cells)
     with stage("evaluate", {_RUN: work}):
         for cell in cells:
             for method, plan in plans.items():
-                rows, old = _kept_rows(bench, cell, plan, request)
+                rows, old = _kept_rows(rig, cell, plan, request)
                 kept += old
-                for task, outcome in _outcomes(bench.artifact, cell, rows):
+                for task, outcome in _outcomes(rig.artifact, cell, rows):
                     for name, counted in _counted(task, outcome, request):
                         found = measured.setdefault((name, cell.length), {})
                         found.setdefault(method, []).append(counted)
@@ -299,20 +299,20 @@ def _undeep(outcome: Outcome) -> Outcome:
 
 
 def _kept_rows(
-    bench: _Bench, cell: _Cell, plan: PlanAt, request: EvalRequest
+    rig: _Rig, cell: _Cell, plan: PlanAt, request: EvalRequest
 ) -> tuple[list[Row], bool]:
     """The rows of a cell under a plan, and whether they were there already."""
-    name = bench.kept.key(
+    name = rig.kept.key(
         plan(cell.length),
         asked=cell.asked(),
         task=cell.task,
         part=cell.part,
         length=cell.length,
         seed=request.seed,
-        eos=sorted(bench.eos),
+        eos=sorted(rig.eos),
     )
-    found = bench.kept.load(name)
-    cost = cell.cost(bench.costs)
+    found = rig.kept.load(name)
+    cost = cell.cost(rig.costs)
     if found is not None:
         passed(_RUN, cost)
         return found, True
@@ -320,21 +320,20 @@ def _kept_rows(
     measure = _text_rows if cell.texts else _case_rows
     batches = -(-cell.size // request.batch)
     with step(_RUN, cost) as part:
-        runs = measure(bench, cell, plan(cell.length), request.batch)
+        runs = measure(rig, cell, plan(cell.length), request.batch)
         for done, batch in enumerate(runs, start=1):
             rows += batch
             part(done, batches)
-    bench.kept.save(name, rows)
+    rig.kept.save(name, rows)
     return rows, False
 
 
-def _case_rows(bench: _Bench, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
+def _case_rows(rig: _Rig, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
     """Score and NLL of each case, a batch at a time."""
     for cases in _batches(cell.cases, size):
-        replies = bench.runner.replies(plan, cases, capacity=cell.length, eos=bench.eos)
+        replies = rig.runner.replies(plan, cases, capacity=cell.length, eos=rig.eos)
         said = [
-            bench.tokenizer.decode(list(reply.tokens), skip_special_tokens=True)
-            for reply in replies
+            rig.tokenizer.decode(list(reply.tokens), skip_special_tokens=True) for reply in replies
         ]
         yield [
             (case.score(text), reply.nll)
@@ -342,10 +341,10 @@ def _case_rows(bench: _Bench, cell: _Cell, plan: Plan, size: int) -> Iterator[li
         ]
 
 
-def _text_rows(bench: _Bench, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
+def _text_rows(rig: _Rig, cell: _Cell, plan: Plan, size: int) -> Iterator[list[Row]]:
     """The fields of each text's `TextLoss`, a batch at a time."""
     for texts in _batches(cell.texts, size):
-        yield [astuple(loss) for loss in bench.runner.text_losses(plan, texts)]
+        yield [astuple(loss) for loss in rig.runner.text_losses(plan, texts)]
 
 
 def _outcomes(

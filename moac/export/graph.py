@@ -24,7 +24,7 @@ KINDS = {"float32": FLOAT, "float16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class GraphWeights:
     """Where weights come from. `tensor(b, name)`: the value of a weight in the graph's dtype.
 
     `rows(b, name, index)`: some rows of a matrix. `linear(b, x, name, bias)`: `x` times the
@@ -36,13 +36,13 @@ class Weights:
     linear: Callable[[Builder, str, str, str | None], str]
 
 
-def build_graph(spec: ModelSpec, layout: OnnxLayout, weights: Weights) -> GraphProto:
+def build_graph(spec: ModelSpec, layout: OnnxLayout, weights: GraphWeights) -> GraphProto:
     """The graph of `layout`; its inputs and outputs stand in docs/ONNX.md."""
     return _Graph(spec, layout, weights).build()
 
 
 class _Graph:
-    def __init__(self, spec: ModelSpec, layout: OnnxLayout, weights: Weights) -> None:
+    def __init__(self, spec: ModelSpec, layout: OnnxLayout, weights: GraphWeights) -> None:
         self._b = Builder()
         self._spec = spec
         self._layout = layout
@@ -215,15 +215,17 @@ class _Graph:
             for layer, own in enumerate(new):
                 caches = self._layout.of_layer(layer)
                 kinds = b.ints(*(c.span for c in caches for _ in range(c.num_heads)))
-                places = step.places(slots, kinds, [i for c in caches for i in range(c.num_heads)])
+                indices = step.indices(
+                    slots, kinds, [i for c in caches for i in range(c.num_heads)]
+                )
                 source = step.source(kinds)
                 for part, x in zip(("key", "value"), own, strict=True):
                     x = b.op("GatherND", x, source, batch_dims=2)
-                    cut = (caches, self._cut(x, caches), self._cut(places, caches))
-                    for cache, tokens, place in zip(*cut, strict=True):
-                        self._write_cache(cache, part, tokens, place)
+                    cut = (caches, self._cut(x, caches), self._cut(indices, caches))
+                    for cache, tokens, index in zip(*cut, strict=True):
+                        self._write_cache(cache, part, tokens, index)
 
-    def _write_cache(self, cache: CacheLayout, part: str, tokens: str, places: str) -> None:
+    def _write_cache(self, cache: CacheLayout, part: str, tokens: str, indices: str) -> None:
         name = f"present.{cache.name}.{part}"
-        self._b.op("ScatterND", f"past.{cache.name}.{part}", places, tokens, name=name)
+        self._b.op("ScatterND", f"past.{cache.name}.{part}", indices, tokens, name=name)
         self._b.output(name, self._kind, self._cache_shape(cache))

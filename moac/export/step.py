@@ -98,8 +98,8 @@ class Step:
 
     def _rotation(self, kind: int) -> tuple[str, str]:
         b, scaling = self._b, self._spec.rope.scaling
-        place = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 3)), to=FLOAT)
-        angle = b.op("Mul", place, "inv_freq")
+        position = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 3)), to=FLOAT)
+        angle = b.op("Mul", position, "inv_freq")
         cos, sin = b.op("Cos", angle), b.op("Sin", angle)
         if scaling != 1:
             cos, sin = (b.op("Mul", x, b.number(scaling)) for x in (cos, sin))
@@ -139,7 +139,7 @@ class Step:
         none = b.op("Sub", b.op("Shape", value, start=0, end=1), tokens)
         return b.op("Add", self._slots, none)
 
-    def places(self, slots: str, kinds: str, heads: Sequence[int]) -> str:
+    def indices(self, slots: str, kinds: str, heads: Sequence[int]) -> str:
         """`[B, heads, T, 3]`: row, head in its cache, and slot; `kinds`: of each head's span."""
         b = self._b
         slot = b.op("Unsqueeze", b.op("Gather", slots, kinds, axis=1), b.ints(3))

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 
 from moac.export.builder import Builder
-from moac.export.graph import KINDS, Weights
+from moac.export.graph import KINDS, GraphWeights
 
 _STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 
@@ -48,10 +48,10 @@ def _tensors(package: Path, shard: Path) -> Iterator[tuple[str, Stored]]:
             yield name, Stored(location, kind, shape, start, end - begin)
 
 
-def shared_weights(package: Path, dtype: str) -> Weights:
+def shared_weights(package: Path, dtype: str) -> GraphWeights:
     """Weights read where they lie; the graph casts those that are not stored in `dtype`."""
     source = _Shared(stored_tensors(package), KINDS[dtype])
-    return Weights(source.tensor, source.rows, source.linear)
+    return GraphWeights(source.tensor, source.rows, source.linear)
 
 
 class _Shared:
@@ -89,11 +89,11 @@ class _Shared:
         return b.initializer(tensor)
 
 
-def readable_weights(package: Path, dtype: str) -> Weights:
+def readable_weights(package: Path, dtype: str) -> GraphWeights:
     """Weights as `shared_weights`, but linear ones by value, for a quantizer to read."""
     shared = _Shared(stored_tensors(package), KINDS[dtype])
     linear = _Readable(package, shared, dtype).linear
-    return Weights(shared.tensor, shared.rows, linear)
+    return GraphWeights(shared.tensor, shared.rows, linear)
 
 
 class _Readable:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moac.packaging.rename import exchange, move_new
 from moac.store.atomic import partial_folder, sweep, sync, sync_tree
+from moac.store.rename import exchange, move_new
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.integrity import MANIFEST
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moac.checkpoint import Checkpoint
-from moac.planning import Layout
+from moac.goal import MaxKvBytes
+from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.dtypes import DTYPE_BYTES
@@ -31,11 +32,12 @@ class KvCap:
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: CompileRequest) -> KvCap | None:
         """What the request asks for, None where it sets no cap. Raises UsageError."""
-        if request.max_kv_bytes is None:
+        goal = request.goal
+        if not isinstance(goal, MaxKvBytes):
             return None
         context = checkpoint.spec.context
         most = request.capacity or context
-        length = request.length or most
+        length = goal.length or most
         if length > most:
             limit = "the capacity" if most < context else "the model's context"
             raise UsageError(
@@ -48,13 +50,13 @@ class KvCap:
                 "tokens, so there is nothing to plan; give a longer --length"
             )
         return cls(
-            max_bytes=request.max_kv_bytes,
-            batch=request.batch or 1,
+            max_bytes=goal.size,
+            batch=goal.batch or 1,
             length=length,
             token_bytes=kv_token(checkpoint, request),
         )
 
-    def budget(self, layout: Layout, lengths: Sequence[int]) -> float:
+    def budget(self, layout: HeadLayout, lengths: Sequence[int]) -> float:
         """The largest density at `length` whose bytes the cap holds.
 
         The same density is then the budget at all of `lengths`. Raises BudgetError where no plan
@@ -111,7 +113,7 @@ def told_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _least_tokens(layout: Layout, lengths: Sequence[int], length: int) -> tuple[int, int]:
+def _least_tokens(layout: HeadLayout, lengths: Sequence[int], length: int) -> tuple[int, int]:
     """The fewest tokens at `length` whose density the smallest plan meets at all of `lengths`.
 
     And the one of them that needs so many.

@@ -37,11 +37,11 @@ from moac.pipeline.planner import (
     find_plan,
     forecast,
     longest_session,
-    open_bench,
+    open_workbench,
     prepare,
     taken_plan,
 )
-from moac.pipeline.stages import Bench
+from moac.pipeline.stages import Workbench
 from moac.pipeline.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
 from moac.progress.cost import Costs, Kind
 from moac.progress.progress import notes, stage, step, whole
@@ -119,7 +119,7 @@ def compile_model(
     clock = Clock(work.seconds)
     with whole(work.time_left()):
         with clock("load"):
-            bench = open_bench(checkpoint, layout, request, work_dir)
+            bench = open_workbench(checkpoint, layout, request, work_dir)
         if file is None:
             planned = find_plan(bench, lengths, clock)
         else:
@@ -138,7 +138,7 @@ def compile_model(
 
 
 def emit(
-    out: Path, bench: Bench, planned: Planned, clock: Clock, *, force: bool
+    out: Path, bench: Workbench, planned: Planned, clock: Clock, *, force: bool
 ) -> tuple[Check, ...]:
     """Write the package, verify it, and only then let it stand at `out`. Raises CheckFailed."""
     with staged(out, force=force) as staging:
@@ -151,7 +151,7 @@ def emit(
     return checks
 
 
-def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
+def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
     """Write everything that verification needs into the staging folder."""
     checkpoint, request = bench.checkpoint, bench.request
     plan, record = planned.plan, planned.record
@@ -193,7 +193,7 @@ def write_package(staging: Path, bench: Bench, planned: Planned) -> None:
 
 
 def golden_prompts(
-    bench: Bench, plan: Plan, length: int, dtype: str
+    bench: Workbench, plan: Plan, length: int, dtype: str
 ) -> tuple[list[GoldenPrompt], dict[str, float]]:
     """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
 
@@ -219,14 +219,14 @@ def golden_prompts(
 
 
 def _disturbed_error(
-    bench: Bench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str, seed: int
+    bench: Workbench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str, seed: int
 ) -> float:
     model = bench.checkpoint.load_model(dtype).float()
     disturb_weights(model, seed=seed)
     return largest_error(model, plan, prompts)
 
 
-def provenance(bench: Bench, planned: Planned) -> dict[str, Any]:
+def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
     """Where the package comes from: checkpoint, arguments, versions, host, time.
 
     Of a plan from a file, the file's name and SHA-256; how it was planned stands in `plan.json`.

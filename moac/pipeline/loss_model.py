@@ -12,7 +12,14 @@ from torch import Tensor
 
 from moac.calibration import CalibrationSample
 from moac.lengths import Lengths
-from moac.pipeline.stages import Bench, Measured, best_weighted, measure, optimise, unseen_samples
+from moac.pipeline.stages import (
+    Measured,
+    Workbench,
+    best_weighted,
+    measure,
+    optimise,
+    unseen_samples,
+)
 from moac.planning import FrontPoint, Problem, smallest_budget
 from moac.planning.between import spend_between
 from moac.planning.prediction import LEVEL, Curve, Estimate, SpanCosts, left_out, root
@@ -114,7 +121,7 @@ class LossModel:
 
 
 def learn(
-    bench: Bench,
+    bench: Workbench,
     samples: Sequence[CalibrationSample],
     tables: Sequence[Tensor],
     lengths: Lengths,
@@ -133,7 +140,7 @@ def learn(
 
 
 def smallest_within(
-    bench: Bench, lengths: Lengths, problem_at: ProblemAt, model: LossModel, limit: float
+    bench: Workbench, lengths: Lengths, problem_at: ProblemAt, model: LossModel, limit: float
 ) -> tuple[Problem, list[FrontPoint]]:
     """The problem of the smallest density that keeps the loss, and the plans of it that do.
 
@@ -180,14 +187,14 @@ def _check_reachable(model: LossModel, point: FrontPoint, limit: float, density:
         )
 
 
-def _densities(bench: Bench, lengths: Lengths) -> tuple[float, float]:
+def _densities(bench: Workbench, lengths: Lengths) -> tuple[float, float]:
     """The smallest density there is, and the one that drops a single block."""
     layout, longest = bench.layout, lengths.planned[-1]
     dense = layout.num_heads * longest
     return smallest_budget(layout, lengths.planned)[0], (dense - layout.block) / dense
 
 
-def _ladder_plans(bench: Bench, lengths: Lengths, problem_at: ProblemAt) -> dict[str, Plan]:
+def _ladder_plans(bench: Workbench, lengths: Lengths, problem_at: ProblemAt) -> dict[str, Plan]:
     """What the solver makes of a few densities, the same whatever the budget.
 
     Plans of another making would teach another curve: a uniform plan of the same score loses

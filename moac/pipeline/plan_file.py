@@ -14,11 +14,11 @@ from typing import Any
 
 from moac.checkpoint import Checkpoint
 from moac.lengths import Lengths
-from moac.packaging.rename import move_new
+from moac.origin import told_model
 from moac.pipeline.cap import KvCap, kv_token, told_bytes
-from moac.pipeline.origin import told_model
-from moac.planning import Layout
+from moac.planning import HeadLayout
 from moac.request import CompileRequest
+from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.plan import Plan
 
@@ -38,7 +38,7 @@ class PlanFile:
     sha256: str
     edited: bool
 
-    def prepared(self, upto: int) -> tuple[Lengths, Layout]:
+    def prepared(self, upto: int) -> tuple[Lengths, HeadLayout]:
         """The lengths and the layout that the plan was made for; `upto`: the longest session."""
         record = self.record
         lengths = Lengths(
@@ -48,7 +48,7 @@ class PlanFile:
             upto=upto,
             capped=record.get("kv_cap", {}).get("length"),
         )
-        return lengths, Layout.of(self.plan)
+        return lengths, HeadLayout.of(self.plan)
 
 
 def check_plan_target(path: Path, *, force: bool) -> None:

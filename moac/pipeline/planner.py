@@ -16,6 +16,7 @@ from moac.calibration.jsonl import user_opening
 from moac.calibration.prompt import PromptFormat
 from moac.checkpoint import Checkpoint, open_checkpoint
 from moac.export.target import require_onnx
+from moac.goal import MaxLoss
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
@@ -24,8 +25,8 @@ from moac.pipeline.loss_model import learn, smallest_within
 from moac.pipeline.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
 from moac.pipeline.reading import open_reader
 from moac.pipeline.stages import (
-    Bench,
     Measured,
+    Workbench,
     calibrate,
     halves,
     optimise,
@@ -36,7 +37,7 @@ from moac.pipeline.stages import (
     validate,
 )
 from moac.pipeline.work import Forecast
-from moac.planning import FrontPoint, Layout, Problem, largest_density, layerwise_plan
+from moac.planning import FrontPoint, HeadLayout, Problem, largest_density, layerwise_plan
 from moac.planning.capacities import largest_record
 from moac.planning.problem import check_budget
 from moac.progress.cost import Kind
@@ -106,7 +107,7 @@ def plan_model(
     clock = Clock(work.seconds)
     with whole(work.time_left()):
         with clock("load"):
-            bench = open_bench(checkpoint, layout, request, work_dir)
+            bench = open_workbench(checkpoint, layout, request, work_dir)
         found = find_plan(bench, lengths, clock)
     record = sealed(found.plan, {**found.record, **clock.to_json()})
     write_plan_file(Path(out), found.plan, record, force=force)
@@ -119,11 +120,11 @@ def plan_model(
     )
 
 
-def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, Layout]:
+def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, HeadLayout]:
     """What the request means for this checkpoint; raises before any work where it cannot be."""
     spec = checkpoint.spec
     _check_calibration(checkpoint, request)
-    layout = Layout(
+    layout = HeadLayout(
         num_kv_heads=spec.num_kv_heads,
         sink=request.sink,
         block=request.block,
@@ -191,9 +192,12 @@ def longest_session(checkpoint: Checkpoint, request: CompileRequest) -> int:
     return request.capacity or checkpoint.spec.context
 
 
-def open_bench(
-    checkpoint: Checkpoint, layout: Layout, request: CompileRequest, work_dir: str | Path | None
-) -> Bench:
+def open_workbench(
+    checkpoint: Checkpoint,
+    layout: HeadLayout,
+    request: CompileRequest,
+    work_dir: str | Path | None,
+) -> Workbench:
     """Load the dense model, on the GPU if there is one, for calibration and measurement."""
     set_torch_threads()
     device = pick_device()
@@ -205,7 +209,7 @@ def open_bench(
             model = checkpoint.load_model(dtype, device)
         with step(Kind.BUILD):
             reader = open_reader(checkpoint, dtype, device, workspace.root)
-    return Bench(
+    return Workbench(
         checkpoint=checkpoint,
         model=model,
         reader=reader,
@@ -268,16 +272,16 @@ def sample_counts(lengths: Lengths, samples: int) -> dict[int, dict[str, int]]:
     }
 
 
-def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
+def find_plan(bench: Workbench, lengths: Lengths, clock: Clock) -> Planned:
     """Calibrate, profile, learn what losses follow, optimise, and measure the best plans."""
-    request = bench.request
+    request, goal = bench.request, bench.request.goal
     cap = KvCap.of(bench.checkpoint, request)
     counts = sample_counts(lengths, request.measuring.samples)
     with clock("rehearse"):
         rehearse(bench, counts, lengths.unseen)
     with clock("calibrate"):
         samples = calibrate(bench, counts)
-    if request.max_loss is None:
+    if not isinstance(goal, MaxLoss):
         samples, later = halves(samples)
     with clock("profile"):
         tables = profile(bench, samples)
@@ -287,7 +291,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
 
     with clock("predict"):
         model = learn(bench, samples, tables, lengths, problem_at)
-    if request.max_loss is None:
+    if not isinstance(goal, MaxLoss):
         budget = _budget(request, cap, bench.layout, lengths)
         with clock("refine"):
             samples, tables = refine(bench, samples, tables, later, lengths, budget)
@@ -296,7 +300,7 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
             front = optimise(bench, problem, lengths)
     else:
         with clock("optimise"):
-            problem, front = smallest_within(bench, lengths, problem_at, model, request.max_loss)
+            problem, front = smallest_within(bench, lengths, problem_at, model, goal.nats)
     with clock("validate"):
         best, measured = validate(bench, [point.plan for point in front], lengths)
     plan = front[best].plan
@@ -307,12 +311,12 @@ def find_plan(bench: Bench, lengths: Lengths, clock: Clock) -> Planned:
         **planning_record(lengths, problem, front, front[best], measured),
         **model.record(front, plan),
         **({} if cap is None else {"kv_cap": cap.record(plan)}),
-        **({} if request.max_loss is None else {"max_loss": request.max_loss}),
+        **({"max_loss": goal.nats} if isinstance(goal, MaxLoss) else {}),
     }
     return Planned(plan, record)
 
 
-def taken_plan(bench: Bench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
+def taken_plan(bench: Workbench, file: PlanFile, lengths: Lengths, clock: Clock) -> Planned:
     """The plan of a file. One that was edited is measured, and told without what no longer holds.
 
     Densities are counted again, up to the longest session of this package; where one passes the
@@ -430,5 +434,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
-def _budget(request: CompileRequest, cap: KvCap | None, layout: Layout, lengths: Lengths) -> float:
-    return request.share if cap is None else cap.budget(layout, lengths.planned)
+def _budget(
+    request: CompileRequest, cap: KvCap | None, layout: HeadLayout, lengths: Lengths
+) -> float:
+    return request.goal.share if cap is None else cap.budget(layout, lengths.planned)

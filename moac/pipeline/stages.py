@@ -22,7 +22,7 @@ from moac.packaging.golden import reference_logits
 from moac.pipeline.reading import Reader
 from moac.planning import (
     FrontPoint,
-    Layout,
+    HeadLayout,
     Problem,
     SolverOptions,
     candidate_rules,
@@ -55,14 +55,14 @@ _UNSEEN_SEED = 1_000_003
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Workbench:
     """The dense model at work: everything a stage needs to measure and to keep results."""
 
     checkpoint: Checkpoint
     model: Any
     reader: Reader
     tokenizer: Any
-    layout: Layout
+    layout: HeadLayout
     workspace: Workspace
     request: CompileRequest
 
@@ -89,7 +89,7 @@ class Measured:
         return sum(self.losses.values()) / len(self.losses)
 
 
-def rehearse(bench: Bench, counts: Mapping[int, Mapping[str, int]], unseen: int) -> None:
+def rehearse(bench: Workbench, counts: Mapping[int, Mapping[str, int]], unseen: int) -> None:
     """A pass of each kind that takes long, so that the time left is soon known to be right.
 
     Backward pass and measurement are of running text, which takes no answers, and are kept for
@@ -107,7 +107,9 @@ def rehearse(bench: Bench, counts: Mapping[int, Mapping[str, int]], unseen: int)
                 reference_logits(bench.model, bench.reader.dense, tokens, [len(tokens) - 1])
 
 
-def calibrate(bench: Bench, counts: Mapping[int, Mapping[str, int]]) -> list[CalibrationSample]:
+def calibrate(
+    bench: Workbench, counts: Mapping[int, Mapping[str, int]]
+) -> list[CalibrationSample]:
     """`counts[length][domain]` samples, and the user's own where a file was given."""
     with stage("calibrate"):
         samples = _samples(bench, counts, bench.request.seed)
@@ -116,7 +118,7 @@ def calibrate(bench: Bench, counts: Mapping[int, Mapping[str, int]]) -> list[Cal
     return samples
 
 
-def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
+def profile(bench: Workbench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
     """Each sample's influence `[layers, kv_heads, spans]`, in the samples' order.
 
     Long ones go first: the time left is soon known then, and so is memory that falls short.
@@ -131,7 +133,7 @@ def profile(bench: Bench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
 
 
 def planning_problem(
-    bench: Bench,
+    bench: Workbench,
     samples: Sequence[CalibrationSample],
     tables: Sequence[Tensor],
     lengths: Lengths,
@@ -183,7 +185,7 @@ def halves(
 
 
 def refine(
-    bench: Bench,
+    bench: Workbench,
     samples: Sequence[CalibrationSample],
     tables: Sequence[Tensor],
     later: Sequence[CalibrationSample],
@@ -209,7 +211,7 @@ def refine(
 
 
 def optimise(
-    bench: Bench, problem: Problem, lengths: Lengths, first: FrontPoint | None = None
+    bench: Workbench, problem: Problem, lengths: Lengths, first: FrontPoint | None = None
 ) -> list[FrontPoint]:
     """`first`, or the plan that loses least over all lengths together, then others of the front.
 
@@ -231,7 +233,7 @@ def optimise(
     return [replace(point, plan=plan) for point, plan in zip(points, spent, strict=True)]
 
 
-def best_weighted(bench: Bench, problem: Problem) -> FrontPoint:
+def best_weighted(bench: Workbench, problem: Problem) -> FrontPoint:
     """The plan that loses least over all objectives together: one solve, where a front is many."""
     weights = {objective.name: 1.0 for objective in problem.objectives}
     with step(Kind.SOLVE, 1):
@@ -249,7 +251,9 @@ def _solver_options(request: CompileRequest) -> SolverOptions:
     return SolverOptions(gap=_FRONT_GAP, time_limit=_SECONDS_A_SOLVE if limited else None)
 
 
-def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int, list[Measured]]:
+def validate(
+    bench: Workbench, plans: Sequence[Plan], lengths: Lengths
+) -> tuple[int, list[Measured]]:
     """Which of `plans` to take, and what each loses at the unseen length.
 
     The first, unless another loses less by more than chance, here and at the longest length: the
@@ -273,21 +277,23 @@ def validate(bench: Bench, plans: Sequence[Plan], lengths: Lengths) -> tuple[int
     return best, rows
 
 
-def _better(bench: Bench, samples: Sequence[CalibrationSample], plan: Plan, other: Plan) -> bool:
+def _better(
+    bench: Workbench, samples: Sequence[CalibrationSample], plan: Plan, other: Plan
+) -> bool:
     """Whether `plan` loses less than `other` on these samples, by more than chance (95 %)."""
     gains = [sample_loss(bench, s, other) - sample_loss(bench, s, plan) for s in samples]
     error = float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
     return float(np.mean(gains)) > student(len(gains) - 1) * error
 
 
-def unseen_samples(bench: Bench, length: int) -> list[CalibrationSample]:
+def unseen_samples(bench: Workbench, length: int) -> list[CalibrationSample]:
     """Samples of `length` tokens that no profile has seen."""
     counts = {length: dict.fromkeys(MEASURED_KINDS, VALIDATION_SAMPLES)}
     return _samples(bench, counts, bench.request.seed + _UNSEEN_SEED)
 
 
 def measure(
-    bench: Bench, samples: Sequence[CalibrationSample], name: str, plan: Plan | None
+    bench: Workbench, samples: Sequence[CalibrationSample], name: str, plan: Plan | None
 ) -> Measured:
     """Run `plan` (None: the dense model) on every sample; what was run before is not again."""
     losses: dict[str, list[float]] = {}
@@ -297,7 +303,7 @@ def measure(
 
 
 def _samples(
-    bench: Bench, counts: Mapping[int, Mapping[str, int]], seed: int
+    bench: Workbench, counts: Mapping[int, Mapping[str, int]], seed: int
 ) -> list[CalibrationSample]:
     """By length, ascending; made in the other order, so that the time left is soon known."""
     made = {
@@ -310,7 +316,7 @@ def _samples(
 
 
 def _domain_samples(
-    bench: Bench, length: int, domain: str, count: int, seed: int
+    bench: Workbench, length: int, domain: str, count: int, seed: int
 ) -> list[CalibrationSample]:
     name = bench.key(
         "calibration",
@@ -340,7 +346,7 @@ def _domain_samples(
     return [_sample(data) for data in kept]
 
 
-def _users_own(bench: Bench, lengths: Sequence[int]) -> list[CalibrationSample]:
+def _users_own(bench: Workbench, lengths: Sequence[int]) -> list[CalibrationSample]:
     path = bench.request.calibration
     lines = read_calibration(path) if path is not None else []
     name = bench.key(
@@ -374,7 +380,7 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
     )
 
 
-def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) -> Tensor:
+def _sample_table(bench: Workbench, sample: CalibrationSample, around: Plan | None) -> Tensor:
     name = bench.key(
         "profile",
         sample=asdict(sample),
@@ -398,7 +404,7 @@ def _sample_table(bench: Bench, sample: CalibrationSample, around: Plan | None) 
     return kept["influence"]
 
 
-def sample_loss(bench: Bench, sample: CalibrationSample, plan: Plan | None) -> float:
+def sample_loss(bench: Workbench, sample: CalibrationSample, plan: Plan | None) -> float:
     """The mean loss in nats of a sample's answer tokens under `plan`; None is the dense model."""
     stated = None if plan is None else plan.to_json()
     name = bench.key(

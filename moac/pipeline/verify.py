@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moac.pipeline.origin import check_source
+from moac.origin import check_source
 from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.backends.cpu.opening import open_cpu
 from moac_runtime.backends.cpu.session import CpuSession

@@ -15,6 +15,7 @@ import torch
 from moac.calibration import MEASURED_KINDS, read_calibration
 from moac.calibration.jsonl import UserSample
 from moac.checkpoint import Checkpoint
+from moac.goal import MaxLoss
 from moac.lengths import Lengths
 from moac.packaging.cpu_kernels import cpu_obstacle, cpu_sets, unbuilt
 from moac.packaging.golden import INSIDE_TOKENS
@@ -102,7 +103,7 @@ class Forecast:
     @property
     def later(self) -> dict[int, int]:
         """Samples by length that are profiled around a draft of the plan."""
-        if self.request.max_loss is not None:
+        if isinstance(self.request.goal, MaxLoss):
             return {}
         later = {n: kinds["retrieval"] // 2 for n, kinds in self.counts.items()}
         later[self.lengths.profiled[-1]] += len(self._lines) // 2
@@ -163,7 +164,7 @@ class Forecast:
         drafts = min(self.request.measuring.drafts, sum(self.later.values()))
         refine: Amounts = {Kind.BACKWARD: self._backward(self.later), Kind.SOLVE: drafts}
         bisect: Amounts = {Kind.SOLVE: most_solves()}
-        plans = self.request.measuring.plans
+        to_a_loss, plans = isinstance(self.request.goal, MaxLoss), self.request.measuring.plans
         solves = 1 + front_solves(plans, len(lengths.profiled)) + plans
         return {
             "rehearse": {
@@ -178,7 +179,7 @@ class Forecast:
                 Kind.MEASURE: self._measured * (costs.forward(unseen) + ladder),
                 Kind.SOLVE: len(LADDER),
             },
-            **({"refine": refine} if self.request.max_loss is None else {"bisect": bisect}),
+            **({"bisect": bisect} if to_a_loss else {"refine": refine}),
             "optimise": {Kind.SOLVE: solves},
             "validate": self._validate(plans, alone=False),
         }
@@ -197,7 +198,7 @@ class Forecast:
     def _validate(self, plans: int, *, alone: bool) -> Amounts:
         """`plans` and a uniform one; `alone`: nobody has measured the dense model before."""
         costs, unseen = self.costs, self.lengths.unseen
-        each = (plans + 1) * costs.forward(unseen, self.request.share)
+        each = (plans + 1) * costs.forward(unseen, self.request.goal.share)
         if not alone:
             return {Kind.MEASURE: self._measured * each}
         return {

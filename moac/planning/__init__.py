@@ -12,17 +12,16 @@ if TYPE_CHECKING:
     from moac.planning.milp import (
         FrontPoint,
         SolverRecord,
-        solve_minmax,
         solve_weighted,
     )
-    from moac.planning.problem import Layout, Objective, Problem, plan_losses, smallest_budget
+    from moac.planning.problem import HeadLayout, Objective, Problem, plan_losses, smallest_budget
     from moac.planning.rules import candidate_rules
     from moac.planning.solver import SolverOptions
     from moac.planning.uniform import matching_uniform, uniform_plan
 
 __all__ = [
     "FrontPoint",
-    "Layout",
+    "HeadLayout",
     "Objective",
     "Problem",
     "SolverOptions",
@@ -34,14 +33,13 @@ __all__ = [
     "pareto_front",
     "plan_losses",
     "smallest_budget",
-    "solve_minmax",
     "solve_weighted",
     "uniform_plan",
 ]
 
 _HOMES = {
     "FrontPoint": "milp",
-    "Layout": "problem",
+    "HeadLayout": "problem",
     "Objective": "problem",
     "Problem": "problem",
     "SolverOptions": "solver",
@@ -53,7 +51,6 @@ _HOMES = {
     "pareto_front": "front",
     "plan_losses": "problem",
     "smallest_budget": "problem",
-    "solve_minmax": "milp",
     "solve_weighted": "milp",
     "uniform_plan": "uniform",
 }

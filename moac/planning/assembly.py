@@ -1,4 +1,4 @@
-"""A goal over choices as one mixed-integer program.
+"""A criterion over choices as one mixed-integer program.
 
 Multiple-choice knapsack: a binary `x[h, r]` per head and rule, one rule a head, tokens held within
 the budget where bounded (whole numbers, so exact), losses as objective or as bounds. Where a
@@ -11,31 +11,23 @@ from __future__ import annotations
 import highspy
 import numpy as np
 
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.problem import Bools, Floats, Ints
 from moac.planning.program import Program
 
 
-def assemble(choices: Choices, goal: Goal) -> highspy.HighsLp:
-    """Columns: choices, then rules to open, then by how much the worst objective is above."""
+def assemble(choices: Choices, criterion: Criterion) -> highspy.HighsLp:
+    """Columns: choices, then rules to open."""
     crowded = _crowded(choices)
     opened = _opened(choices, crowded)
     num_opened = int(opened.max(initial=-1)) + 1
-    num_binary = len(choices.rule) + num_opened
-    tail = 0 if goal.ratios is None else 1
-    program = Program(
-        cost=np.concatenate([choices.losses @ goal.cost, np.zeros(num_opened), [1.0] * tail]),
-        upper=np.concatenate([np.ones(num_binary), [np.inf] * tail]),
-        integers=num_binary,
-    )
+    program = Program(np.concatenate([choices.losses @ criterion.cost, np.zeros(num_opened)]))
     _add_heads(program, choices)
     _add_budget(program, choices)
-    for column in np.flatnonzero(np.isfinite(goal.upper)):
-        _add_one(program, choices.losses[:, column], upper=float(goal.upper[column]))
+    for column in np.flatnonzero(np.isfinite(criterion.upper)):
+        _add_one(program, choices.losses[:, column], upper=float(criterion.upper[column]))
     if num_opened:
         _add_limit(program, choices, np.flatnonzero(crowded), opened)
-    if goal.ratios is not None and goal.room is not None:
-        _add_worst(program, choices, goal.ratios, goal.room)
     return program.build()
 
 
@@ -92,18 +84,3 @@ def _add_limit(program: Program, choices: Choices, crowded: Ints, opened: Ints) 
     most = np.full(int(layer.max()) + 1, float(choices.problem.limit or 0))
     lower = np.full(len(most), -np.inf)
     program.add_rows(layer, first_opened + index, 1.0, lower=lower, upper=most)
-
-
-def _add_worst(program: Program, choices: Choices, ratios: Floats, room: Floats) -> None:
-    """The last column is at least every objective's ratio."""
-    count, last = len(choices.rule), len(program.cost) - 1
-    columns = np.append(np.arange(count), last)
-    for objective, most in enumerate(room):
-        values = np.append(choices.losses[:, objective] * ratios[objective], -1.0)
-        program.add_rows(
-            np.zeros_like(columns),
-            columns,
-            values,
-            lower=np.array([-np.inf]),
-            upper=np.array([most]),
-        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moac.planning.problem import Ints, Layout, allowed_at
+from moac.planning.problem import HeadLayout, Ints, allowed_at
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
@@ -45,7 +45,7 @@ def largest_density(plan: Plan, capacities: range) -> tuple[float, int]:
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
     every = np.array(capacities, dtype=np.int64)
-    densities = held_at(plan, every) / (Layout.of(plan).num_heads * every)
+    densities = held_at(plan, every) / (HeadLayout.of(plan).num_heads * every)
     place = int(densities.argmax())
     return float(densities[place]), capacities[place]
 
@@ -62,7 +62,7 @@ def over_budget(
 ) -> tuple[int, ...]:
     """Where `plan` passes `budget` by most, one capacity in each gap `between` those given."""
     every = np.array(capacities, dtype=np.int64)
-    over = held_at(plan, every) - allowed_at(Layout.of(plan), budget, every)
+    over = held_at(plan, every) - allowed_at(HeadLayout.of(plan), budget, every)
     passed = np.flatnonzero(over > 0)
     gaps = np.searchsorted(np.array(between), every[passed])
     return tuple(_worst(passed[gaps == gap], over, every) for gap in np.unique(gaps))

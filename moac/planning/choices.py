@@ -1,4 +1,4 @@
-"""A problem as flat columns, and a goal over them, shifted and scaled for a solver."""
+"""A problem as flat columns, and a criterion over them, shifted and scaled for a solver."""
 
 from __future__ import annotations
 
@@ -74,39 +74,25 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Goal:
-    """What to minimise over choices: `cost . losses`, plus the worst of `ratios * losses - room`.
+class Criterion:
+    """What to minimise over choices: `cost . losses`, which is never negative.
 
-    All `[objectives]`, losses as `Choices` scales them. `upper`: what they may sum to, infinite
-    where free. `ratios` and `room` are None without a worst objective. In the tables' own units
-    the value is `floor + unit * value`; it is never negative.
+    Both `[objectives]`, losses as `Choices` scales them. `upper`: what they may sum to, infinite
+    where free. In the tables' own units the value is `floor + unit * value`.
     """
 
     cost: Floats
     upper: Floats
-    ratios: Floats | None
-    room: Floats | None
     floor: float
     unit: float
 
     @classmethod
-    def of(
-        cls, choices: Choices, weights: Floats, bounds: Floats, units: Floats | None = None
-    ) -> Goal:
-        """Least `weights . losses`, plus `max(losses / units)`, with `losses <= bounds`."""
+    def of(cls, choices: Choices, weights: Floats, bounds: Floats) -> Criterion:
+        """Least `weights . losses` with `losses <= bounds`."""
         cost, ideal = weights * choices.scale, choices.ideal
-        floor, most = float(weights @ ideal), float(cost.max())
-        upper = (bounds - ideal) / choices.scale
-        if units is None:
-            return cls(cost / most, upper, None, None, floor, most)
-        ratios = choices.scale / units
-        unit, best = max(most, float(ratios.max())), float((ideal / units).max())
-        room = (best - ideal / units) / unit
-        return cls(cost / unit, upper, ratios / unit, room, floor + best, unit)
+        floor, unit = float(weights @ ideal), float(cost.max())
+        return cls(cost / unit, (bounds - ideal) / choices.scale, floor, unit)
 
     def value(self, losses: Floats) -> float:
         """Of a plan whose choices' `losses` `[objectives]` are summed."""
-        value = float(self.cost @ losses)
-        if self.ratios is None or self.room is None:
-            return value
-        return value + float((self.ratios * losses - self.room).max())
+        return float(self.cost @ losses)

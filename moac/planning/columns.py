@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.layers import rule_sets, set_prices
 from moac.planning.master import Columns, Master, Prices
 from moac.planning.problem import Bools, Floats, Ints
 
 _log = logging.getLogger(__name__)
 
-_NOTHING = 1e-9  # of a goal's value, which is of the order of one a head
+_NOTHING = 1e-9  # of a criterion's value, which is of the order of one a head
 _UNMET = 1e-7  # by which HiGHS lets a row be broken
 
 
@@ -43,7 +43,7 @@ class Relaxed:
 
 
 class Relaxation:
-    """The mixtures of whole layers of `choices`; what one goal finds helps with the next."""
+    """The mixtures of whole layers of `choices`; what one criterion finds helps with the next."""
 
     def __init__(self, choices: Choices, limit: int) -> None:
         problem = choices.problem
@@ -62,17 +62,17 @@ class Relaxation:
         self._tokens = problem.sizes() * (self._budget / allowed)
         self._columns = self._smallest()
 
-    def solve(self, goal: Goal, *, gap: float, deadline: float) -> Relaxed:
+    def solve(self, criterion: Criterion, *, gap: float, deadline: float) -> Relaxed:
         """Mix until the bound is within `gap` of the best mixture, or until `deadline`.
 
         `deadline` is on the clock of `time.perf_counter`.
         """
-        master = Master(goal, self._budget, self._columns, num_layers=len(self._losses))
-        kept = self._descend(master, np.zeros_like(goal.cost), gap=0.0, deadline=deadline)
+        master = Master(criterion, self._budget, self._columns, num_layers=len(self._losses))
+        kept = self._descend(master, np.zeros_like(criterion.cost), gap=0.0, deadline=deadline)
         if kept.status != "optimal":
             return kept
         master.charge()
-        return self._descend(master, goal.cost, gap=gap, deadline=deadline)
+        return self._descend(master, criterion.cost, gap=gap, deadline=deadline)
 
     def _descend(self, master: Master, cost: Floats, *, gap: float, deadline: float) -> Relaxed:
         """Add columns until none helps. Before `charge`, until the bounds are kept."""
@@ -84,7 +84,7 @@ class Relaxation:
             least = by_set.min(axis=1)
             if least.sum() - prices.fixed > least_sum:
                 least_sum, best = float(least.sum()) - prices.fixed, (paid, by_set)
-            better = least < prices.layers - _NOTHING
+            better = least < prices.layers - _NOTHING  # columns of negative reduced cost
             done = value - least_sum <= gap * value + _NOTHING or not better.any()
             late = time.perf_counter() >= deadline
             if done or late or (not master.charged and least_sum > _UNMET):

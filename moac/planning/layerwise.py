@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moac.planning.milp import solve_weighted
-from moac.planning.problem import Layout, Objective, Problem, plan_losses
+from moac.planning.problem import HeadLayout, Objective, Problem, plan_losses
 from moac.planning.solver import SolverOptions
 from moac.planning.uniform import uniform_plan
 from moac_runtime.package.plan import Plan
@@ -40,5 +40,5 @@ def _tied(objective: Objective) -> Objective:
     return replace(objective, table=objective.table.sum(axis=1, keepdims=True))
 
 
-def _spread(plan: Plan, layout: Layout) -> Plan:
+def _spread(plan: Plan, layout: HeadLayout) -> Plan:
     return layout.plan([layer * layout.num_kv_heads for layer in plan.rules])

@@ -13,10 +13,18 @@ from dataclasses import replace
 import numpy as np
 
 from moac.planning.assembly import assemble
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.columns import Relaxation, Relaxed
 from moac.planning.problem import Floats
-from moac.planning.solver import COARSE, STOPPED, WIDER, Outcome, SolverOptions, is_close, solve
+from moac.planning.solver import (
+    COARSE,
+    STOPPED,
+    WIDER,
+    SolverOptions,
+    SolverResult,
+    is_close,
+    solve,
+)
 
 _BOUND_SHARE = 0.05  # of the gap that may be lost by ending the relaxation early
 _NODES = 200  # a search among few sets that takes more had better look at others
@@ -25,25 +33,25 @@ _INNER = 0.95  # of the gap, so that a search's own is within it after rounding
 
 def solve_limited(
     choices: Choices,
-    goal: Goal,
+    criterion: Criterion,
     relaxation: Relaxation,
     *,
     options: SolverOptions,
     known: float = np.inf,
     within: float = np.inf,
-) -> Outcome:
-    """Minimise `goal`; the outcome's values are those of `choices`, `[C]`. See `solver.solve`.
+) -> SolverResult:
+    """Minimise `criterion`; the values found are those of `choices`, `[C]`. See `solver.solve`.
 
     Where no plan is found at most the share `within` above the bound, it ends as "infeasible".
     """
     limit = np.inf if options.time_limit is None else options.time_limit
     deadline = time.perf_counter() + limit
-    relaxed = relaxation.solve(goal, gap=_BOUND_SHARE * options.gap, deadline=deadline)
+    relaxed = relaxation.solve(criterion, gap=_BOUND_SHARE * options.gap, deadline=deadline)
     if relaxed.status != "optimal":
-        return Outcome(relaxed.status, None, np.inf, relaxed.bound)
+        return SolverResult(relaxed.status, None, np.inf, relaxed.bound)
     if is_close(known, relaxed.bound, options):
-        return Outcome("known", None, np.inf, relaxed.bound)
-    return _Search(choices, goal, relaxation, relaxed, options, deadline).run(within)
+        return SolverResult("known", None, np.inf, relaxed.bound)
+    return _Search(choices, criterion, relaxation, relaxed, options, deadline).run(within)
 
 
 class _Search:
@@ -52,18 +60,18 @@ class _Search:
     def __init__(
         self,
         choices: Choices,
-        goal: Goal,
+        criterion: Criterion,
         relaxation: Relaxation,
         relaxed: Relaxed,
         options: SolverOptions,
         deadline: float,
     ) -> None:
-        self._choices, self._goal, self._options = choices, goal, options
+        self._choices, self._criterion, self._options = choices, criterion, options
         self._rule_sets, self._relaxed, self._deadline = relaxation.rule_sets, relaxed, deadline
         self._above = relaxed.sets - relaxed.sets.min(axis=1, keepdims=True)
-        self._best = Outcome("infeasible", None, np.inf, relaxed.bound)
+        self._best = SolverResult("infeasible", None, np.inf, relaxed.bound)
 
-    def run(self, within: float) -> Outcome:
+    def run(self, within: float) -> SolverResult:
         """The best plan found, with what is proven of it."""
         heads = self._choices.problem.layout.num_heads
         unit = max(self._relaxed.bound, 1e-3 * heads)
@@ -99,7 +107,7 @@ class _Search:
         most = len(self._above) + extra
         return float(np.partition(above, most)[most]) if most < len(above) else np.inf
 
-    def _within(self, cut: float, reach: float, *, coarse: bool) -> Outcome:
+    def _within(self, cut: float, reach: float, *, coarse: bool) -> SolverResult:
         """Search among sets up to `cut` above the cheapest, for plans up to `reach` above the
         bound.
         """
@@ -118,7 +126,7 @@ class _Search:
         )
         inside = choices.only(kept)
         found = solve(
-            assemble(inside, self._goal),
+            assemble(inside, self._criterion),
             options=options,
             target=bound * (1 + self._options.gap),
             proof=not coarse,
@@ -144,11 +152,11 @@ class _Search:
             np.minimum.at(least[layer], (heads, rules), more)
         return least
 
-    def _take(self, found: Outcome) -> None:
+    def _take(self, found: SolverResult) -> None:
         if found.objective < self._best.objective:
             self._best = replace(found, bound=self._best.bound)
 
-    def _prove(self, found: Outcome, reach: float) -> None:
+    def _prove(self, found: SolverResult, reach: float) -> None:
         """After a search among all that can be in a plan less than `reach` above the bound."""
         least = np.inf if found.status == "infeasible" else found.bound
         least = min(least, self._relaxed.bound + reach, self._best.objective)

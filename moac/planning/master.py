@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from moac.planning.choices import Goal
+from moac.planning.choices import Criterion
 from moac.planning.highs import new_solver
 from moac.planning.problem import Floats, Ints
 
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prices:
-    """What the rows charge: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
+    """The dual prices of the rows: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
 
     `fixed` is to be subtracted once. `layers` `[layers]`: the least that a column of each layer
     pays at these prices.
@@ -51,18 +51,18 @@ class Prices:
 
 
 class Master:
-    """Rows: one mixture a layer, budgets, bounds, and the worst objective where there is one.
+    """Rows: one mixture a layer, budgets, bounds.
 
     Until `charge` it only looks for a mixture that keeps the bounds: its value is by how much
-    they are missed. From then on it minimises the goal, and no bound may be missed.
+    they are missed. From then on it minimises the criterion, and no bound may be missed.
     """
 
-    def __init__(self, goal: Goal, budget: Floats, columns: Columns, *, num_layers: int) -> None:
+    def __init__(
+        self, criterion: Criterion, budget: Floats, columns: Columns, *, num_layers: int
+    ) -> None:
         self.charged = False
-        self._goal, self._budget, self._num_layers = goal, budget, num_layers
-        room = np.zeros(0) if goal.room is None else goal.room
-        self._room = room
-        upper = np.concatenate([np.ones(num_layers), budget, goal.upper, room])
+        self._criterion, self._budget, self._num_layers = criterion, budget, num_layers
+        upper = np.concatenate([np.ones(num_layers), budget, criterion.upper])
         lower = np.concatenate([np.ones(num_layers), np.full(len(upper) - num_layers, -np.inf)])
         self._solver = new_solver()
         none = np.zeros(0, dtype=np.int32)
@@ -70,14 +70,10 @@ class Master:
             len(upper), lower, upper, 0, np.zeros(len(upper), dtype=np.int32), none, np.zeros(0)
         )
         first = num_layers + len(budget)
-        misses = [np.array([row]) for row in range(first, first + len(goal.upper))]
-        worst = [np.arange(len(upper) - len(room), len(upper))] if len(room) else []
-        for number, rows in enumerate([*misses, *worst]):
-            cost = 1.0 if number < len(misses) else 0.0
-            self._solver.addCol(
-                cost, 0.0, np.inf, len(rows), rows.astype(np.int32), np.full(len(rows), -1.0)
-            )
-        self._own = len(misses) + len(worst)
+        for row in range(first, len(upper)):
+            miss = np.array([row], dtype=np.int32)
+            self._solver.addCol(1.0, 0.0, np.inf, 1, miss, np.array([-1.0]))
+        self._misses = len(criterion.upper)
         self._columns = columns
         self._pass(columns)
 
@@ -87,10 +83,10 @@ class Master:
         self._pass(columns)
 
     def charge(self) -> None:
-        """From here on minimise the goal; no bound may be missed."""
+        """From here on minimise the criterion; no bound may be missed."""
         self.charged = True
-        missed, worst = len(self._goal.upper), self._own - len(self._goal.upper)
-        costs = np.concatenate([np.zeros(missed), np.ones(worst), self._cost(self._columns)])
+        missed = self._misses
+        costs = np.concatenate([np.zeros(missed), self._cost(self._columns)])
         every = np.arange(len(costs), dtype=np.int32)
         self._solver.changeColsCost(len(costs), every, costs)
         self._solver.changeColsBounds(missed, every[:missed], np.zeros(missed), np.zeros(missed))
@@ -106,20 +102,18 @@ class Master:
 
     def share(self, num_sets: int) -> Floats:
         """How much of each layer is planned with each set of rules, `[layers, sets]`."""
-        found = np.array(self._solver.getSolution().col_value)[self._own :]
+        found = np.array(self._solver.getSolution().col_value)[self._misses :]
         share = np.zeros((self._num_layers, num_sets))
         np.add.at(share, (self._columns.layer, self._columns.rule_set), found)
         return share
 
     def _cost(self, columns: Columns) -> Floats:
-        cost: Floats = columns.losses @ self._goal.cost
+        cost: Floats = columns.losses @ self._criterion.cost
         return cost if self.charged else np.zeros_like(cost)
 
     def _pass(self, columns: Columns) -> None:
         count = len(columns.layer)
-        parts = [np.ones((count, 1)), columns.tokens, columns.losses]
-        parts += [] if self._goal.ratios is None else [columns.losses * self._goal.ratios]
-        values = np.hstack(parts)
+        values = np.hstack([np.ones((count, 1)), columns.tokens, columns.losses])
         shared = np.arange(self._num_layers, self._num_layers + values.shape[1] - 1)
         rows = np.hstack([columns.layer[:, None], np.tile(shared, (count, 1))])
         used = np.abs(values) > _DROPPED
@@ -136,16 +130,10 @@ class Master:
         )
 
     def _prices(self, duals: Floats) -> Prices:
-        """Prices that bound: not negative, and no dearer than a miss and the worst cost."""
+        """Prices that bound: not negative, and no higher than a miss costs."""
         layers, charged = duals[: self._num_layers], np.maximum(-duals[self._num_layers :], 0.0)
-        ends = np.cumsum([len(self._budget), len(self._goal.upper)])
-        tokens, losses, worst = np.split(charged, ends)
-        bounded = np.isfinite(self._goal.upper)
+        tokens, losses = np.split(charged, [len(self._budget)])
+        bounded = np.isfinite(self._criterion.upper)
         losses = np.where(bounded, losses if self.charged else np.minimum(losses, 1.0), 0.0)
-        fixed = tokens @ self._budget + losses[bounded] @ self._goal.upper[bounded]
-        if self._goal.ratios is not None:
-            most = 1.0 if self.charged else 0.0
-            worst = worst * min(1.0, most / max(worst.sum(), _DROPPED))
-            fixed += worst @ self._room
-            losses = losses + worst * self._goal.ratios
+        fixed = tokens @ self._budget + losses[bounded] @ self._criterion.upper[bounded]
         return Prices(tokens, losses, float(fixed), layers)

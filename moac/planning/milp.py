@@ -1,4 +1,4 @@
-"""Plans by mixed-integer programming: the problem, a goal, and how the plan was found.
+"""Plans by mixed-integer programming: the problem, a criterion, and how the plan was found.
 
 The program itself stands in `assembly.py`; `limited.py` solves it where layers may use few rules.
 """
@@ -13,12 +13,12 @@ import numpy as np
 
 from moac.planning.assembly import assemble
 from moac.planning.capacities import over_budget
-from moac.planning.choices import Choices, Goal
+from moac.planning.choices import Choices, Criterion
 from moac.planning.columns import Relaxation
 from moac.planning.layers import num_sets
 from moac.planning.limited import solve_limited
 from moac.planning.problem import Floats, Ints, Problem, plan_losses
-from moac.planning.solver import Outcome, SolverOptions, solve
+from moac.planning.solver import SolverOptions, SolverResult, solve
 from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 
@@ -84,35 +84,11 @@ def solve_weighted(
     return point
 
 
-def solve_minmax(
-    problem: Problem, reference: Plan, *, options: SolverOptions | None = None
-) -> FrontPoint:
-    """The plan whose worst objective is least, each counted in losses of `reference`.
-
-    Of plans with the same worst objective, one with low others: the record's objective is the
-    worst ratio plus a thousandth of the mean ratio. A negative reference loss counts by its size.
-    Raises ValueError where the reference loses nothing.
-    """
-    units = np.abs(plan_losses(reference, problem.objectives))
-    for objective, unit in zip(problem.objectives, units, strict=True):
-        if unit == 0:
-            raise ValueError(f"the reference plan must have a loss in {objective.name}, got 0")
-    point = Optimiser(problem).minimise(
-        weights=TIE_BREAK / len(units) / units,
-        bounds=np.full(len(units), np.inf),
-        units=units,
-        options=options or SolverOptions(),
-    )
-    if point is None:
-        raise RuntimeError("the solver found no plan, though the smallest one fits the budget")
-    return point
-
-
 class Optimiser:
-    """Finds plans of one problem; what one goal teaches about layers helps with the next.
+    """Finds plans of one problem; what one criterion teaches about layers helps with the next.
 
     The program counts tokens at a few capacities. Where a plan passes the budget at others, they
-    are counted too, for every goal from then on, and the goal is solved again.
+    are counted too, for every criterion from then on, and the criterion is solved again.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -130,21 +106,20 @@ class Optimiser:
         weights: Floats,
         bounds: Floats,
         options: SolverOptions,
-        units: Floats | None = None,
         known: Sequence[FrontPoint] = (),
         within: float = np.inf,
     ) -> FrontPoint | None:
-        """Least `weights . losses` (plus `max(losses / units)`) with `losses <= bounds`, or None.
+        """Least `weights . losses` with `losses <= bounds`, or None.
 
-        `weights`, `bounds` and `units`: `[objectives]`. None where no plan keeps the bounds, or
-        where none was found in time, or (with few rules a layer) at most the share `within` above
-        what the best plan is known to cost at least. The budget alone always leaves a plan. Where
+        `weights` and `bounds`: `[objectives]`. None where no plan keeps the bounds, or where none
+        was found in time, or (with few rules a layer) at most the share `within` above what the
+        best plan is known to cost at least. The budget alone always leaves a plan. Where
         no plan can be better than one of `known` by more than the gap, that one is returned. A
-        time limit holds for each time that the goal is solved.
+        time limit holds for each time that the criterion is solved.
         """
         started = time.perf_counter()
         while True:
-            found = self._minimise(weights, bounds, options, units, known, within, started)
+            found = self._minimise(weights, bounds, options, known, within, started)
             if found is None or found in known:
                 return found
             problem, plan = self.choices.problem, found.plan
@@ -160,15 +135,14 @@ class Optimiser:
         weights: Floats,
         bounds: Floats,
         options: SolverOptions,
-        units: Floats | None,
         known: Sequence[FrontPoint],
         within: float,
         started: float,
     ) -> FrontPoint | None:
         """`minimise` with the budget at the bounded capacities alone."""
-        goal = Goal.of(self.choices, weights, bounds, units)
-        value, at_hand = self._best_known(goal, known)
-        outcome = self._solve(goal, options, value, within)
+        criterion = Criterion.of(self.choices, weights, bounds)
+        value, at_hand = self._best_known(criterion, known)
+        outcome = self._solve(criterion, options, value, within)
         if outcome.status == "known":
             return at_hand
         chosen = self._chosen(outcome, bounds)
@@ -176,28 +150,30 @@ class Optimiser:
             return None
         plan = self.choices.plan(chosen)
         losses = plan_losses(plan, self.choices.problem.objectives)
-        record = _record(goal, outcome, np.array(losses), weights, units, options, started)
+        record = _record(criterion, outcome, float(weights @ losses), options, started)
         return FrontPoint(plan, losses, record)
 
     def _best_known(
-        self, goal: Goal, known: Sequence[FrontPoint]
+        self, criterion: Criterion, known: Sequence[FrontPoint]
     ) -> tuple[float, FrontPoint | None]:
         """The least value among plans that keep the bounds, and its plan."""
         best: tuple[float, FrontPoint | None] = (np.inf, None)
         for point in known:
             losses = (np.array(point.losses) - self.choices.ideal) / self.choices.scale
-            if (losses <= goal.upper).all() and goal.value(losses) < best[0]:
-                best = goal.value(losses), point
+            if (losses <= criterion.upper).all() and criterion.value(losses) < best[0]:
+                best = criterion.value(losses), point
         return best
 
-    def _solve(self, goal: Goal, options: SolverOptions, known: float, within: float) -> Outcome:
+    def _solve(
+        self, criterion: Criterion, options: SolverOptions, known: float, within: float
+    ) -> SolverResult:
         if self._relaxation is None:
-            return solve(assemble(self.choices, goal), options=options, known=known)
+            return solve(assemble(self.choices, criterion), options=options, known=known)
         return solve_limited(
-            self.choices, goal, self._relaxation, options=options, known=known, within=within
+            self.choices, criterion, self._relaxation, options=options, known=known, within=within
         )
 
-    def _chosen(self, outcome: Outcome, bounds: Floats) -> Ints | None:
+    def _chosen(self, outcome: SolverResult, bounds: Floats) -> Ints | None:
         if outcome.values is not None:
             return np.flatnonzero(outcome.values[: len(self.choices.rule)] > 0.5)
         if outcome.status == "time limit" and not np.isfinite(bounds).any():
@@ -206,19 +182,14 @@ class Optimiser:
 
 
 def _record(
-    goal: Goal,
-    outcome: Outcome,
-    losses: Floats,
-    weights: Floats,
-    units: Floats | None,
+    criterion: Criterion,
+    outcome: SolverResult,
+    objective: float,
     options: SolverOptions,
     started: float,
 ) -> SolverRecord:
-    objective = float(weights @ losses)
-    if units is not None:
-        objective += float((losses / units).max())
-    least = min(max(goal.floor, goal.floor + goal.unit * outcome.bound), objective)
-    gap = 0.0 if least == objective else (objective - least) / (objective - goal.floor)
+    least = min(max(criterion.floor, criterion.floor + criterion.unit * outcome.bound), objective)
+    gap = 0.0 if least == objective else (objective - least) / (objective - criterion.floor)
     seconds = time.perf_counter() - started
     return SolverRecord(outcome.status, objective, least, gap, options.seed, seconds)
 

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, head_span
 
@@ -20,7 +20,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class HeadLayout:
     """What every plan of one compile shares: `sink`, `block` and `min_span` in tokens.
 
     `windows[layer]`: the checkpoint's own sliding window in tokens, None where it attends fully.
@@ -33,7 +33,7 @@ class Layout:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, plan: Plan) -> Layout:
+    def of(cls, plan: Plan) -> HeadLayout:
         """The layout that `plan` was made for."""
         return cls(len(plan.rules[0]), plan.sink, plan.block, plan.min_span, plan.windows)
 
@@ -104,11 +104,11 @@ class Problem:
     `between`: those where a plan that keeps the budget at `lengths` was found to pass it.
     `rules_per_layer` limits the distinct rules of a layer (the paper's plans use 2); None sets no
     limit.
-    Raises UsageError for a budget outside (0, 1], BudgetError for one that no plan meets, and
-    ValueError for tables that do not fit.
+    Raises BudgetError for a budget that no plan meets, and ValueError for one outside (0, 1] and
+    for tables that do not fit.
     """
 
-    layout: Layout
+    layout: HeadLayout
     rules: tuple[Rule, ...]
     lengths: tuple[int, ...]
     objectives: tuple[Objective, ...]
@@ -166,7 +166,7 @@ def plan_losses(plan: Plan, objectives: Sequence[Objective]) -> tuple[float, ...
     return tuple(_plan_loss(plan, objective) for objective in objectives)
 
 
-def table_shape(layout: Layout, length: int) -> tuple[int, int, int]:
+def table_shape(layout: HeadLayout, length: int) -> tuple[int, int, int]:
     """Of a loss table of that length: layers, KV heads, spans."""
     return layout.num_layers, layout.num_kv_heads, math.ceil(length / layout.block) + 1
 
@@ -181,7 +181,7 @@ def span_entries(plan: Plan, length: int) -> Ints:
     )
 
 
-def smallest_budget(layout: Layout, lengths: Sequence[int]) -> tuple[float, int]:
+def smallest_budget(layout: HeadLayout, lengths: Sequence[int]) -> tuple[float, int]:
     """The lowest density every length can meet, and the length that needs it.
 
     Rounded up in the fourth decimal, so that asking for it works.
@@ -191,10 +191,10 @@ def smallest_budget(layout: Layout, lengths: Sequence[int]) -> tuple[float, int]
     return _round_up(density), -length
 
 
-def check_budget(layout: Layout, budget: float, lengths: Sequence[int]) -> None:
-    """Raise UsageError or BudgetError, each with the fix, where no plan can meet `budget`."""
+def check_budget(layout: HeadLayout, budget: float, lengths: Sequence[int]) -> None:
+    """Raise BudgetError, with the fix, where no plan meets `budget`; ValueError outside (0, 1]."""
     if not 0 < budget <= 1:
-        raise UsageError(f"the budget must be above 0 and at most 1, got {budget:g}")
+        raise ValueError(f"budget must be above 0 and at most 1, got {budget:g}")
     if not lengths:
         raise ValueError("lengths must name at least one length")
     smallest, length = smallest_budget(layout, lengths)
@@ -207,12 +207,12 @@ def check_budget(layout: Layout, budget: float, lengths: Sequence[int]) -> None:
         )
 
 
-def allowed_tokens(layout: Layout, budget: float, length: int) -> int:
+def allowed_tokens(layout: HeadLayout, budget: float, length: int) -> int:
     """The most tokens all heads together may hold at `length` within `budget`."""
     return int(allowed_at(layout, budget, np.array([length]))[0])
 
 
-def allowed_at(layout: Layout, budget: float, capacities: Ints) -> Ints:
+def allowed_at(layout: HeadLayout, budget: float, capacities: Ints) -> Ints:
     """The same at each of `capacities`.
 
     Found with the division `Plan.density` makes, so that the two can never disagree.
@@ -257,7 +257,7 @@ def _round_up(density: float) -> float:
     return rounded if rounded >= density else round(rounded + 1e-4, 4)
 
 
-def _check_table(objective: Objective, layout: Layout) -> None:
+def _check_table(objective: Objective, layout: HeadLayout) -> None:
     expected = table_shape(layout, objective.length)
     if objective.table.shape != expected:
         raise ValueError(

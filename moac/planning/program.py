@@ -14,14 +14,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class Program:
-    """Rows and columns collected as arrays; `build` sorts them into a `HighsLp` to minimise.
+    """Binary columns and rows collected as arrays; `build` makes a `HighsLp` to minimise of them.
 
-    The first `integers` columns are whole numbers, the others real; all are at least 0.
+    `cost` `[columns]`.
     """
 
     cost: Floats
-    upper: Floats
-    integers: int
     rows: list[Ints] = field(default_factory=list)
     columns: list[Ints] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
@@ -51,8 +49,8 @@ class Program:
         order = np.lexsort((columns, rows))
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = len(self.cost), self.num_rows
-        lp.col_cost_, lp.col_upper_ = self.cost, self.upper
-        lp.col_lower_ = np.zeros(len(self.cost))
+        lp.col_cost_ = self.cost
+        lp.col_lower_, lp.col_upper_ = np.zeros(len(self.cost)), np.ones(len(self.cost))
         lp.row_lower_ = np.concatenate(self.row_lower)
         lp.row_upper_ = np.concatenate(self.row_upper)
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
@@ -61,8 +59,5 @@ class Program:
         lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         lp.a_matrix_.index_ = columns[order].astype(np.int32)
         lp.a_matrix_.value_ = np.concatenate(self.values)[order]
-        real = len(self.cost) - self.integers
-        lp.integrality_ = [highspy.HighsVarType.kInteger] * self.integers + [
-            highspy.HighsVarType.kContinuous
-        ] * real
+        lp.integrality_ = [highspy.HighsVarType.kInteger] * len(self.cost)
         return lp

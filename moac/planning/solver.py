@@ -41,7 +41,7 @@ class SolverOptions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class SolverResult:
     """`status`: "optimal", "time limit", "node limit", "infeasible", or "known" (see `solve`).
     `values` `[columns]` or None; no solution has less than `bound`, in the program's own units.
     """
@@ -64,7 +64,7 @@ def solve(
     target: float = 0.0,
     known: float = np.inf,
     proof: bool = True,
-) -> Outcome:
+) -> SolverResult:
     """Minimise `lp`, whose objective is never negative.
 
     Any solution of at most `target` will do; without `proof`, so will the first search's. `known`:
@@ -80,20 +80,20 @@ def solve(
     status = relaxed.getModelStatus()
     lp.integrality_ = integrality
     if status != highspy.HighsModelStatus.kOptimal:
-        return Outcome(_word(status), None, np.inf, 0.0)
+        return SolverResult(_word(status), None, np.inf, 0.0)
     bound = max(relaxed.getInfo().objective_function_value, 0.0)
     if is_close(known, bound, options):
-        return Outcome("known", None, np.inf, bound)
+        return SolverResult("known", None, np.inf, bound)
     target = max(target, bound * (1 + options.gap))
-    dearness = np.array(relaxed.getSolution().col_dual)
-    best = Outcome("infeasible", None, np.inf, bound)
+    reduced_costs = np.array(relaxed.getSolution().col_dual)
+    best = SolverResult("infeasible", None, np.inf, bound)
     reach = first_reach(bound)
     while True:
-        lp.col_upper_ = np.where(dearness > reach, 0.0, upper)
+        lp.col_upper_ = np.where(reduced_costs > reach, 0.0, upper)
         found = _search(lp, options, deadline, bound=bound, target=target)
         best = best_of(best, found, proven=bound + reach)
         missed = best.objective - bound
-        last = reach >= min(missed, dearness.max(initial=0.0)) or found.status in STOPPED
+        last = reach >= min(missed, reduced_costs.max(initial=0.0)) or found.status in STOPPED
         found_one = best.values is not None and not proof
         if last or found_one or _enough(best, target, options):
             break
@@ -107,7 +107,7 @@ def first_reach(bound: float) -> float:
     return 2 * COARSE * bound + 1e-6
 
 
-def best_of(best: Outcome, found: Outcome, *, proven: float) -> Outcome:
+def best_of(best: SolverResult, found: SolverResult, *, proven: float) -> SolverResult:
     """The better solution; `found` searched all that can be in one of less than `proven`."""
     least = np.inf if found.status == "infeasible" else found.bound
     better = found if found.objective < best.objective else best
@@ -115,13 +115,13 @@ def best_of(best: Outcome, found: Outcome, *, proven: float) -> Outcome:
     return replace(better, bound=max(best.bound, least if np.isfinite(least) else best.bound))
 
 
-def _enough(best: Outcome, target: float, options: SolverOptions) -> bool:
+def _enough(best: SolverResult, target: float, options: SolverOptions) -> bool:
     return is_close(best.objective, best.bound, options) or best.objective <= target
 
 
 def _search(
     lp: highspy.HighsLp, options: SolverOptions, deadline: float, *, bound: float, target: float
-) -> Outcome:
+) -> SolverResult:
     """Branch and bound until the gap is closed, or a solution of at most `target` is found."""
     solver = _run(lp, options, deadline, target=target)
     if solver.getModelStatus() == highspy.HighsModelStatus.kSolveError:
@@ -139,9 +139,9 @@ def _search(
         int(np.count_nonzero(lp.col_upper_)),
     )
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return Outcome(word, None, np.inf, bound)
+        return SolverResult(word, None, np.inf, bound)
     found = info.mip_dual_bound
-    return Outcome(
+    return SolverResult(
         word,
         np.array(solver.getSolution().col_value),
         info.objective_function_value,

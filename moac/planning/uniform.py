@@ -6,14 +6,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from moac.planning.problem import Layout, allowed_tokens, check_budget
+from moac.planning.problem import HeadLayout, allowed_tokens, check_budget
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
 BETA_STEPS = 1024
 
 
-def uniform_plan(layout: Layout, *, budget: float, lengths: Sequence[int]) -> Plan:
+def uniform_plan(layout: HeadLayout, *, budget: float, lengths: Sequence[int]) -> Plan:
     """Every head the same rule, density at most `budget` at every length and as near as can be.
 
     A yardstick at those lengths, not a plan to run: all heads jump at once, so that between the
@@ -29,12 +29,12 @@ def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
     Equal spans move in blocks: rounded down, the baseline of a plan one block short of its budget
     would hold a block a head less than the budget gives it.
     """
-    layout = Layout.of(plan)
+    layout = HeadLayout.of(plan)
     half = layout.num_heads * layout.block // 2
     return _fullest(layout, {n: plan.held_tokens(n) + half for n in lengths})
 
 
-def _fullest(layout: Layout, allowed: Mapping[int, int]) -> Plan:
+def _fullest(layout: HeadLayout, allowed: Mapping[int, int]) -> Plan:
     """The uniform plan that holds most tokens with at most `allowed[length]` at every length.
 
     For every `alpha` in blocks, spans grow with `beta`, so bisection finds the largest that fits.

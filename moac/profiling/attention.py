@@ -133,12 +133,12 @@ def _seen_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, recent: int, sink: int
 ) -> Tensor:
     """Rows by parts, each against the sink and the newest keys that any of its rows sees."""
-    place = torch.arange(q.shape[2], device=q.device)
+    positions = torch.arange(q.shape[2], device=q.device)
     parts = []
-    for rows in place.split(_FORWARD_ROWS):
+    for rows in positions.split(_FORWARD_ROWS):
         first, stop = int(rows[0]), int(rows[-1]) + 1
         oldest = max(0, first - recent + 1)
-        keys = torch.cat([place[: min(sink, oldest)], place[oldest:stop]])
+        keys = torch.cat([positions[: min(sink, oldest)], positions[oldest:stop]])
         distance = rows[:, None] - keys
         seen = (distance >= 0) & ((distance < recent) | (keys < sink))
         if window is not None:
@@ -280,9 +280,9 @@ class _SpanSums:
         """What lies beyond each head's present span, `[K, G, R, 1]`."""
         found = F.pad(beyond, (0, 1))  # beyond a span that holds the tile's keys lies nothing
         last = found.shape[-1] - 1
-        places = [min(recent // self.block, last) for recent in self.recent or ()]
-        place = torch.tensor(places, device=beyond.device).repeat(len(found) // len(places))
-        return found.gather(-1, place.view(-1, 1, 1, 1).expand(*found.shape[:-1], 1))
+        blocks = [min(recent // self.block, last) for recent in self.recent or ()]
+        index = torch.tensor(blocks, device=beyond.device).repeat(len(found) // len(blocks))
+        return found.gather(-1, index.view(-1, 1, 1, 1).expand(*found.shape[:-1], 1))
 
     def _beyond(self, tile: Tensor) -> Tensor:
         """Sums `[K, G, R, blocks]` over keys past the sink at least `b * block` tokens back."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moac.calibration.samples import CalibrationSample
-from moac.planning.problem import Layout
+from moac.planning.problem import HeadLayout
 from moac.profiling.attention import TILE_ELEMENTS, InfluenceRecorder
 from moac.profiling.hooks import INFLUENCE, attention
 from moac_runtime.package.plan import Plan
@@ -29,7 +29,7 @@ def sample_influence(
     model: PreTrainedModel,
     spec: ModelSpec,
     sample: CalibrationSample,
-    layout: Layout,
+    layout: HeadLayout,
     plan: Plan | None = None,
 ) -> Tensor:
     """First-order change of one sample's loss, `[layers, kv_heads, spans]` float32.
@@ -86,8 +86,8 @@ def _generator(sample: CalibrationSample) -> torch.Generator:
 
 def _answer_logits(model: PreTrainedModel, sample: CalibrationSample, **inputs: object) -> Tensor:
     """Float32 logits `[A, V]` that predict each answer token; none are made for the others."""
-    place = torch.cat([torch.arange(*span) for span in sample.decisive]).to(model.device)
-    logits: Tensor = model(**inputs, logits_to_keep=place - 1, use_cache=False).logits
+    positions = torch.cat([torch.arange(*span) for span in sample.decisive]).to(model.device)
+    logits: Tensor = model(**inputs, logits_to_keep=positions - 1, use_cache=False).logits
     return logits[0].float()
 
 

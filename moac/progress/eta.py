@@ -37,7 +37,7 @@ class _Speed:
 
 
 @dataclass(slots=True)
-class _Running:
+class _Begun:
     kind: str
     amount: float
     since: float
@@ -56,7 +56,7 @@ class TimeLeft:
     clock: Callable[[], float] = time.monotonic
     _left: dict[str, dict[str, float]] = field(init=False)
     _speeds: dict[str, _Speed] = field(init=False)
-    _running: _Running | None = field(init=False, default=None)
+    _running: _Begun | None = field(init=False, default=None)
     _stage: str | None = field(init=False, default=None)
     _started: float = field(init=False)
     _lock: RLock = field(init=False, default_factory=RLock)
@@ -91,7 +91,7 @@ class TimeLeft:
             if amount is None:
                 amount = self._left.get(self._stage or "", {}).get(kind, 0.0)
             self._speeds.setdefault(kind, _Speed())
-            self._running = _Running(kind, amount, self.clock())
+            self._running = _Begun(kind, amount, self.clock())
 
     def part(self, done: int, total: int) -> None:
         """Of the running step, `done` equal parts of `total` are over, the last one just now."""
@@ -119,7 +119,7 @@ class TimeLeft:
             if kind in left:
                 left[kind] = max(left[kind] - amount, 0.0)
 
-    def _credit(self, running: _Running, amount: float) -> None:
+    def _credit(self, running: _Begun, amount: float) -> None:
         now, speed = self.clock(), self._speeds[running.kind]
         if amount > 0:
             speed.seconds += now - running.since
@@ -149,7 +149,7 @@ class TimeLeft:
                 total += amount * (speed or 0.0) * self._caution(kind, amount)
             return total
 
-    def _of_the_step(self, running: _Running) -> float | None:
+    def _of_the_step(self, running: _Begun) -> float | None:
         speed = self._speed(running.kind)
         if speed is None:
             return None

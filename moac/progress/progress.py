@@ -30,7 +30,7 @@ class _Display(Protocol):
     def end(self, name: str, seconds: float) -> None: ...
 
 
-class _Work:
+class _UnderWay:
     """Work under way: its time left, and its display."""
 
     def __init__(self, left: TimeLeft, display: _Display) -> None:
@@ -70,7 +70,7 @@ class _Work:
                     self._display.look(name)
 
 
-_under_way: ContextVar[_Work | None] = ContextVar("_under_way", default=None)
+_under_way: ContextVar[_UnderWay | None] = ContextVar("_under_way", default=None)
 
 
 @contextmanager
@@ -127,10 +127,10 @@ def notes(texts: Iterable[str]) -> None:
 
 
 @contextmanager
-def _shown(left: TimeLeft, of: str) -> Iterator[_Work]:
+def _shown(left: TimeLeft, of: str) -> Iterator[_UnderWay]:
     text = _Text(left, of)
     with _bar(text) if sys.stderr.isatty() else nullcontext(_Lines(text)) as display:
-        work = _Work(left, display)
+        work = _UnderWay(left, display)
         token = _under_way.set(work)
         try:
             with work.watched():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from moac.pipeline.origin import told_model
+from moac.origin import told_model
 from moac.show.inspection import chosen_plan, inspect_package, planned_lengths
 from moac.show.terminal_map import Look, span_map
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moac.packaging.rename import ASIDE, exchange
+from moac.store.rename import ASIDE, exchange
 
 PARTIAL = ".partial-"
 """How the name of something begins that is being written, or was when its process died."""

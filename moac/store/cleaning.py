@@ -47,7 +47,7 @@ class Contents:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Subtotal:
     """Items together. `oldest`, `newest`: seconds since they were last of use."""
 
     name: str
@@ -58,7 +58,7 @@ class Group:
     newest: float
 
     @classmethod
-    def of(cls, name: str, items: Sequence[Item], now: float, model: str = "") -> Group:
+    def of(cls, name: str, items: Sequence[Item], now: float, model: str = "") -> Subtotal:
         """The group of one item at least, as it is `now`."""
         ages = [max(0.0, now - item.used) for item in items]
         size = sum(item.size for item in items)
@@ -91,13 +91,13 @@ def survey(root: Path) -> Contents:
     return Contents(root, tuple(items), tuple(foreign))
 
 
-def by_kind(items: Sequence[Item], now: float) -> list[Group]:
+def by_kind(items: Sequence[Item], now: float) -> list[Subtotal]:
     """What there is of every kind."""
     found = {kind: [item for item in items if item.kind == kind] for kind in KINDS}
-    return [Group.of(kind, some, now) for kind, some in found.items() if some]
+    return [Subtotal.of(kind, some, now) for kind, some in found.items() if some]
 
 
-def by_model(items: Sequence[Item], now: float) -> list[Group]:
+def by_model(items: Sequence[Item], now: float) -> list[Subtotal]:
     """The results of every model, by the name that its checkpoint had last."""
     names: dict[str, str] = {}
     models: dict[str, list[Item]] = {}
@@ -105,7 +105,7 @@ def by_model(items: Sequence[Item], now: float) -> list[Group]:
         if item.header is not None and item.header.model:
             names[item.header.model] = item.header.source
             models.setdefault(item.header.model, []).append(item)
-    return [Group.of(names[model], some, now, model) for model, some in models.items()]
+    return [Subtotal.of(names[model], some, now, model) for model, some in models.items()]
 
 
 def choose(

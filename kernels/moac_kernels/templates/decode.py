@@ -1,8 +1,9 @@
 """Decode attention: one token a row, every KV head, span and row of a layer in one launch.
 
 Program `p` works through the items `programs[p]` to `programs[p + 1] - 1`, each a run of slots of
-one row and KV head, and leaves a partial result per item; `combine` adds the partials up. The
-query heads of a group share one tile, so that a key is read once for all of them.
+one row and KV head, and leaves a partial result per item; `combine` adds the partials up (split
+KV, as in Flash-Decoding). The query heads of a group share one tile, so that a key is read once
+for all of them.
 
 Floor: the slots in sight, read once, `2 * HEAD_DIM * itemsize` bytes each; queries, tables and
 partial results are under 2 % of that (see `tables.py`, which shares the slots out evenly).
@@ -28,7 +29,7 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that a tile in which nothing is seen 
 def decode(qkv, keys, values, spans, items, programs, positions, partial, weight,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """Attend to every item of this program; `partial` `[items, GROUP, HEAD_DIM]`, `weight`
-    `[items, GROUP]` (log2 of the softmax's denominator, -inf where nothing was seen)."""
+    `[items, GROUP]` (log-sum-exp of the scores, in base 2; -inf where nothing was seen)."""
     program = tl.program_id(0)
     for item in range(tl.load(programs + program), tl.load(programs + program + 1)):
         row = tl.load(items + item * 4)
@@ -123,5 +124,5 @@ def combine(partial, weight, parts, out):
         total = total * fade + tl.sum(share, 0)
         top = new_top
     found = acc / tl.where(total > 0, total, 1.0)
-    place = tl.program_id(0).to(tl.int64) * HEAD_DIM + dim
-    tl.store(out + place, found.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    offset = tl.program_id(0).to(tl.int64) * HEAD_DIM + dim
+    tl.store(out + offset, found.to(out.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -1,4 +1,4 @@
-"""What stands between the matrix products: RMS norms, with the residual, and the gated unit.
+"""What stands between the GEMMs: RMS norms, with the residual, and the gated linear unit.
 
 Floor: every element read once and written once.
 """
@@ -26,9 +26,9 @@ def rms_norm(x, weight, out):
     """Normalise one row: `x`, `out` `[M, HIDDEN]`."""
     column = tl.arange(0, HIDDEN_TILE)
     inner = column < HIDDEN
-    place = tl.program_id(0).to(tl.int64) * HIDDEN + column
-    found = tl.load(x + place, mask=inner, other=0.0).to(tl.float32)
-    tl.store(out + place, _normed(found, weight, column, inner), mask=inner)
+    offset = tl.program_id(0).to(tl.int64) * HIDDEN + column
+    found = tl.load(x + offset, mask=inner, other=0.0).to(tl.float32)
+    tl.store(out + offset, _normed(found, weight, column, inner), mask=inner)
 
 
 @triton.jit
@@ -36,13 +36,13 @@ def add_rms_norm(x, delta, weight, out):
     """Add `delta` to one row of `x` in place, and normalise the sum into `out`."""
     column = tl.arange(0, HIDDEN_TILE)
     inner = column < HIDDEN
-    place = tl.program_id(0).to(tl.int64) * HIDDEN + column
-    found = tl.load(x + place, mask=inner, other=0.0).to(tl.float32)
-    found += tl.load(delta + place, mask=inner, other=0.0).to(tl.float32)
+    offset = tl.program_id(0).to(tl.int64) * HIDDEN + column
+    found = tl.load(x + offset, mask=inner, other=0.0).to(tl.float32)
+    found += tl.load(delta + offset, mask=inner, other=0.0).to(tl.float32)
     rounded = found.to(x.dtype.element_ty)
-    tl.store(x + place, rounded, mask=inner)
+    tl.store(x + offset, rounded, mask=inner)
     found = _normed(rounded.to(tl.float32), weight, column, inner)
-    tl.store(out + place, found, mask=inner)
+    tl.store(out + offset, found, mask=inner)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def _load(source, place, stop, since, lap, sink, ring, CACHED: tl.constexpr):
 
 @triton.jit
 def _add(acc, top, total, scores, v):
-    """One tile of the running softmax."""
+    """One tile of the online softmax."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     share = tl.exp2(scores - new_top[:, None])
     fade = tl.exp2(top - new_top)

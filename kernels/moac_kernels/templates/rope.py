@@ -50,12 +50,12 @@ def rope(qkv, cos, sin, q_norm, k_norm, HEAD_TILE: tl.constexpr):
     head = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     half = tl.arange(0, HALF_TILE)
     inner = (head < HEADS + KV_HEADS)[:, None] & (half < HALF)[None, :]
-    place = qkv + token * TOKEN + head[:, None] * HEAD_DIM + half[None, :]
-    low = tl.load(place, mask=inner, other=0.0).to(tl.float32)
-    high = tl.load(place + HALF, mask=inner, other=0.0).to(tl.float32)
+    pointer = qkv + token * TOKEN + head[:, None] * HEAD_DIM + half[None, :]
+    low = tl.load(pointer, mask=inner, other=0.0).to(tl.float32)
+    high = tl.load(pointer + HALF, mask=inner, other=0.0).to(tl.float32)
     low, high = _rotated(low, high, head, cos, sin, q_norm, k_norm, token)
-    tl.store(place, low.to(qkv.dtype.element_ty), mask=inner)
-    tl.store(place + HALF, high.to(qkv.dtype.element_ty), mask=inner)
+    tl.store(pointer, low.to(qkv.dtype.element_ty), mask=inner)
+    tl.store(pointer + HALF, high.to(qkv.dtype.element_ty), mask=inner)
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def rope_decode(qkv, cos, sin, q_norm, k_norm, keys, values, spans, positions,
     half = tl.arange(0, HALF_TILE)
     heads = tl.where(position < 0, 0, HEADS + 2 * KV_HEADS)
     inner = (head < heads)[:, None] & (half < HALF)[None, :]
-    place = qkv + row.to(tl.int64) * TOKEN + head[:, None] * HEAD_DIM + half[None, :]
-    plain_low = tl.load(place, mask=inner, other=0.0)
-    plain_high = tl.load(place + HALF, mask=inner, other=0.0)
+    pointer = qkv + row.to(tl.int64) * TOKEN + head[:, None] * HEAD_DIM + half[None, :]
+    plain_low = tl.load(pointer, mask=inner, other=0.0)
+    plain_high = tl.load(pointer + HALF, mask=inner, other=0.0)
     low, high = _rotated(
         plain_low.to(tl.float32), plain_high.to(tl.float32),
         head, cos, sin, q_norm, k_norm, row.to(tl.int64),
@@ -78,8 +78,8 @@ def rope_decode(qkv, cos, sin, q_norm, k_norm, keys, values, spans, positions,
     low = low.to(qkv.dtype.element_ty)
     high = high.to(qkv.dtype.element_ty)
     query = (head < HEADS)[:, None]
-    tl.store(place, low, mask=inner & query)
-    tl.store(place + HALF, high, mask=inner & query)
+    tl.store(pointer, low, mask=inner & query)
+    tl.store(pointer + HALF, high, mask=inner & query)
 
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_value = head >= HEADS + KV_HEADS
@@ -124,10 +124,10 @@ def kv_write(qkv, keys, values, spans, rows, token_rows, KV_TILE: tl.constexpr):
     slot = _slot(spans, row, kv_head, position, there)
     half = tl.arange(0, HALF_TILE)
     inner = kept[:, None] & (half < HALF)[None, :]
-    place = token.to(tl.int64) * TOKEN + (kv_head + HEADS)[:, None] * HEAD_DIM + half[None, :]
+    offset = token.to(tl.int64) * TOKEN + (kv_head + HEADS)[:, None] * HEAD_DIM + half[None, :]
     to = slot[:, None] * HEAD_DIM + half[None, :]
-    tl.store(keys + to, tl.load(qkv + place, mask=inner), mask=inner)
-    tl.store(keys + to + HALF, tl.load(qkv + place + HALF, mask=inner), mask=inner)
-    place += KV_HEADS * HEAD_DIM
-    tl.store(values + to, tl.load(qkv + place, mask=inner), mask=inner)
-    tl.store(values + to + HALF, tl.load(qkv + place + HALF, mask=inner), mask=inner)
+    tl.store(keys + to, tl.load(qkv + offset, mask=inner), mask=inner)
+    tl.store(keys + to + HALF, tl.load(qkv + offset + HALF, mask=inner), mask=inner)
+    offset += KV_HEADS * HEAD_DIM
+    tl.store(values + to, tl.load(qkv + offset, mask=inner), mask=inner)
+    tl.store(values + to + HALF, tl.load(qkv + offset + HALF, mask=inner), mask=inner)

@@ -30,7 +30,7 @@ _PARTS = ("ruler_", "nll_")  # a mean or a whole of theirs has a chart already
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FigureRow:
     """One figure of every method; `depth` is None for all depths together.
 
     `part`: the wording of the cases or the kind of text it is for, where it is for one.
@@ -72,7 +72,7 @@ class Quality:
     """`evaluation`: what `moac eval --json` printed. `rows` in the order of its results."""
 
     evaluation: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[FigureRow, ...]
 
     @classmethod
     def of(cls, evaluation: Mapping[str, Any]) -> Quality:
@@ -87,7 +87,7 @@ class Quality:
             counts[key] = found["n"]
         if any(figures.keys() != evaluation["density"].keys() for figures in rows.values()):
             raise ValueError("every method must have every figure")
-        made = [Row(*key, counts[key], figures) for key, figures in rows.items()]
+        made = [FigureRow(*key, counts[key], figures) for key, figures in rows.items()]
         return cls(evaluation, tuple(made))
 
     @property
@@ -101,12 +101,12 @@ class Quality:
         return METHODS
 
     @property
-    def whole(self) -> list[Row]:
+    def whole(self) -> list[FigureRow]:
         """The figures over all depths."""
         return [row for row in self.rows if row.depth is None]
 
     @property
-    def by_depth(self) -> list[Row]:
+    def by_depth(self) -> list[FigureRow]:
         """The shares found where every case has a depth."""
         return [r for r in self.rows if r.depth is not None and r.metric == EXACT_MATCH]
 
@@ -141,7 +141,7 @@ class Quality:
 
     def depth_charts(self) -> list[tuple[str, int, Markup]]:
         """Task, length and picture by depth."""
-        rows: dict[tuple[str, int], list[Row]] = {}
+        rows: dict[tuple[str, int], list[FigureRow]] = {}
         for row in self.by_depth:
             if not row.task.startswith(_PARTS):
                 rows.setdefault((row.label, row.length), []).append(row)
@@ -150,12 +150,12 @@ class Quality:
             for (task, length), found in rows.items()
         ]
 
-    def _depth_chart(self, rows: Sequence[Row], label: str) -> Markup:
+    def _depth_chart(self, rows: Sequence[FigureRow], label: str) -> Markup:
         places = [wording.percent(row.depth or 0.0) for row in rows]
         return self._chart(rows, places, label, "depth in the text, 0 % is its beginning")
 
     def _chart(
-        self, rows: Sequence[Row], places: Sequence[str], label: str, across: str
+        self, rows: Sequence[FigureRow], places: Sequence[str], label: str, across: str
     ) -> Markup:
         series: Series = {method: [r.figures[method] for r in rows] for method in self.methods}
         share = rows[0].metric == EXACT_MATCH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -11,10 +11,11 @@ from typing import Any, TypedDict, Unpack
 from moac_runtime.backends.open import BACKENDS, OPENERS, check_choice, choose_backend
 from moac_runtime.engine.batch import Batch, OpenSession
 from moac_runtime.engine.chosen import ChosenSampling, choose_sampling
+from moac_runtime.engine.prompts import Prompt, prompt_list, session_capacity, token_rows
 from moac_runtime.engine.sampling import Sampler, SamplingOptions
 from moac_runtime.engine.sequence import Answer, Generation
 from moac_runtime.engine.stats import joined
-from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import MOST_THREADS
 from moac_runtime.host.shortage import telling_shortage
 from moac_runtime.package.artifact import Artifact, Opening, start_opening
@@ -22,13 +23,9 @@ from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.text.messages import Message, check_prompt, named_prompt, plain_messages, text_of
 from moac_runtime.text.tokenizer import Tokenizer
 
 _FEWER_WEIGHTS = "end other programs, raise the limit, or compile with --weights int8"
-
-
-Prompt = str | Sequence[Message]
 
 
 class Sampling(TypedDict, total=False):
@@ -130,7 +127,7 @@ class Model:
         `max_batch`: prompts that run at once, None for all; the rest waits. A KeyboardInterrupt
         ends the answers early. Raises UsageError and MoacError.
         """
-        each = _each(prompts)
+        each = prompt_list(prompts)
         options = self.sampling(**sampling).options
         found: list[Generation] = []
         rows = self._rows(each, system=system, raw=raw, parse_special=parse_special)
@@ -159,6 +156,18 @@ class Model:
         rows = self._rows([prompt], system=system, raw=raw, parse_special=parse_special)
         return Stream(next(self._batches(rows, options, capacity=capacity, max_batch=None)))
 
+    def _rows(
+        self, prompts: Sequence[Prompt], *, system: str | None, raw: bool, parse_special: bool
+    ) -> list[list[int]]:
+        return token_rows(
+            prompts,
+            self.tokenizer,
+            vocab_size=self.spec.vocab_size,
+            system=system,
+            raw=raw,
+            parse_special=parse_special,
+        )
+
     def _batches(
         self,
         rows: list[list[int]],
@@ -170,7 +179,9 @@ class Model:
         """The prompts in groups of at most `max_batch`, all at the capacity of the whole."""
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch must be >= 1, got {max_batch}")
-        size = self._session_capacity(list(map(len, rows)), options.max_tokens, capacity)
+        size = session_capacity(
+            list(map(len, rows)), options.max_tokens, asked=capacity, most=self.capacity
+        )
         count = max_batch or len(rows)
         for first in range(0, len(rows), count):
             yield self._batch(rows[first : first + count], options, size)
@@ -186,100 +197,9 @@ class Model:
             dense_bytes=len(rows) * self._dense_bytes(size),
         )
 
-    def _rows(
-        self, prompts: Sequence[Prompt], *, system: str | None, raw: bool, parse_special: bool
-    ) -> list[list[int]]:
-        """Token ids of each prompt; an error names the prompt where there are several."""
-        if not prompts:
-            raise UsageError("there is no prompt; give at least one")
-        rows = []
-        for number, prompt in enumerate(prompts, start=1):
-            with named_prompt(number, len(prompts)):
-                rows.append(self._tokens(prompt, system, raw, parse_special))
-        return rows
-
-    def _tokens(
-        self, prompt: Prompt, system: str | None, raw: bool, parse_special: bool
-    ) -> list[int]:
-        check_prompt(prompt, raw=raw)
-        if raw:
-            tokens = self.tokenizer.encode(_raw_text(prompt, system), special=True)
-        else:
-            messages = _conversation(prompt, system)
-            tokens = self.tokenizer.encode_chat(messages, parse_special=parse_special)
-        if not tokens:
-            raise UsageError("the prompt is empty: it holds not a single token; give some text")
-        if max(tokens) >= self.spec.vocab_size:
-            spelled = self.tokenizer.backend.id_to_token(max(tokens))
-            raise MoacError(
-                f"the prompt holds {spelled!r}, token {max(tokens)}, but the model knows "
-                f"{self.spec.vocab_size}; leave it out of the prompt"
-            )
-        return tokens
-
-    def _session_capacity(self, lengths: list[int], max_tokens: int, asked: int | None) -> int:
-        if asked is not None and not 1 <= asked <= self.capacity:
-            raise UsageError(
-                f"capacity must be 1 to {self.capacity} tokens for this package, got {asked}"
-            )
-        size = min(max(lengths) + max_tokens, self.capacity) if asked is None else asked
-        if max(lengths) >= size:
-            raise MoacError(_too_long(lengths, size, self.capacity))
-        return size
-
     def _dense_bytes(self, capacity: int) -> int:
         heads = self.spec.num_layers * self.spec.num_kv_heads
         return heads * capacity * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
-
-
-def _too_long(lengths: Sequence[int], size: int, most: int) -> str:
-    """The sentence about prompts of `lengths` tokens that leave no room in a session of `size`.
-
-    `most`: tokens of the largest session that the package opens.
-    """
-    rows = [row for row, length in enumerate(lengths, start=1) if length >= size]
-    named = " and ".join(f"prompt {row} of {len(lengths)}" for row in rows[:3])
-    named = "the prompt" if len(lengths) == 1 else named
-    more = f" (and {len(rows) - 3} others)" if len(rows) > 3 else ""
-    counts = " and ".join(str(lengths[row - 1]) for row in rows[:3])
-    fate = "" if len(lengths) == 1 else f", so none of the {len(lengths)} was run"
-    longest = max(lengths)
-    remedy = f" or give a capacity of {longest + 1} to {most}" if longest < most else ""
-    return (
-        f"{named}{more} {'has' if len(rows) == 1 else 'have'} {counts} tokens, but the session "
-        f"holds {size} for prompt and answer together (this package at most {most}){fate}; "
-        f"shorten {'it' if len(rows) == 1 else 'them'}{remedy}"
-    )
-
-
-def _raw_text(prompt: Prompt, system: str | None) -> str:
-    if not isinstance(prompt, str):
-        raise UsageError("a conversation needs the chat template; give plain text with raw")
-    if system is not None:
-        raise UsageError("a system message needs the chat template; leave out system or raw")
-    return prompt
-
-
-def _conversation(prompt: Prompt, system: str | None) -> list[Message]:
-    messages: Sequence[Message] = (
-        [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str)
-        else plain_messages(prompt)
-    )
-    if system is None:
-        return list(messages)
-    if any(message["role"] == "system" for message in messages):
-        raise UsageError("the conversation has a system message already; leave out system")
-    return [{"role": "system", "content": text_of(system, "the system message")}, *messages]
-
-
-def _each(prompts: str | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (Mapping, bytes)) or not isinstance(prompts, Iterable):
-        raise UsageError(
-            "prompts are a text, or a list of texts and of conversations, got a value of type "
-            f"{type(prompts).__name__}"
-        )
-    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def load(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moac_runtime.engine.stats import Stats
-from moac_runtime.text.tokenizer import StopStrings, Tokenizer
+from moac_runtime.text.stream import StopStrings, TextStream
+from moac_runtime.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -32,7 +33,7 @@ class Answer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, limit: int) -> None:
         self._eos = tokenizer.eos_token_ids
         self._spelling = tokenizer.spelling
-        self._stream = tokenizer.stream()
+        self._stream = TextStream(tokenizer.decode)
         self._stops = StopStrings(stop)
         self._limit = limit
         self._sent = 0

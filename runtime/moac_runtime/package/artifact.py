@@ -23,7 +23,7 @@ from moac_runtime.package.spec import ModelSpec
 PLAN = "plan.json"
 WEIGHT_INDEX = "weights/model.safetensors.index.json"
 
-Check = Literal["full", "sizes"]
+CheckLevel = Literal["full", "sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +101,13 @@ class Opening:
         )
 
 
-def start_opening(path: str | Path, *, check: Check = "full") -> Opening:
+def start_opening(path: str | Path, *, check: CheckLevel = "full") -> Opening:
     """Check the manifest, and that its files are there in full; hash them in the background.
 
     `check="sizes"` hashes nothing. Raises ArtifactError, UsageError for another `check`.
     """
-    if check not in get_args(Check):
-        raise UsageError(f"check is {check!r}, expected one of {', '.join(get_args(Check))}")
+    if check not in get_args(CheckLevel):
+        raise UsageError(f"check is {check!r}, expected one of {', '.join(get_args(CheckLevel))}")
     root = Path(path)
     manifest = parse_manifest(_read_manifest(root))
     for name in (PLAN, WEIGHT_INDEX):
@@ -116,7 +116,7 @@ def start_opening(path: str | Path, *, check: Check = "full") -> Opening:
     return Opening(root, manifest, IntegrityCheck(root, manifest.files, hashes=check == "full"))
 
 
-def open_artifact(path: str | Path, *, check: Check = "full") -> Artifact:
+def open_artifact(path: str | Path, *, check: CheckLevel = "full") -> Artifact:
     """Open the package at `path`, checked. Raises ArtifactError, one sentence with the remedy."""
     return start_opening(path, check=check).result()
 

@@ -1,4 +1,4 @@
-"""`moac bench` on the command line."""
+"""`moac bench`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from typing import Any
 
 import click
 
+from moac.cli.options import counts, words
 from moac.extras import require
 from moac_runtime.errors import MoacError
-
-
-def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,8") from None
-
-
-def _names(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(","))
 
 
 @click.command("bench")
@@ -38,7 +26,7 @@ def _names(
 )
 @click.option(
     "--against",
-    callback=_names,
+    callback=words,
     metavar="NAME,...",
     help="systems to compare with: hf, hf-static, dense, uniform, flex, llamacpp, onnx  "
     "[all that can run here]",
@@ -48,7 +36,7 @@ def _names(
     "batches",
     default="1",
     show_default=True,
-    callback=_numbers,
+    callback=counts,
     metavar="N,...",
     help="rows that run together",
 )
@@ -57,7 +45,7 @@ def _names(
     "contexts",
     default="256,4096",
     show_default=True,
-    callback=_numbers,
+    callback=counts,
     metavar="N,...",
     help="tokens prefilled in each row",
 )
