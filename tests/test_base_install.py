@@ -257,7 +257,7 @@ def test_a_fault_of_our_own_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_backends_that_lack_a_library_name_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moac_runtime.engine.model.find_spec", lambda name: None)
+    monkeypatch.setattr("moac_runtime.backends.open.find_spec", lambda name: None)
     for backend, library in (("torch", "torch"), ("onnx", "onnxruntime"), ("cuda", "torch")):
         assert backend_obstacle(backend, [backend]) == (
             f"the backend {backend} needs {library}, which is not installed; "
