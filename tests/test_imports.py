@@ -57,14 +57,19 @@ print("\\n" + json.dumps([code, runtime, sorted({name.split(".")[0] for name in 
 """
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The top-level names that a source file imports, anywhere in it."""
+def modules_imported(path: Path) -> Iterator[str]:
+    """The modules that a source file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively; name the package"
-            yield (node.module or "").split(".")[0]
+            yield node.module or ""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top-level names of the same."""
+    return (name.split(".")[0] for name in modules_imported(path))
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
@@ -73,6 +78,13 @@ def test_the_lower_packages_import_what_they_may(folder: str) -> None:
     assert sources
     found = {name for path in sources for name in imported(path)}
     assert found - set(sys.stdlib_module_names) - ALLOWED[folder] == set()
+
+
+def test_backends_know_nothing_of_what_drives_them() -> None:
+    sources = sorted((ROOT / "runtime/moac_runtime/backends").rglob("*.py"))
+    found = {name for path in sources for name in modules_imported(path)}
+    rooms = {name.split(".")[1] for name in found if name.startswith("moac_runtime.")}
+    assert rooms == {"backends", "errors", "host", "package"}
 
 
 @pytest.mark.parametrize("folder", ["runtime", "kernels"])

@@ -104,8 +104,8 @@ class Batch:
             if not going:
                 return
             if len(going) < len(active):
-                for row in sorted({*rows} - {rows[i] for i in going}):
-                    session.release(row)
+                for place in {*range(len(rows))} - {*going}:
+                    session.release(rows[place])
                 active, rows = [active[i] for i in going], [rows[i] for i in going]
                 chosen = [chosen[i] for i in going]
                 self._sampler.keep(going)

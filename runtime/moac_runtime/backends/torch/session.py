@@ -26,7 +26,7 @@ from moac_runtime.package.plan import Plan
 CHUNK = 512
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True)
 class TorchRow:
     """One row: `layers[layer]` are its caches; `frequencies` `[D / 2]` of RoPE."""
 
