@@ -79,41 +79,37 @@ class Step:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grouped = (*k.shape[:2], self._group, k.shape[2])
+        every = q.view(grouped), k, v, out.view(grouped)
         for share in self._shares:
-            attend = self._decode if share.count == 1 else self._prefill
-            parts = [x[share.flat] for x in (q, k, v, out)]
+            if share.count == 1:
+                parts, attend = [x[share.flat.start] for x in every], self._decode
+            else:
+                parts, attend = [x[share.flat].transpose(0, 1) for x in every], self._prefill
             for cache in share.layers[layer]:
                 heads = slice(cache.run.first, cache.run.stop)
-                queries = slice(heads.start * self._group, heads.stop * self._group)
-                q_, k_, v_, out_ = (
-                    x[:, chosen]
-                    for x, chosen in zip(parts, (queries, heads, heads, queries), strict=True)
-                )
-                attend(share, cache, q_, k_, v_, out_)
+                attend(share, cache, *(part[heads] for part in parts))
         return out
 
     def _decode(
         self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
     ) -> None:
-        """One token `[1, heads, D]`; what it attends to goes into `out`."""
+        """One token: `q` `[g, G, D]`, `k` and `v` `[g, D]`; what it attends to goes into `out`."""
         view = share.view(cache)
-        cache.put(view.slot, k[0], v[0])
-        grouped = q[0].view(len(k[0]), self._group, -1)
-        found = decode_attention(grouped, cache.keys, cache.values, view, self._scale)
-        out[0] = found.flatten(0, 1)
+        cache.put(view.slot, k, v)
+        out.copy_(decode_attention(q, cache.keys, cache.values, view, self._scale))
 
     def _prefill(
         self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
     ) -> None:
-        """Many tokens `[T, heads, D]`; what they attend to goes into `out`."""
-        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        """Many tokens: `q` and `out` `[g, T, G, D]`, `k` and `v` `[g, T, D]`."""
         old_k, old_v, positions = cache.held(share.start)
         found = prefill_attention(
-            q.view(len(q), -1, self._group, q.shape[2]).permute(1, 2, 0, 3),
+            q.transpose(1, 2),
             torch.cat((old_k, k), dim=1),
             torch.cat((old_v, v), dim=1),
             share.blocks(cache, positions),
             self._scale,
         )
-        out.copy_(found.permute(2, 0, 1, 3).flatten(1, 2))
+        out.copy_(found.transpose(1, 2))
         cache.write(share.start, k, v)
