@@ -25,13 +25,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 
-from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession, open_graph
-from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
-from moac_runtime.package.artifact import Artifact, open_artifact
-from moac_runtime.package.weights import load_weights
+from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.session import Backend, Feed
+from moac_runtime.package.artifact import open_artifact
 
 STEPS = 12
 ROUNDS = 4
@@ -40,20 +37,12 @@ ROOM = STEPS * ROUNDS + 4
 Step = Callable[[], Any]
 
 
-def torch_arm(decoder: Decoder, artifact: Artifact, context: int) -> tuple[Step, int]:
-    """One decode step of the torch backend, and the bytes of its caches."""
-    plan, order = artifact.plan, artifact.head_order
-    session = Session(decoder, plan, order, batch=1, capacity=context)
-    session._lengths = [context - ROOM]
-    token = torch.tensor([5])
-    return lambda: session.decode(token), session.kv_bytes()
-
-
-def onnx_arm(graph: OnnxGraph, context: int) -> tuple[Step, int]:
-    """One decode step of the onnx backend, and the bytes of its caches."""
-    session = OnnxSession(graph, batch=1, capacity=context)
-    session._lengths[:] = context - ROOM
-    return lambda: session.decode([5]), session.kv_bytes()
+def our_arm(backend: Backend, context: int) -> tuple[Step, int]:
+    """One decode step of a backend of ours, and the bytes of its caches."""
+    session: Any = backend.session()
+    row = session.admit(context)
+    session._row(row).length = context - ROOM  # as if it had been fed so many
+    return lambda: session.step([Feed(row, [5])]), session.kv_bytes()
 
 
 def dense_arm(graph: Any, config: dict[str, Any], context: int) -> tuple[Step, int]:
@@ -132,10 +121,9 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--out", type=Path, help="write OUT-<date>.json and .md")
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
     artifact = open_artifact(asked.package, check="sizes")
-    decoder = Decoder(artifact.spec, load_weights(artifact, torch.float32), dtype=torch.float32)
-    graph = open_graph(artifact, threads=asked.threads)
+    by_torch = open_backend(artifact, "torch", dtype="float32", threads=asked.threads)
+    by_onnx = open_backend(artifact, "onnx", threads=asked.threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = asked.threads
     config = json.loads((asked.dense / "genai_config.json").read_text())
@@ -146,8 +134,8 @@ def main() -> None:
     for context in asked.contexts:
         contexts[str(context)] = measure(
             {
-                "moac torch": torch_arm(decoder, artifact, context),
-                "moac onnx": onnx_arm(graph, context),
+                "moac torch": our_arm(by_torch, context),
+                "moac onnx": our_arm(by_onnx, context),
                 "onnxruntime-genai dense": dense_arm(dense, config, context),
             }
         )

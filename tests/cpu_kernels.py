@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Batch
 from transformers import PreTrainedModel
 
 from moac.checkpoint.model_spec import model_spec
@@ -53,8 +54,8 @@ def open_cpu_session(
     chunk: int = 512,
     dtype: torch.dtype = torch.float32,
     threads: int = 1,
-) -> CpuSession:
-    """A native session on `model` under `plan`, as `oracle.open_session` opens one of torch."""
+) -> Batch:
+    """Rows of a native session on `model` under `plan`, as `oracle.open_session` opens them."""
     spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
     tensors = {
         name: tensor.to(dtype).contiguous()
@@ -68,4 +69,4 @@ def open_cpu_session(
         threads=threads,
         memory=tensors,
     )
-    return CpuSession(engine, plan, order, batch=batch, capacity=capacity, chunk=chunk)
+    return Batch(CpuSession(engine, plan, order, chunk=chunk), batch=batch, capacity=capacity)

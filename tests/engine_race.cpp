@@ -26,35 +26,48 @@ struct Made {
   Model model{};
 
   const float *take(int64_t count) { return held.emplace_back(some_floats(count)).data(); }
+  Matrix matrix(int64_t count) { return {take(count), nullptr, WEIGHTS_PLAIN}; }
 
   Made() {
     for (int64_t l = 0; l < LAYERS; l++) {
       Layer layer{};
       layer.attn_norm = take(SIZE), layer.mlp_norm = take(SIZE);
-      layer.qkv = take(WIDTH * SIZE), layer.o = take(SIZE * HEADS * DIM);
-      layer.gate_up = take(2 * INNER * SIZE), layer.down = take(SIZE * INNER);
+      layer.qkv = matrix(WIDTH * SIZE), layer.o = matrix(SIZE * HEADS * DIM);
+      layer.gate_up = matrix(2 * INNER * SIZE), layer.down = matrix(SIZE * INNER);
       layers.push_back(layer);
     }
     model.num_layers = LAYERS, model.hidden = SIZE, model.inner = INNER, model.heads = HEADS;
     model.kv_heads = KV_HEADS, model.head_dim = DIM, model.vocab = VOCAB, model.norm_eps = 1e-5;
     model.rope_scaling = 1, model.layers = layers.data(), model.norm = take(SIZE);
-    model.embed = model.head = take(VOCAB * SIZE);
+    model.embed = model.head = matrix(VOCAB * SIZE);
   }
 };
 
-// The rows' caches, one a KV head, and the steps over them.
-struct Rows {
-  Floats memory = Floats(2 * LAYERS * KV_HEADS * ROWS * SPAN * DIM);
-  Floats frequencies = Floats(DIM / 2, 0.1f), logits = Floats(ROWS * VOCAB);
+// A row's caches, one a KV head; spans and frequencies are its own.
+struct Row {
+  Floats memory, frequencies;
   std::vector<Cache> caches;
-  std::vector<int64_t> first_cache, zeros = std::vector<int64_t>(ROWS);
+  std::vector<int64_t> first_cache;
 
-  Rows() {
+  explicit Row(int64_t number) : frequencies(DIM / 2, 0.1f + 0.01f * number) {
+    const int64_t span = SPAN - 16 * number;
+    memory.resize(2 * LAYERS * KV_HEADS * span * DIM);
     float *at = memory.data();
     for (int64_t l = 0; l < LAYERS; l++)
-      for (int64_t head = 0; head < KV_HEADS; head++, at += 2 * ROWS * SPAN * DIM)
-        caches.push_back({at, at + ROWS * SPAN * DIM, head, 1, SPAN, SINK, 0, zeros.data(), zeros.data()});
+      for (int64_t head = 0; head < KV_HEADS; head++, at += 2 * span * DIM)
+        caches.push_back({at, at + span * DIM, head, 1, span, SINK, 0, 0, 0, CACHE_PLAIN});
     for (int64_t l = 0; l <= LAYERS; l++) first_cache.push_back(l * KV_HEADS);
+  }
+};
+
+// Some rows, and the steps over them.
+struct Rows {
+  std::vector<Row> rows;
+  Floats logits = Floats(ROWS * VOCAB);
+
+  Rows() {
+    rows.reserve(ROWS);  // caches point into a row's memory
+    for (int64_t row = 0; row < ROWS; row++) rows.emplace_back(row);
   }
 
   // `counts` tokens more of each row, the last one's logits of each.
@@ -62,22 +75,24 @@ struct Rows {
     std::vector<Segment> segments;
     std::vector<int64_t> tokens, wanted, places;
     for (int64_t row = 0; row < ROWS; row++) {
-      segments.push_back({row, starts[row], counts[row]});
+      const Row &at = rows[row];
+      segments.push_back({at.caches.data(), at.first_cache.data(), at.frequencies.data(),
+                          starts[row], counts[row]});
       for (int64_t i = 0; i < counts[row]; i++)
         tokens.push_back((7 * (starts[row] + i) + row) % VOCAB);
       wanted.push_back(tokens.size() - 1), places.push_back(row);
     }
-    const Step step{caches.data(), first_cache.data(), frequencies.data(), segments.data(),
-                    tokens.data(), wanted.data(), places.data(), ROWS, (int64_t)tokens.size(), ROWS,
-                    logits.data()};
-    if (moac_step(handle, &step)) fail("memory is short");
+    const Step step{segments.data(), tokens.data(), wanted.data(), places.data(),
+                    ROWS, (int64_t)tokens.size(), ROWS, logits.data()};
+    if (moac_step(handle, &step) != DONE) fail("memory is short");
     phases_done++;
   }
 };
 
 // The logits of every step, by so many threads.
 static Floats run(const Model &model, int threads, uint64_t seed) {
-  Handle *handle = moac_open(&model, threads);
+  Handle *handle;
+  if (moac_open(&model, threads, &handle) != DONE) fail("memory is short");
   the_clock = &((Engine<float> *)handle->engine)->team.clock;
   std::vector<std::thread> others;
   for (int i = 1; i < threads; i++)

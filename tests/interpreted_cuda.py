@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Batch
 from transformers import PreTrainedModel
 
 from moac.checkpoint.model_spec import model_spec
@@ -45,13 +46,18 @@ def interpreter() -> Iterator[Callable[..., Any]]:
 
 def open_session(
     model: PreTrainedModel, plan: Plan, *, capacity: int, batch: int = 1, chunk: int | None = None
-) -> CudaSession:
-    """A session of the cuda backend on `model` under `plan`, in float32."""
+) -> Batch:
+    """Rows of a session of the cuda backend on `model` under `plan`, in float32."""
+    return Batch(new_session(model, plan, chunk=chunk), batch=batch, capacity=capacity)
+
+
+def new_session(model: PreTrainedModel, plan: Plan, *, chunk: int | None = None) -> CudaSession:
+    """The same without rows."""
     spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
     kernels, tables = _kernels(spec, plan)
     tensors = dict(pack_weights(weights.__getitem__, spec, order))
     decoder = CudaDecoder(spec, tensors, kernels, dtype=torch.float32, device=CPU)
-    return CudaSession(decoder, plan, order, tables, batch=batch, capacity=capacity, chunk=chunk)
+    return CudaSession(decoder, plan, order, tables, chunk=chunk)
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from batches import Batch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -101,7 +102,8 @@ def open_session(
     batch: int = 1,
     chunk: int = 512,
     dtype: torch.dtype = torch.float32,
-) -> Session:
-    """A session on `model` under `plan`."""
+) -> Batch:
+    """Rows of a session on `model` under `plan`."""
     decoder, order = packed(model, plan, dtype=dtype)
-    return Session(decoder, plan, order, batch=batch, capacity=capacity, chunk=chunk)
+    session = Session(decoder, plan, order, chunk=chunk)
+    return Batch(session, batch=batch, capacity=capacity)

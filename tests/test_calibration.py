@@ -33,6 +33,7 @@ from moac.calibration.text import ends_clause, running_words, separated_words
 from moac.checkpoint import open_checkpoint
 from moac.evaluation.own_task import read_own_task
 from moac.pipeline.reading import open_reader
+from moac_runtime.backends.session import Feed
 from moac_runtime.errors import CheckpointError, UsageError
 
 LENGTH = 1024
@@ -65,7 +66,8 @@ def plain_tokenizer(tiny_checkpoint: Callable[..., Path]) -> Any:
 class Reader:
     """A stand-in for a model that reads well: answers with the planted value it finds.
 
-    Its session is the list of all token ids read. `reply`: what it says instead.
+    It is its own session, of one row: the list of all token ids read. `reply`: what it says
+    instead.
     """
 
     eos_token_ids = (2,)
@@ -77,19 +79,20 @@ class Reader:
         self.script: list[int] = []
         self.read: list[int] = []
 
-    def open(self, capacity: int) -> Reader:
+    def session(self) -> Any:
         self.read = []
         return self
 
-    def extend(self, tokens: list[list[int]]) -> torch.Tensor:
-        self.read += tokens[0]
-        text = self.reply or self.find(self.tokenizer.decode(self.read))
-        self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-        return self._next(len(tokens[0]))
+    def admit(self, capacity: int) -> int:
+        return 0
 
-    def decode(self, tokens: list[int]) -> torch.Tensor:
+    def step(self, feeds: list[Feed]) -> torch.Tensor:
+        ((_, tokens, _),) = feeds
         self.read += tokens
-        return self._next(1)
+        if len(tokens) > 1:
+            text = self.reply or self.find(self.tokenizer.decode(self.read))
+            self.script = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        return self._next(len(tokens))
 
     def _next(self, count: int) -> torch.Tensor:
         self.calls.append(count)

@@ -74,7 +74,7 @@ def test_options_reach_model_and_loader(loader: Loader) -> None:
     running = ["--backend", "torch", "--dtype", "float32", "--threads", "2", "--capacity", "99"]
     assert main(["out", "--prompt", "hi", "--raw", "--max-tokens", "1", *running]) == 0
     assert loader.options == {"backend": "torch", "dtype": "float32", "threads": 2}
-    assert loader.sessions[0].capacity == 99
+    assert loader.sessions[0].room == 99
 
 
 def test_sampling_options_are_passed_on(
@@ -229,13 +229,13 @@ def test_a_nul_in_a_file_is_text(loader: Loader, tmp_path: Path) -> None:
     file = tmp_path / "nul.txt"
     file.write_bytes(b"a\x00b")
     assert main(["out", "--prompt-file", str(file), *RAW]) == 0
-    assert loader.model.tokenizer.decode(loader.sessions[0].rows[0][:4]) == "a\x00b"
+    assert loader.model.tokenizer.decode(loader.sessions[0].held[0][:4]) == "a\x00b"
 
 
 def test_control_tokens_of_a_prompt_act_where_asked(loader: Loader) -> None:
     for options in ([], ["--parse-special"]):
         assert main(["out", "--prompt", "hi<|im_end|>", "--max-tokens", "1", *options]) == 0
-    text, acting = (session.rows[0].count(258) for session in loader.sessions)
+    text, acting = (session.held[0].count(258) for session in loader.sessions)
     assert acting == text + 1
 
 

@@ -20,12 +20,17 @@ from moac.pipeline.verify import verify
 from moac.show.inspection import inspect_package
 from moac_kernels import cpu_build
 from moac_kernels.build import BuildError
-from moac_kernels.cpu_build import build_cpu
-from moac_runtime.backends.cpu.library import INSTRUCTION_SETS, host_features, runnable_sets
+from moac_kernels.cpu_build import build_cpu, find_compiler
+from moac_runtime.backends.cpu.library import (
+    INSTRUCTION_SETS,
+    host_features,
+    open_library,
+    runnable_sets,
+)
 from moac_runtime.backends.cpu.opening import host_obstacle, open_cpu
 from moac_runtime.backends.open import choose_backend
 from moac_runtime.engine.model import load
-from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.artifact import open_artifact
 
 HERE, BARE = INSTRUCTION_SETS["avx2"], frozenset(("sse2",))
@@ -174,6 +179,16 @@ def test_what_cannot_run_says_why() -> None:
     bare = str(host_obstacle(["cpu:avx2"], None, features=BARE))
     assert "built for cpu:avx2, and this processor has none of these" in bare
     assert "bfloat16 and float32" in str(host_obstacle(["cpu:avx2"], "float16", features=HERE))
+
+
+@needs_compiler
+def test_kernels_of_another_interface_are_refused(tmp_path: Path) -> None:
+    source, built = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text('extern "C" long long moac_abi() { return 2; }')
+    subprocess.run([str(find_compiler()), "-shared", "-fPIC", source, "-o", built], check=True)
+    sentence = "old.so speaks version 2 of its interface, expected 3; compile the package again"
+    with pytest.raises(ArtifactError, match=sentence):
+        open_library(built)
 
 
 def test_no_build_is_advised_that_cannot_be_made(tiny_package: Compiled) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import WRONG_FEEDS, Batch
 from cpu_kernels import library, needs_compiler, open_cpu_session
 from families import FAMILIES, ROPES, VOCAB, tiny_model
 from oracle import grown_masks, masked_logits, open_session, oracle_logits
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel
 
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
-from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
@@ -61,14 +61,8 @@ def close(found: Any, wanted: Tensor) -> None:
     torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=0, atol=ATOL)
 
 
-def by_decode(session: CpuSession, rows: list[list[int]]) -> Tensor:
-    """Logits `[B, T, V]` of equally long rows fed token by token, through decode alone."""
-    steps = [torch.as_tensor(session.decode(step)) for step in zip(*rows, strict=True)]
-    return torch.stack(steps, dim=1)
-
-
-def fed(session: CpuSession, tokens: list[int]) -> Tensor:
-    return torch.as_tensor(session.extend_all([tokens])[0])
+def fed(session: Batch, tokens: list[int]) -> Tensor:
+    return session.each([tokens])[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +71,7 @@ def test_every_family_equals_transformers(kernels: str, family: str) -> None:
     wanted = oracle_logits(model(family), tokens, MIXED, 64)
     open_one = partial(open_cpu_session, model(family), MIXED, instruction_set=kernels)
     close(fed(open_one(capacity=64), tokens), wanted)
-    close(by_decode(open_one(capacity=64), [tokens])[0], wanted)
+    close(open_one(capacity=64).by_decode([tokens])[0], wanted)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -86,7 +80,7 @@ def test_every_rope_equals_transformers(kernels: str, rope: str) -> None:
     wanted = oracle_logits(model(rope=rope), tokens, MIXED, 96)
     open_one = partial(open_cpu_session, model(rope=rope), MIXED, instruction_set=kernels)
     close(fed(open_one(capacity=96), tokens), wanted)
-    close(by_decode(open_one(capacity=96), [tokens])[0], wanted)
+    close(open_one(capacity=96).by_decode([tokens])[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +98,7 @@ def test_options_equal_transformers(kernels: str, options: dict[str, Any]) -> No
     wanted = oracle_logits(built, tokens, MIXED, 64)
     open_one = partial(open_cpu_session, built, MIXED, instruction_set=kernels, capacity=64)
     close(fed(open_one(), tokens), wanted)
-    close(by_decode(open_one(), [tokens])[0], wanted)
+    close(open_one().by_decode([tokens])[0], wanted)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
@@ -115,8 +109,8 @@ def test_groups_and_head_dims_equal_transformers(kernels: str, group: int, head_
     session = open_cpu_session(
         built, MIXED, instruction_set=kernels, capacity=64, batch=2, chunk=19
     )
-    prefill = session.extend_all([row[:-8] for row in rows])
-    decode = by_decode(session, [row[-8:] for row in rows])
+    prefill = session.each([row[:-8] for row in rows])
+    decode = session.by_decode([row[-8:] for row in rows])
     for row, head, tail in zip(rows, prefill, decode, strict=True):
         found = torch.cat([torch.as_tensor(head), tail])
         close(found, oracle_logits(built, row, MIXED, 64))
@@ -128,7 +122,7 @@ def test_every_span_equals_the_oracle_and_differs_from_dense(kernels: str, span:
     plan, tokens = plan_of((rule, rule), (rule, rule)), text(48)
     wanted = oracle_logits(model(), tokens, plan, 48)
     session = open_cpu_session(model(), plan, instruction_set=kernels, capacity=48)
-    found = torch.cat([fed(session, tokens[:20]), by_decode(session, [tokens[20:]])[0]])
+    found = torch.cat([fed(session, tokens[:20]), session.by_decode([tokens[20:]])[0]])
     close(found, wanted)
     dense = oracle_logits(model(), tokens, plan_of((DENSE, DENSE), (DENSE, DENSE)), 48)
     close(found[:span], dense[:span])
@@ -152,7 +146,7 @@ def test_long_rows_of_several_tiles_and_items_equal_the_oracle(kernels: str, thr
     session = open_cpu_session(
         model(), plan, instruction_set=kernels, capacity=900, chunk=300, threads=threads
     )
-    found = torch.cat([fed(session, tokens[:890]), by_decode(session, [tokens[890:]])[0]])
+    found = torch.cat([fed(session, tokens[:890]), session.by_decode([tokens[890:]])[0]])
     close(found, wanted)
 
 
@@ -164,12 +158,12 @@ def test_ragged_turns_equal_rows_alone(kernels: str) -> None:
     )
     for turn in range(4):
         parts = [row[(0, *cut)[turn] : cut[turn]] for row, cut in zip(rows, cuts, strict=True)]
-        last = torch.as_tensor(session.extend(parts))
+        last = session.last(parts)
         for b, (row, part) in enumerate(zip(rows, parts, strict=True)):
             if part:
-                close(last[b], oracle_logits(model(), row[: cuts[b][turn]], MIXED, 64)[-1])
+                close(last[b], oracle_logits(model(), row[: cuts[b][turn]], MIXED, 64)[-1:])
             else:
-                assert last[b].isnan().all()
+                assert last[b].shape == (0, VOCAB)
     assert session.lengths == [50, 41, 17, 63]
     session.keep([2, 1])
     step = torch.as_tensor(session.decode([rows[2][17], rows[1][41]]))
@@ -181,7 +175,7 @@ def test_chosen_logits_are_those_of_the_whole(kernels: str) -> None:
     tokens = text(40)
     open_one = partial(open_cpu_session, model(), MIXED, instruction_set=kernels, capacity=64)
     whole = fed(open_one(), tokens)
-    chosen, none = open_one(batch=2, chunk=16).extend_at([tokens, tokens], [[0, 15, 16, 39], []])
+    chosen, none = open_one(batch=2, chunk=16).feed([tokens, tokens], [[0, 15, 16, 39], []])
     close(chosen, whole[[0, 15, 16, 39]])
     assert none.shape == (0, VOCAB)
 
@@ -199,7 +193,7 @@ def test_own_sliding_windows_equal_the_oracle(
     )
     close(fed(open_one(), tokens), wanted)
     close(fed(open_one(chunk=7), tokens), wanted)
-    close(by_decode(open_one(), [tokens])[0], wanted)
+    close(open_one().by_decode([tokens])[0], wanted)
 
 
 def test_bfloat16_is_as_near_as_the_librarys_own(kernels: str) -> None:
@@ -213,7 +207,7 @@ def test_bfloat16_is_as_near_as_the_librarys_own(kernels: str) -> None:
         open_cpu_session, rounded, MIXED, instruction_set=kernels, capacity=64,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    for found in (fed(open_one(), tokens), by_decode(open_one(), [tokens])[0]):
+    for found in (fed(open_one(), tokens), open_one().by_decode([tokens])[0]):
         assert (found - wanted).norm() < budget
 
 
@@ -223,13 +217,19 @@ def test_allocated_bytes_are_the_plans(kernels: str, capacity: int, dtype: torch
     session = open_cpu_session(
         model(), MIXED, instruction_set=kernels, capacity=capacity, batch=3, dtype=dtype
     )
-    token = session._engine.spec.kv_token_bytes(dtype.itemsize)
-    assert session.kv_bytes() == MIXED.held_tokens(capacity) * token * 3 == len(session._arena)
-    session.extend([text(min(capacity, 30)), text(capacity), []])
+    native: Any = session.session
+    token = native._engine.spec.kv_token_bytes(dtype.itemsize)
+
+    def allocated() -> int:
+        return sum(len(native._row(row).memory) for row in native.rows)
+
+    assert session.kv_bytes() == MIXED.held_tokens(capacity) * token * 3 == allocated()
+    assert native.kv_bytes(session.rows[1]) == MIXED.held_tokens(capacity) * token
+    session.last([text(min(capacity, 30)), text(capacity), []])
     session.keep([1])
-    assert session.kv_bytes() == MIXED.held_tokens(capacity) * token == len(session._arena)
+    assert session.kv_bytes() == MIXED.held_tokens(capacity) * token == allocated()
     session.grow(2 * capacity)
-    assert session.kv_bytes() == MIXED.held_tokens(2 * capacity) * token == len(session._arena)
+    assert session.kv_bytes() == MIXED.held_tokens(2 * capacity) * token == allocated()
 
 
 GROWING = [
@@ -249,55 +249,52 @@ def test_growth_after_loss_drops_nothing_else(kernels: str, family: str, plan: P
         masks = [grown_masks(plan, layer, phases) for layer in (0, 1)]
         wanted.append(masked_logits(model(family), row[: ends[-1]], masks)[ends[1] :])
 
-    def grown() -> CpuSession:
+    def grown() -> Batch:
         session = open_cpu_session(
             model(family), plan, instruction_set=kernels, capacity=40, batch=3, chunk=16
         )
-        session.extend([row[:a] for row, (a, _, _) in zip(rows, stops, strict=True)])
+        session.last([row[:a] for row, (a, _, _) in zip(rows, stops, strict=True)])
         session.grow(80)
-        session.extend([row[a:b] for row, (a, b, _) in zip(rows, stops, strict=True)])
+        session.last([row[a:b] for row, (a, b, _) in zip(rows, stops, strict=True)])
         session.grow(120)
         return session
 
     rest = [row[b:c] for row, (_, b, c) in zip(rows, stops, strict=True)]
-    for found, expected in zip(grown().extend_all(rest), wanted, strict=True):
+    for found, expected in zip(grown().each(rest), wanted, strict=True):
         close(found, expected)
-    close(by_decode(grown(), rest), torch.stack(wanted))
+    close(grown().by_decode(rest), torch.stack(wanted))
 
 
 def test_long_turns_equal_the_torch_backend(kernels: str) -> None:
     built, tokens = tiny_model("qwen3"), text(480)
     torch_session = open_session(built, MIXED, capacity=480)
     native = open_cpu_session(built, MIXED, instruction_set=kernels, capacity=480, threads=2)
-    close(fed(native, tokens[:450]), torch_session.extend_all([tokens[:450]])[0])
+    close(fed(native, tokens[:450]), torch_session.each([tokens[:450]])[0])
     for token in tokens[450:]:
-        close(native.decode([token]), torch_session.decode(torch.tensor([token])))
+        close(native.decode([token]), torch_session.decode([token]))
 
 
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
-        (lambda s: s.extend([[1]]), "got tokens for 1 rows .* expected 2 of each"),
-        (lambda s: s.extend([[1], [VOCAB]]), f"got token {VOCAB}, expected tokens from 0 to"),
-        (lambda s: s.extend_at([[1], [1]], [[1], []]), "row 0 is fed 1 tokens and asked"),
-        (lambda s: s.decode([1]), "shape \\[1\\], expected \\[2\\]"),
-        (lambda s: s.grow(16), "cannot grow a session of 16 tokens to 16"),
-        (lambda s: s.keep([2]), "cannot keep rows \\[2\\]"),
+        *WRONG_FEEDS,
+        (lambda s: s.grow(0, 16), "cannot grow a row of 16 tokens to 16"),
+        (lambda s: s.release(2), "the session has no row 2"),
     ],
 )
 def test_wrong_requests_are_one_sentence(kernels: str, ask: Any, sentence: str) -> None:
     session = open_cpu_session(model(), MIXED, instruction_set=kernels, capacity=16, batch=2)
     with pytest.raises(UsageError, match=sentence):
-        ask(session)
+        ask(session.session)
     assert session.lengths == [0, 0]
 
 
 def test_a_full_session_takes_no_more_and_loses_nothing(kernels: str) -> None:
     tokens = text(32)
     session = open_cpu_session(model(), MIXED, instruction_set=kernels, capacity=32, batch=2)
-    session.extend([tokens[:31], tokens[:3]])
+    session.last([tokens[:31], tokens[:3]])
     with pytest.raises(MoacError, match="row 0 holds 31 of 32 tokens and cannot take 2 more"):
-        session.extend([tokens[:2], tokens[:1]])
+        session.last([tokens[:2], tokens[:1]])
     found = torch.as_tensor(session.decode([tokens[31], tokens[3]]))
     close(found[0], oracle_logits(model(), tokens, MIXED, 32)[-1])
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from batches import WRONG_FEEDS, Batch
 from families import FAMILIES, VOCAB, tiny_model
 from interpreted_cuda import interpreter, open_session
 from oracle import grown_masks, masked_logits, oracle_logits
@@ -18,6 +18,8 @@ from moac_runtime.backends.cuda import decode as decode_module
 from moac_runtime.backends.cuda import session as session_module
 from moac_runtime.backends.cuda.decode import bucket
 from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.feeding import by_feed
+from moac_runtime.backends.session import Feed
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
@@ -57,23 +59,17 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
 
 
-def by_decode(session: CudaSession, rows: list[list[int]]) -> Tensor:
-    """Logits `[B, T, V]` of equally long rows fed token by token, through decode alone."""
-    steps = [session.decode(torch.tensor(step)) for step in zip(*rows, strict=True)]
-    return torch.stack(steps, dim=1)
-
-
 def family(name: str) -> None:
     """Chunked prefill past the smallest spans, then decode while rings wrap."""
     plan, tokens = (MIXED if name == "llama" else ONE), text(25)
     model = tiny_model(name, num_hidden_layers=len(plan.rules))
     wanted = oracle_logits(model, tokens, plan, 48)
     session = open_session(model, plan, capacity=48, chunk=17)
-    prefill = session.extend_all([tokens[:21]])[0]
-    decode = by_decode(session, [tokens[21:]])[0]
+    prefill = session.each([tokens[:21]])[0]
+    decode = session.by_decode([tokens[21:]])[0]
     close(torch.cat([prefill, decode]), wanted)
     torch_session = open_torch_session(model, plan, capacity=48)
-    close(prefill, torch_session.extend_all([tokens[:21]])[0])
+    close(prefill, torch_session.each([tokens[:21]])[0])
     assert session.kv_bytes() == torch_session.kv_bytes()
 
 
@@ -90,14 +86,14 @@ def ragged() -> None:
     cuts = [(0, 19, 20), (5, 5, 25), (13, 13, 13)]
     for turn in range(3):
         fed = [row[(0, *cut)[turn] : cut[turn]] for row, cut in zip(rows, cuts, strict=True)]
-        last = session.extend(fed)
+        last = session.last(fed)
         for b, (row, part) in enumerate(zip(rows, fed, strict=True)):
             if part:
-                close(last[b], oracle_logits(model, row[: cuts[b][turn]], ONE, 64)[-1])
+                close(last[b], oracle_logits(model, row[: cuts[b][turn]], ONE, 64)[-1:])
             else:
-                assert last[b].isnan().all()
-    found = by_decode(
-        session, [row[count : count + 3] for row, count in zip(rows, session.lengths, strict=True)]
+                assert last[b].shape == (0, VOCAB)
+    found = session.by_decode(
+        [row[count : count + 3] for row, count in zip(rows, session.lengths, strict=True)]
     )
     assert session.lengths == [23, 28, 16]
     for b, row in enumerate(rows):
@@ -110,31 +106,75 @@ def test_ragged_turns_equal_rows_alone(interpreted: Run) -> None:
 
 
 def leaving() -> None:
-    """Rows leave, are reordered and copied; what stays goes on as it would alone."""
+    """Rows leave and are fed in another order; what stays goes on as it would alone."""
     model = tiny_model("llama", num_hidden_layers=1)
     rows = [text(40, seed=seed) for seed in range(4)]
-    session = open_session(model, ONE, capacity=64, batch=4)
-    session.extend([row[: 10 + 5 * i] for i, row in enumerate(rows)])
+    batch = open_session(model, ONE, capacity=64, batch=4)
+    session = batch.session
+    batch.last([row[: 10 + 5 * i] for i, row in enumerate(rows)])
     held = session.kv_bytes()
-    session.decode(torch.tensor([row[10 + 5 * i] for i, row in enumerate(rows)]))
-    session.keep([3, 0, 1])
-    assert session.lengths == [26, 11, 16]
+    assert held == sum(map(session.kv_bytes, session.rows))
+    batch.decode([row[10 + 5 * i] for i, row in enumerate(rows)])
+    batch.keep([3, 0, 1])
+    assert batch.lengths == [26, 11, 16]
     assert session.kv_bytes() == held
-    found = session.decode(torch.tensor([rows[3][26], rows[0][11], rows[1][16]]))
+    found = batch.decode([rows[3][26], rows[0][11], rows[1][16]])
     for logits, (b, count) in zip(found, ((3, 27), (0, 12), (1, 17)), strict=True):
         close(logits, oracle_logits(model, rows[b][:count], ONE, 64)[-1])
-    session.keep([1, 1])
-    assert session.kv_bytes() == held // 2
-    found = session.decode(torch.tensor([rows[0][12], 7]))
-    close(found[0], oracle_logits(model, rows[0][:13], ONE, 64)[-1])
-    close(found[1], oracle_logits(model, [*rows[0][:12], 7], ONE, 64)[-1])
-    chosen, none = session.extend_at([rows[0][13:20], []], [[0, 6], []])
-    close(chosen, oracle_logits(model, rows[0][:20], ONE, 64)[[13, 19]])
+    # a step of some rows alone, then all of them again
+    first, second = batch.rows[1:]
+    close(
+        session.step([Feed(second, [rows[1][17]]), Feed(first, [rows[0][12]], ())]),
+        oracle_logits(model, rows[1][:18], ONE, 64)[-1:],
+    )
+    chosen, none, one = batch.feed([rows[3][27:34], [], [rows[1][18]]], [[0, 6], [], None])
+    close(chosen, oracle_logits(model, rows[3][:34], ONE, 64)[[27, 33]])
+    close(one, oracle_logits(model, rows[1][:19], ONE, 64)[-1:])
     assert none.shape == (0, VOCAB)
+    assert batch.lengths == [34, 13, 19]
+    for row in batch.rows:
+        session.release(row)
+    assert session.kv_bytes() == 0
+    # with its last row the batch is over, and another may begin
+    close(Batch(session, batch=1, capacity=48).last([rows[0][:9]])[0],
+          oracle_logits(model, rows[0][:9], ONE, 48)[-1:])  # fmt: skip
 
 
 def test_kept_rows_go_on_as_before(interpreted: Run) -> None:
     interpreted(leaving)
+
+
+def restoring() -> None:
+    """A row is restored, twice, into a batch that has not begun; wrapped rings and lost tokens."""
+    model, tokens = tiny_model("llama", num_hidden_layers=1), text(60)
+    begun = open_session(model, ONE, capacity=40)
+    begun.last([tokens[:30]])
+    begun.grow(64)
+    begun.last([tokens[30:34]])
+    taken = begun.session.snapshot(begun.rows[0])
+    assert taken.bytes <= begun.session.kv_bytes()
+    late = "the batch has begun, and this backend takes no row after the first step"
+    for ask in (lambda: begun.session.admit(64), lambda: begun.session.restore(taken)):
+        with pytest.raises(UsageError, match=late):
+            ask()
+    other = open_session(model, ONE, capacity=64)
+    with pytest.raises(UsageError, match="the snapshot is of another model, plan or backend"):
+        other.session.restore(taken)
+    session = CudaSession(*begun.session._origin, begun.session._tables)  # type: ignore[attr-defined]
+    rows = [session.admit(64), session.restore(taken), session.restore(taken)]
+    with pytest.raises(UsageError, match="a row of 65 tokens cannot join a batch of rows of 64"):
+        session.admit(65)
+    assert list(map(session.length, rows)) == [0, 34, 34]
+    wanted = torch.cat(begun.each([tokens[34:40]]))
+    feeds = [Feed(rows[0], tokens[:6]), *(Feed(row, tokens[34:40], range(6)) for row in rows[1:])]
+    fresh, first, second = by_feed(session.step(feeds), feeds)
+    close(fresh, oracle_logits(model, tokens[:6], ONE, 64)[-1:])
+    close(first, wanted)
+    close(second, wanted)
+
+
+def test_a_restored_row_continues_and_a_late_one_is_refused(interpreted: Run) -> None:
+    interpreted(restoring)
 
 
 GROWING: dict[str, tuple[Plan, dict[str, Any]]] = {
@@ -149,10 +189,10 @@ def growing(name: str) -> None:
     model = tiny_model(name, num_hidden_layers=1, **options)
     rows, fed = [text(80, seed=seed) for seed in range(2)], [(40, 46, 48), (17, 19, 21)]
     session = open_session(model, plan, capacity=40, batch=2, chunk=30)
-    session.extend([row[:a] for row, (a, _, _) in zip(rows, fed, strict=True)])
+    session.last([row[:a] for row, (a, _, _) in zip(rows, fed, strict=True)])
     session.grow(80)
-    found = session.extend_all([row[a:b] for row, (a, b, _) in zip(rows, fed, strict=True)])
-    decoded = by_decode(session, [row[b:c] for row, (_, b, c) in zip(rows, fed, strict=True)])
+    found = session.each([row[a:b] for row, (a, b, _) in zip(rows, fed, strict=True)])
+    decoded = session.by_decode([row[b:c] for row, (_, b, c) in zip(rows, fed, strict=True)])
     for b, (row, stops) in enumerate(zip(rows, fed, strict=True)):
         phases = [(40, stops[0]), (80, stops[2])]
         wanted = masked_logits(model, row[: stops[2]], [grown_masks(plan, 0, phases)])
@@ -171,8 +211,8 @@ def long_decode() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_module, "LOOKAHEAD", 3)
         session = open_session(model, ONE, capacity=64)
-        session.extend([tokens[:4]])
-        close(by_decode(session, [tokens[4:]])[0], oracle_logits(model, tokens, ONE, 64)[4:])
+        session.last([tokens[:4]])
+        close(session.by_decode([tokens[4:]])[0], oracle_logits(model, tokens, ONE, 64)[4:])
 
 
 def test_a_work_table_is_made_anew_when_it_is_used_up(interpreted: Run) -> None:
@@ -182,20 +222,17 @@ def test_a_work_table_is_made_anew_when_it_is_used_up(interpreted: Run) -> None:
 def requests() -> None:
     """Wrong requests are refused before anything is fed."""
     model = tiny_model("llama", num_hidden_layers=1)
-    session = open_session(model, plan_of((DENSE, DENSE)), capacity=8, batch=2)
-    wrong: list[tuple[Callable[[], Any], str]] = [
-        (lambda: session.extend([[1]]), "got tokens for 1 rows"),
-        (lambda: session.extend([[1], [VOCAB]]), f"got token {VOCAB}"),
-        (lambda: session.decode(torch.tensor([1])), "shape [1], expected [2]"),
-        (lambda: session.decode(torch.tensor([1, -1])), "got token -1"),
-        (lambda: session.grow(8), "cannot grow a session of 8 tokens to 8"),
-        (lambda: session.keep([2]), "cannot keep rows [2]"),
-        (lambda: session.extend([[1] * 9, []]), "row 0 holds 0 of 8 tokens and cannot take 9"),
+    batch = open_session(model, plan_of((DENSE, DENSE)), capacity=16, batch=2)
+    wrong: list[tuple[Callable[[Any], Any], str]] = [
+        *WRONG_FEEDS,
+        (lambda s: s.grow(0, 16), "cannot grow a row of 16 tokens to 16"),
+        (lambda s: s.release(2), "the session has no row 2"),
+        (lambda s: s.step([Feed(0, [1] * 17)]), "row 0 holds 0 of 16 tokens and cannot take 17"),
     ]
     for ask, sentence in wrong:
-        with pytest.raises(MoacError, match=re.escape(sentence)):
-            ask()
-    assert session.lengths == [0, 0]
+        with pytest.raises(MoacError, match=sentence):
+            ask(batch.session)
+    assert batch.lengths == [0, 0]
 
 
 def test_wrong_requests_are_one_sentence(interpreted: Run) -> None:
@@ -207,14 +244,16 @@ def does_not_fit() -> None:
     sentence = "a batch of 1 rows of 1048576 tokens needs .* GiB, 0.3 free: not even one row fits;"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_module, "free_bytes", lambda device: 300 * 2**20)
-        session = open_session(model, plan, capacity=64, batch=2)
-        session.keep([0])
+        batch = open_session(model, plan, capacity=64)
+        batch.last([[1, 2]])
         with pytest.raises(MoacError, match=sentence):
-            session.grow(1 << 20)
-        with pytest.raises(MoacError, match=r"a batch of 40000 rows of 64 tokens needs"):
-            session.keep([0] * 40000)
-        assert session.batch == 1
-        assert session.capacity == 64
+            batch.grow(1 << 20)
+        assert batch.session.capacity(batch.rows[0]) == 64
+        batch.decode([3])
+        with pytest.raises(
+            MoacError, match=r"a batch of \d+ rows of 64 tokens .*: batch \d+ fits"
+        ):
+            open_session(model, plan, capacity=64, batch=40000)
         with pytest.raises(MoacError, match=sentence):
             open_session(model, plan, capacity=1 << 20)
 
@@ -227,8 +266,7 @@ def test_buckets_are_powers_of_two_and_the_whole() -> None:
     assert [bucket(rows, 11) for rows in (1, 2, 3, 5, 8, 9, 11)] == [1, 2, 4, 8, 8, 11, 11]
 
 
-@pytest.mark.parametrize("name", ["batch", "capacity", "chunk"])
-def test_sizes_below_one_are_refused(name: str) -> None:
+def test_a_chunk_below_one_is_refused() -> None:
     none: Any = None
-    with pytest.raises(UsageError, match=f"{name} is 0, expected at least 1"):
-        CudaSession(none, MIXED, (), none, **{"batch": 1, "capacity": 8, name: 0})
+    with pytest.raises(UsageError, match="chunk is 0, expected at least 1"):
+        CudaSession(none, MIXED, (), none, chunk=0)

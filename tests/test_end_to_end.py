@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Batch
 from gguf_files import write_gguf
 from oracle import oracle_logits
 from tiny import CONTEXT, Compiled, moac_command, options, request
@@ -167,15 +168,9 @@ def test_verify_compares_with_the_original_and_not_with_itself(
     checkpoint = open_checkpoint(str(tiny_package.checkpoint))
     tokens = [(7 * i * i + i) % artifact.spec.vocab_size for i in range(600)]
     wanted = oracle_logits(checkpoint.load_model("float32"), tokens, artifact.plan, len(tokens))
-    session = Session(
-        decoder_of(artifact, torch.float32),
-        artifact.plan,
-        artifact.head_order,
-        batch=1,
-        capacity=len(tokens),
-    )
-    prefill = session.extend_all([tokens[:500]])[0]
-    decode = torch.cat([session.decode(torch.tensor([token])) for token in tokens[500:]])
+    session = Session(decoder_of(artifact, torch.float32), artifact.plan, artifact.head_order)
+    row = Batch(session, batch=1, capacity=len(tokens))
+    prefill, decode = row.each([tokens[:500]])[0], row.by_decode([tokens[500:]])[0]
     assert (torch.cat([prefill, decode]) - wanted).abs().max() <= 2e-3
 
 
@@ -190,8 +185,8 @@ def test_held_bytes_are_those_of_the_tensors_allocated(
     decoder = decoder_of(artifact, getattr(torch, artifact.dtype))
     for length in found["lengths"]:
         order = artifact.head_order
-        opening = partial(Session, decoder, artifact.plan, order, batch=1, capacity=length)
-        allocated = new_tensor_bytes(opening)
+        admitting = partial(Session(decoder, artifact.plan, order).admit, length)
+        allocated = new_tensor_bytes(admitting)
         size = found["kv_bytes"][str(length)]
         assert allocated == size["held"] <= 0.5 * size["dense"]
 

@@ -28,6 +28,7 @@ from moac.profiling.influence import (
     tile_bytes,
 )
 from moac.store.workspace import release_memory
+from moac_runtime.backends.session import Feed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -75,7 +76,8 @@ def _held(wide: Checkpoint, folder: Path) -> int:
     reader = open_reader(wide, "float32", torch.device("cpu"), folder)
     # a file's pages count once they are read
     model(torch.tensor([[5]]))
-    reader.open(64).extend_at([[5]], [[0]])
+    session = reader.session()
+    session.step([Feed(session.admit(64), [5])])
     release_memory()
     return _status("VmRSS") - before
 

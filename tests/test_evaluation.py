@@ -55,6 +55,7 @@ from moac.store.workspace import Workspace
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.opening import CpuModel
 from moac_runtime.backends.cpu.weights import map_weights
+from moac_runtime.backends.session import Feed
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.package.plan import Plan
@@ -99,8 +100,8 @@ def native_sessions(artifact: Artifact) -> Sessions:
         threads=1,
         memory=weights.memory,
     )
-    model = CpuModel(artifact, engine, "avx2")
-    return Sessions("cpu", "avx2", lambda plan, *sizes: model.session(*sizes, plan=plan))
+    model = CpuModel(engine, artifact.plan, artifact.head_order, "avx2")
+    return Sessions("cpu", "avx2", model.session)
 
 
 @pytest.fixture(scope="module")
@@ -253,22 +254,23 @@ def test_scores() -> None:
 
 def greedy_alone(sessions: Sessions, plan: Plan, case: Case) -> list[int]:
     """The greedy answer of one row, read at once."""
-    session = sessions.open(plan, 1, ROOM)
-    logits = session.extend([list(case.prompt)])
+    session = sessions.open(plan)
+    row = session.admit(ROOM)
+    logits = session.step([Feed(row, case.prompt)])
     tokens = []
     for _ in range(case.limit):
         tokens.append(int(logits.argmax()))
-        logits = session.decode(tokens[-1:])
+        logits = session.step([Feed(row, tokens[-1:])])
     return tokens
 
 
 def gold_alone(sessions: Sessions, plan: Plan, case: Case) -> float:
     """The NLL of the gold value behind the prompt, read at once."""
-    session = sessions.open(plan, 1, ROOM)
+    session = sessions.open(plan)
     tokens = [*case.prompt, *case.gold.tokens]
     first = len(case.prompt) + case.gold.scored
     wanted = list(range(first - 1, len(tokens) - 1))
-    (logits,) = session.extend_at([tokens], [wanted])
+    logits = session.step([Feed(session.admit(ROOM), tokens, wanted)])
     return float(F.cross_entropy(torch.as_tensor(logits), torch.tensor(tokens[first:])))
 
 
@@ -318,8 +320,8 @@ def test_text_losses_agree_and_show_what_a_plan_drops(
     )
     for loss in (*sparse, *dense):
         assert loss.stepped == pytest.approx(loss.same_by_prefill, abs=2e-3)
-    session = sessions.open(artifact.plan, 1, len(texts[0]))
-    (logits,) = session.extend_all([texts[0]])
+    session, count = sessions.open(artifact.plan), len(texts[0])
+    logits = session.step([Feed(session.admit(count), texts[0], range(count))])
     whole = F.cross_entropy(torch.as_tensor(logits)[:-1], torch.tensor(texts[0][1:]))
     assert sparse[0].whole == pytest.approx(float(whole), abs=2e-3)
     assert abs(sparse[0].whole - dense[0].whole) > 2e-3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from test_text import byte_tokenizer
 
 from moac_runtime.backends.open import choose_backend
+from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.engine.model import Model, load
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.spec import ModelSpec, RopeSpec
@@ -49,45 +49,80 @@ def tiny_spec(**changes: Any) -> ModelSpec:
 Script = Callable[[list[int]], list[int]]
 
 
-@dataclass
 class ScriptedSession:
-    """Rows whose next token is what `script` makes of the prompt; refuses to pass `capacity`."""
+    """Rows whose next token is what `script` makes of the prompt; a session as generation uses it.
 
-    script: Script
-    batch: int
-    capacity: int
-    rows: list[list[int]] = field(default_factory=list)
-    answers: list[list[int]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    interrupt_at: int | None = None
+    `batch`: rows admitted in all, each of `room` tokens; `steps`: rows of each step after the
+    first; `held`: tokens of the rows that are present.
+    """
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        assert len(tokens) == self.batch
-        self.rows = [list(row) for row in tokens]
-        self.answers = [list(self.script(row)) for row in self.rows]
-        return self._logits()
+    fixed_batch = False
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert tokens.shape == (len(self.rows),)
-        self.steps.append(len(self.rows))
+    def __init__(self, script: Script, *, interrupt_at: int | None = None) -> None:
+        self.script, self.interrupt_at = script, interrupt_at
+        self.batch, self.room = 0, 0
+        self.steps: list[int] = []
+        self._rows: dict[int, tuple[list[int], list[int]]] = {}
+
+    @property
+    def held(self) -> list[list[int]]:
+        return [tokens for tokens, _ in self._rows.values()]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(self._rows)
+
+    def admit(self, capacity: int) -> int:
+        assert self.room in (0, capacity)
+        self.room = capacity
+        self._rows[self.batch] = [], []
+        self.batch += 1
+        return self.batch - 1
+
+    def release(self, row: int) -> None:
+        del self._rows[row]
+
+    def step(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        if not all(self._rows[feed.row][0] for feed in feeds):
+            return torch.cat([self._begin(feed) for feed in feeds])
+        self.steps.append(len(feeds))
         if len(self.steps) == self.interrupt_at:
             raise KeyboardInterrupt
-        for row, token in zip(self.rows, tokens.tolist(), strict=True):
-            row.append(token)
-            assert len(row) <= self.capacity
-        return self._logits()
+        return torch.cat([self._continue(feed) for feed in feeds])
 
-    def keep(self, rows: Sequence[int]) -> None:
-        assert rows
-        self.rows = [self.rows[i] for i in rows]
-        self.answers = [self.answers[i] for i in rows]
+    def kv_bytes(self, row: int | None = None) -> int:
+        return 7 * len(self._rows)
 
-    def kv_bytes(self) -> int:
-        return 7 * len(self.rows)
+    def length(self, row: int) -> int:
+        return len(self._rows[row][0])
 
-    def _logits(self) -> torch.Tensor:
-        wanted = [answer.pop(0) if answer else EOS for answer in self.answers]
-        return torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB).float() * 50
+    def capacity(self, row: int) -> int:
+        return self.room
+
+    def snapshot(self, row: int) -> Snapshot:
+        raise NotImplementedError
+
+    def restore(self, snapshot: Snapshot) -> int:
+        raise NotImplementedError
+
+    def grow(self, row: int, capacity: int) -> None:
+        raise NotImplementedError
+
+    def _begin(self, feed: Feed) -> torch.Tensor:
+        prompt = list(feed.tokens)
+        self._rows[feed.row] = prompt, list(self.script(prompt))
+        return self._logits(feed.row)
+
+    def _continue(self, feed: Feed) -> torch.Tensor:
+        (token,) = feed.tokens
+        self._rows[feed.row][0].append(token)
+        assert self.length(feed.row) <= self.capacity(feed.row)
+        return self._logits(feed.row)
+
+    def _logits(self, row: int) -> torch.Tensor:
+        answer = self._rows[row][1]
+        wanted = answer.pop(0) if answer else EOS
+        return torch.nn.functional.one_hot(torch.tensor([wanted]), VOCAB).float() * 50
 
 
 def scripted_model(
@@ -97,8 +132,8 @@ def scripted_model(
     sessions: list[ScriptedSession] = []
     answer = (lambda _: encode(script)) if isinstance(script, str) else script
 
-    def open_session(batch: int, size: int) -> ScriptedSession:
-        sessions.append(ScriptedSession(answer, batch, size, interrupt_at=interrupt_at))
+    def open_session(capacity: int) -> ScriptedSession:
+        sessions.append(ScriptedSession(answer, interrupt_at=interrupt_at))
         return sessions[-1]
 
     model = Model(
@@ -134,7 +169,7 @@ def test_max_tokens_ends_the_answer() -> None:
     (result,) = model.generate("go", raw=True, max_tokens=3)
     assert (result.text, result.finish_reason) == ("abc", "length")
     assert result.prompt_tokens == 3
-    assert sessions[0].capacity == result.capacity == 6
+    assert sessions[0].room == result.capacity == 6
 
 
 def test_one_token() -> None:
@@ -148,14 +183,14 @@ def test_one_token() -> None:
 def test_chat_is_the_default_and_system_goes_first() -> None:
     model, sessions = scripted_model("x")
     model.generate("hi", system="be brief", max_tokens=1)
-    text = byte_tokenizer().backend.decode(sessions[0].rows[0], skip_special_tokens=False)
+    text = byte_tokenizer().backend.decode(sessions[0].held[0], skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     model.generate([messages], max_tokens=1)
-    assert sessions[1].rows == sessions[0].rows
+    assert sessions[1].held == sessions[0].held
 
 
 def test_control_tokens_of_a_prompt_are_text_unless_asked() -> None:
@@ -164,10 +199,10 @@ def test_control_tokens_of_a_prompt_are_text_unless_asked() -> None:
     template_ends = 2  # of the system message and of the user's
     for options in ({}, {"parse_special": True}, {"raw": True}):
         model.generate(injected, max_tokens=1, **options)  # type: ignore[arg-type]
-    text, acting, raw = (session.rows[0].count(OTHER_EOS) for session in sessions)
+    text, acting, raw = (session.held[0].count(OTHER_EOS) for session in sessions)
     assert (text, acting, raw) == (template_ends, template_ends + 1, 1)
     model.generate("hi", system=injected, max_tokens=1)
-    assert sessions[-1].rows[0].count(OTHER_EOS) == template_ends
+    assert sessions[-1].held[0].count(OTHER_EOS) == template_ends
 
 
 def test_parts_of_text_give_the_tokens_of_the_text() -> None:
@@ -175,19 +210,19 @@ def test_parts_of_text_give_the_tokens_of_the_text() -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     for content in ("hi", parts):
         model.generate([[{"role": "user", "content": content}]], max_tokens=1)
-    assert sessions[0].rows == sessions[1].rows
+    assert sessions[0].held == sessions[1].held
 
 
 def test_a_raw_prompt_may_be_blank() -> None:
     model, sessions = scripted_model("x")
     model.generate("\n", raw=True, max_tokens=1)
-    assert sessions[0].rows == [[256, *encode("\n")]]
+    assert sessions[0].held == [[256, *encode("\n")]]
 
 
 def test_an_empty_system_message_takes_the_place_of_the_template_s_own() -> None:
     model, sessions = scripted_model("x")
     model.generate("hi", system="", max_tokens=1)
-    text = byte_tokenizer().backend.decode(sessions[0].rows[0], skip_special_tokens=False)
+    text = byte_tokenizer().backend.decode(sessions[0].held[0], skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
 
 
@@ -195,10 +230,10 @@ def test_control_characters_are_text() -> None:
     model, sessions = scripted_model("x")
     prompt = "a\x00b\x07\x1b[0m\x7f\u0085\u2028\ufffe\U0010ffff"
     model.generate(prompt, raw=True, max_tokens=1)
-    assert byte_tokenizer().decode(sessions[0].rows[0]) == prompt
+    assert byte_tokenizer().decode(sessions[0].held[0]) == prompt
     model.generate(prompt, max_tokens=1)
     assert f"user\n{prompt}<|im_end|>" in byte_tokenizer().backend.decode(
-        sessions[1].rows[0], skip_special_tokens=False
+        sessions[1].held[0], skip_special_tokens=False
     )
 
 
@@ -211,7 +246,7 @@ def test_a_ragged_batch_answers_in_order_and_shrinks() -> None:
     assert {r.finish_reason for r in results} == {"stop"}
     # Answers end after 2, 5, 7 and 12 tokens, their EOS counted; the first comes from prefill.
     assert sessions[0].steps == [4, *[3] * 3, *[2] * 2, *[1] * 5]
-    assert sessions[0].capacity == 12 + 256
+    assert sessions[0].room == 12 + 256
 
 
 def test_rows_of_one_batch_answer_as_alone() -> None:
@@ -316,7 +351,7 @@ def test_prompts_beyond_the_largest_batch_wait() -> None:
     apart = model.generate(prompts, raw=True, max_tokens=20, max_batch=2)
     assert [r.text for r in apart] == prompts
     assert [session.batch for session in sessions[1:]] == [2, 2, 1]
-    assert {session.capacity for session in sessions} == {len("the fourth") + 1 + 20}
+    assert {session.room for session in sessions} == {len("the fourth") + 1 + 20}
     whole, parts = together[0].stats, apart[0].stats
     assert {result.stats for result in apart} == {parts}
     assert parts.prompt_tokens == whole.prompt_tokens
@@ -388,14 +423,14 @@ def test_stats() -> None:
 def test_capacity_stops_at_package_and_context(capacity: int, context: int) -> None:
     model, sessions = scripted_model("a" * 50, capacity=capacity, context=context)
     (result,) = model.generate("123456789", raw=True)
-    assert sessions[0].capacity == 20
+    assert sessions[0].room == 20
     assert (result.finish_reason, len(result.token_ids)) == ("length", 10)
 
 
 def test_a_given_capacity_is_kept() -> None:
     model, sessions = scripted_model("a" * 50)
     model.generate("hi", raw=True, capacity=100, max_tokens=5)
-    assert sessions[0].capacity == 100
+    assert sessions[0].room == 100
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 501])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import Batch
 from cpu_kernels import library, needs_compiler
 from families import FAMILIES, VOCAB, tiny_model
 from oracle import oracle_logits
@@ -316,8 +317,8 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> CpuSession:
-    """A native session of 64 tokens on `model` in 8 bits."""
+def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> Batch:
+    """Rows of 64 tokens of a native session on `model` in 8 bits."""
     spec, order, weights = model_spec(model.config), head_order(PLAN), model.state_dict()
     narrow = (
         (name, weight if is_matrix(weight.shape) else weight.to(dtype))
@@ -332,7 +333,7 @@ def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> CpuS
         threads=2,
         memory=tensors,
     )
-    return CpuSession(engine, PLAN, order, capacity=64, **{"batch": 1, **options})
+    return Batch(CpuSession(engine, PLAN, order), capacity=64, **{"batch": 1, **options})
 
 
 def text(count: int, seed: int = 0) -> list[int]:
@@ -353,10 +354,10 @@ def test_native_equals_the_rounded_model(kernels: str, family: str, width: int) 
     options: dict[str, Any] = {"hidden_size": width, "head_dim": 16}
     model, tokens = tiny_model(family, **options), text(64)
     wanted = oracle_logits(rounded_model(family, **options), tokens, PLAN, 64)
-    whole = native(model, kernels, torch.float32).extend_all([tokens])[0]
-    torch.testing.assert_close(torch.as_tensor(whole), wanted, rtol=0, atol=2e-4)
+    whole = native(model, kernels, torch.float32).each([tokens])[0]
+    torch.testing.assert_close(whole, wanted, rtol=0, atol=2e-4)
     session = native(model, kernels, torch.float32)
-    steps = torch.stack([torch.as_tensor(session.decode([token]))[0] for token in tokens])
+    steps = session.by_decode([tokens])[0]
     torch.testing.assert_close(steps, wanted, rtol=0, atol=2e-4)
 
 
@@ -367,8 +368,8 @@ def test_native_batches_equal_the_rounded_model(kernels: str, rows: int) -> None
     model, rounded = tiny_model("llama", **options), rounded_model("llama", **options)
     session = native(model, kernels, torch.float32, batch=rows)
     texts = [text(12, seed) for seed in range(rows)]
-    session.extend([row[:11] for row in texts])
-    found = torch.as_tensor(session.decode([row[11] for row in texts]))
+    session.last([row[:11] for row in texts])
+    found = session.decode([row[11] for row in texts])
     for row, logits in zip(texts, found, strict=True):
         wanted = oracle_logits(rounded, row, PLAN, 64)[-1]
         torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-4)
@@ -381,10 +382,10 @@ def test_native_bfloat16_errs_less_than_weights_rounded_twice(kernels: str) -> N
     wanted = oracle_logits(exact, tokens, PLAN, 64)
     # 8-bit numbers are exact in bfloat16; the library rounds what they multiply out to
     budget = 1.5 * (oracle_logits(exact.to(torch.bfloat16), tokens, PLAN, 64) - wanted).norm()
-    whole = native(model, kernels, torch.bfloat16).extend_all([tokens])[0]
+    whole = native(model, kernels, torch.bfloat16).each([tokens])[0]
     session = native(model, kernels, torch.bfloat16)
-    steps = torch.stack([torch.as_tensor(session.decode([token]))[0] for token in tokens])
-    for found in (torch.as_tensor(whole), steps):
+    steps = session.by_decode([tokens])[0]
+    for found in (whole, steps):
         assert (found - wanted).norm() < budget
 
 

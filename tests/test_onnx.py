@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from batches import WRONG_FEEDS, Batch
 from families import tiny_model
 from oracle import oracle_logits
 from tiny import Compiled, moac_command, options, request
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import moac_runtime
 from moac import compile_model
@@ -29,11 +31,12 @@ from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.writer import write_weights
 from moac.pipeline.verify import verify
 from moac.show.inspection import inspect_package
+from moac_runtime.backends.feeding import by_feed
+from moac_runtime.backends.layout import rope_frequencies
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout, cache_layouts
-from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession, open_graph
-from moac_runtime.backends.onnx.session import rope_frequencies as numpy_frequencies
+from moac_runtime.backends.onnx.session import CHUNK, OnnxGraph, OnnxSession, open_onnx
 from moac_runtime.backends.open import choose_backend
-from moac_runtime.backends.torch.decoder import rope_frequencies
+from moac_runtime.backends.session import Feed
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.plan import Plan
@@ -70,6 +73,12 @@ def export(
     return OnnxGraph(folder / ONNX_MODEL, layout, spec.rope, threads=1)
 
 
+def open_session(graph: OnnxGraph, *, capacity: int, batch: int = 1, chunk: int = CHUNK) -> Batch:
+    """Rows of a session on a graph, under the plan it was made for."""
+    order: Any = ()  # of heads: only another plan asks for it
+    return Batch(OnnxSession(graph, None, order, chunk=chunk), batch=batch, capacity=capacity)
+
+
 def close(found: Any, wanted: torch.Tensor, atol: float = ATOL) -> None:
     torch.testing.assert_close(torch.as_tensor(found), wanted, atol=atol, rtol=0)
 
@@ -89,8 +98,8 @@ def test_prefill_and_decode_are_the_oracles(family: str, tmp_path: Path) -> None
     wanted = oracle_logits(model, tokens, MIXED, 96)
     graph = export(model, MIXED, tmp_path)
     for chunk in (256, 7):
-        session = OnnxSession(graph, batch=1, capacity=96, chunk=chunk)
-        close(session.extend_at([tokens[:80]], [range(80)])[0], wanted[:80])
+        session = open_session(graph, capacity=96, chunk=chunk)
+        close(session.each([tokens[:80]])[0], wanted[:80])
         for place in range(80, 96):
             close(session.decode([tokens[place]])[0], wanted[place])
     dense = oracle_logits(model, tokens, plan_of((DENSE, DENSE), (DENSE, DENSE)), 96)
@@ -103,32 +112,40 @@ def test_every_capacity_runs_on_one_graph(plan: Plan, capacity: int, tmp_path: P
     family = "llama" if plan is EQUAL else "mistral"
     model, tokens = tiny_model(family), text(capacity)
     graph = export(model, plan, tmp_path)
-    session = OnnxSession(graph, batch=1, capacity=capacity, chunk=16)
+    session = open_session(graph, capacity=capacity, chunk=16)
     wanted = oracle_logits(model, tokens, plan, capacity)
-    close(session.extend_at([tokens], [range(capacity)])[0], wanted)
+    close(session.each([tokens])[0], wanted)
 
 
 def test_ragged_rows_are_as_alone(tmp_path: Path) -> None:
     model = tiny_model("llama")
     rows, fed = [text(64, seed) for seed in range(4)], (5, 40, 40, 17)
     wanted = [oracle_logits(model, row, MIXED, 64) for row in rows]
-    session = OnnxSession(export(model, MIXED, tmp_path), batch=4, capacity=64)
-    last = session.extend([row[:count] for row, count in zip(rows, fed, strict=True)])
-    close(last, torch.stack([w[count - 1] for w, count in zip(wanted, fed, strict=True)]))
+    session = open_session(export(model, MIXED, tmp_path), batch=4, capacity=64)
+    held = session.kv_bytes()
+    last = session.last([row[:count] for row, count in zip(rows, fed, strict=True)])
+    ends = [row[count - 1] for row, count in zip(wanted, fed, strict=True)]
+    close(torch.cat(last), torch.stack(ends))
     for step in range(20):
         found = session.decode([row[count + step] for row, count in zip(rows, fed, strict=True)])
         close(found, torch.stack([w[c + step] for w, c in zip(wanted, fed, strict=True)]))
     session.keep([3, 1])
     assert session.lengths == [37, 60]
-    close(session.decode([rows[3][37], rows[1][60]])[0], wanted[3][37])
-    assert np.isnan(session.extend([[], [1]])[0]).all()
+    assert session.kv_bytes() == held // 2
+    found = session.decode([rows[3][37], rows[1][60]])
+    close(found, torch.stack([wanted[3][37], wanted[1][60]]))
+    none, chosen = session.feed([[], rows[1][61:64]], [[], [0, 2]])
+    assert none.shape == (0, VOCAB)
+    close(chosen, wanted[1][[61, 63]])
+    close(session.each([rows[3][38:45], []])[0], wanted[3][38:45])
 
 
 def test_padded_rows_of_one_step_are_as_alone(tmp_path: Path) -> None:
     """A client may pad: rows of one step with counts of their own, and a row that adds none."""
     model, capacity = tiny_model("llama"), 64
     graph = export(model, MIXED, tmp_path)
-    session = OnnxSession(graph, batch=3, capacity=capacity)
+    session: Any = open_session(graph, batch=3, capacity=capacity).session
+    session._begin_once()
     rows = [text(64, seed) for seed in range(3)]
     wanted = [oracle_logits(model, row, MIXED, capacity) for row in rows]
     caches = {f"past.{name}": array for name, array in session._caches.items()}
@@ -142,7 +159,7 @@ def test_padded_rows_of_one_step_are_as_alone(tmp_path: Path) -> None:
         feeds = {
             **{"tokens": tokens, "past_lengths": lengths, "counts": np.array(counts)},
             **{"wanted": np.array(last), "inv_freq": session._frequencies},
-            **{"sinks": session._sinks, **caches},
+            **{"sinks": np.array([head.sink for head in session._spans]), **caches},
         }
         names = [output.name for output in graph._session.get_outputs()]
         found = dict(zip(names, graph._session.run(None, feeds), strict=True))
@@ -170,15 +187,20 @@ def test_cache_bytes_of_the_inputs_are_the_plans(
     )
     planned = MIXED.held_tokens(capacity) * model_spec(model.config).kv_token_bytes(width)
     assert held == planned
-    assert OnnxSession(graph, batch=3, capacity=capacity).kv_bytes() == 3 * planned
+    session = open_session(graph, batch=3, capacity=capacity)
+    assert session.kv_bytes() == 3 * planned
+    session.last([[1], [1], [1]])
+    assert session.kv_bytes() == 3 * planned == 3 * session.session.kv_bytes(session.rows[0])
 
 
 def test_steps_write_in_place(tmp_path: Path) -> None:
-    session = OnnxSession(export(tiny_model("llama"), MIXED, tmp_path), batch=1, capacity=64)
+    batch = open_session(export(tiny_model("llama"), MIXED, tmp_path), capacity=64)
+    session: Any = batch.session
+    batch.last([text(49)])
     before = {name: array.ctypes.data for name, array in session._caches.items()}
-    session.extend([text(50)])
+    batch.last([text(2)])
     kept = {name: array.copy() for name, array in session._caches.items()}
-    session.decode([1])
+    batch.decode([1])
     after = session._caches
     assert {name: array.ctypes.data for name, array in after.items()} == before
     for name, array in after.items():
@@ -209,16 +231,75 @@ def test_rounding_errs_as_the_model_so_rounded(
     exact, tokens = tiny_model("llama"), text(64)
     wanted = oracle_logits(exact, tokens, MIXED, 64)
     owed = (oracle_logits(rounded(tiny_model("llama")), tokens, MIXED, 64) - wanted).norm()
-    session = OnnxSession(export(exact, MIXED, tmp_path, **choices), batch=1, capacity=64)
-    error = (torch.as_tensor(session.extend_at([tokens], [range(64)])[0]) - wanted).norm()
+    session = open_session(export(exact, MIXED, tmp_path, **choices), capacity=64)
+    error = (session.each([tokens])[0] - wanted).norm()
     assert 0 < error < 2 * owed
 
 
+def test_rows_fed_in_any_order_are_as_alone(tmp_path: Path) -> None:
+    """Groups of adjacent rows share a step; logits come in the order of the feeds."""
+    model = tiny_model("llama")
+    texts = [text(30, seed) for seed in range(4)]
+    wanted = [oracle_logits(model, row, MIXED, 64) for row in texts]
+    batch = open_session(export(model, MIXED, tmp_path), batch=4, capacity=64, chunk=4)
+    a, b, c, d = batch.rows
+    feeds = [
+        Feed(d, texts[3][:9], [3, 4, 8]),
+        Feed(a, texts[0][:6], ()),
+        Feed(b, texts[1][:6], range(6)),
+        Feed(c, texts[2][:1]),
+    ]
+    found = by_feed(batch.session.step(feeds), feeds)
+    close(found[0], wanted[3][[3, 4, 8]])
+    close(found[2], wanted[1][:6])
+    close(found[3], wanted[2][:1])
+    feeds = [Feed(c, texts[2][1:2]), Feed(a, texts[0][6:7]), Feed(b, texts[1][6:7])]
+    close(batch.session.step(feeds), torch.stack([wanted[2][1], wanted[0][6], wanted[1][6]]))
+
+
+def test_a_restored_row_continues_and_a_late_one_is_refused(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), text(64)
+    wanted = oracle_logits(model, tokens, MIXED, 64)
+    graph = export(model, MIXED, tmp_path)
+    begun = open_session(graph, capacity=64)
+    begun.last([tokens[:50]])  # rings have wrapped
+    taken = begun.session.snapshot(begun.rows[0])
+    assert taken.bytes == begun.kv_bytes()
+    late = "the batch has begun, and this backend takes no row after the first step; admit all"
+    for ask in (lambda: begun.session.admit(64), lambda: begun.session.restore(taken)):
+        with pytest.raises(UsageError, match=late):
+            ask()
+    other = open_session(graph, capacity=64)
+    other.rows.append(other.session.restore(taken))
+    fresh, restored = other.each([tokens[:14], tokens[50:]])
+    close(fresh, wanted[:14])
+    close(restored, wanted[50:])
+    for row in other.rows:
+        other.session.release(row)
+    assert other.kv_bytes() == 0
+    # with its last row the batch is over, and another may begin
+    close(Batch(other.session, batch=1, capacity=64).each([tokens])[0], wanted)
+
+
+def test_another_plan_runs_where_heads_of_a_cache_agree(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), text(64)
+    graph, order = export(model, MIXED, tmp_path), head_order(MIXED)
+    dense = plan_of((DENSE, DENSE), (DENSE, DENSE))
+    for plan in (dense, MIXED):
+        session = Batch(OnnxSession(graph, plan, order), batch=1, capacity=64)
+        close(session.each([tokens])[0], oracle_logits(model, tokens, plan, 64))
+    (tmp_path / "equal").mkdir()
+    graph, order = export(model, EQUAL, tmp_path / "equal"), head_order(EQUAL)
+    with pytest.raises(UsageError, match="ONNX graph does not serve this plan: heads that share"):
+        OnnxSession(graph, MIXED, order).admit(64)
+
+
 @pytest.mark.parametrize("capacity", [40, 64, 65, 300])
-def test_dynamic_frequencies_are_the_decoders(capacity: int) -> None:
-    spec = model_spec(tiny_model("llama", rope="dynamic").config)
-    wanted = rope_frequencies(spec.rope, spec.head_dim, capacity)
-    close(numpy_frequencies(spec.rope, spec.head_dim, capacity), wanted, atol=1e-7)
+def test_dynamic_frequencies_are_the_librarys(capacity: int) -> None:
+    config = tiny_model("llama", rope="dynamic").config
+    spec = model_spec(config)
+    wanted, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=capacity)
+    close(torch.tensor(rope_frequencies(spec.rope, spec.head_dim, capacity)), wanted, atol=1e-7)
 
 
 def test_layout_survives_json() -> None:
@@ -232,19 +313,28 @@ def test_layout_survives_json() -> None:
 @pytest.mark.parametrize(
     ("ask", "error", "sentence"),
     [
-        (lambda s: s.extend([[1]]), UsageError, "got tokens for 1 rows, expected 2"),
-        (lambda s: s.decode([VOCAB, 0]), UsageError, f"got token {VOCAB}, expected tokens from"),
-        (lambda s: s.extend([[1] * 17, []]), MoacError, "row 0 holds 0 of 16 tokens and cannot"),
-        (lambda s: s.keep([2]), UsageError, r"cannot keep rows \[2\] of a batch of 2"),
+        *((ask, UsageError, sentence) for ask, sentence in WRONG_FEEDS),
+        (
+            lambda s: s.step([Feed(0, [1] * 17)]),
+            MoacError,
+            "row 0 holds 0 of 16 tokens and cannot take 17 more; admit it with a larger capacity",
+        ),
+        (lambda s: s.grow(0, 32), UsageError, "rows of an ONNX graph cannot grow; admit them"),
+        (lambda s: s.release(2), UsageError, "the session has no row 2"),
+        (
+            lambda s: s.admit(17),
+            UsageError,
+            "a row of 17 tokens cannot join a batch of rows of 16; this backend runs all of them",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(
     ask: Any, error: type[Exception], sentence: str, tmp_path: Path
 ) -> None:
-    session = OnnxSession(export(tiny_model("llama"), MIXED, tmp_path), batch=2, capacity=16)
+    batch = open_session(export(tiny_model("llama"), MIXED, tmp_path), batch=2, capacity=16)
     with pytest.raises(error, match=sentence):
-        ask(session)
-    assert session.lengths == [0, 0]
+        ask(batch.session)
+    assert batch.lengths == [0, 0]
 
 
 # ---- the package
@@ -307,7 +397,7 @@ def test_a_damaged_layout_is_one_sentence(onnx_package: Path, tmp_path: Path) ->
     from dataclasses import replace
 
     with pytest.raises(ArtifactError, match=r"onnx\.json describes no graph"):
-        open_graph(replace(artifact, root=tmp_path / "out"))
+        open_onnx(replace(artifact, root=tmp_path / "out"))
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

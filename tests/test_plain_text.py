@@ -6,7 +6,9 @@ import codecs
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_command import Loader, loader  # noqa: F401 - a fixture
@@ -14,6 +16,7 @@ from tiny import Compiled, moac_command
 
 from moac.calibration.jsonl import read_calibration
 from moac.evaluation.own_task import read_own_task
+from moac_runtime.backends.session import Feed
 from moac_runtime.command import main
 from moac_runtime.text.plain_text import decode_prompt, decode_text
 
@@ -56,10 +59,15 @@ def test_pipe_file_and_argument_give_the_same_tokens(
     prompts: list[list[int]] = []
     open_session = loader.model._open_session
 
-    def spy(batch: int, capacity: int) -> object:
-        session = open_session(batch, capacity)
-        extend = session.extend
-        session.extend = lambda tokens: prompts.extend(tokens) or extend(tokens)  # type: ignore[method-assign, func-returns-value]
+    def spy(capacity: int) -> Any:
+        session: Any = open_session(capacity)
+        step = session.step
+
+        def told(feeds: Sequence[Feed]) -> Any:
+            prompts.extend(list(feed.tokens) for feed in feeds)
+            return step(feeds)
+
+        session.step = told
         return session
 
     monkeypatch.setattr(loader.model, "_open_session", spy)

@@ -325,7 +325,7 @@ def test_a_session_that_memory_cannot_hold_is_told_with_its_size(package: Path) 
 
     model, _ = scripted_model("a")
 
-    def refuse(batch: int, capacity: int) -> Any:
+    def refuse(capacity: int) -> Any:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     model._open_session = refuse
@@ -341,13 +341,13 @@ from moac_runtime import command
 from moac_runtime.engine import model as generation
 from test_generation import ScriptedSession, echo, scripted_model
 
-decode = ScriptedSession.decode
+step = ScriptedSession.step
 
-def slowly(self, tokens):
+def slowly(self, feeds):
     time.sleep(0.05)
-    return decode(self, tokens)
+    return step(self, feeds)
 
-ScriptedSession.decode = slowly
+ScriptedSession.step = slowly
 generation.load = lambda path, **options: scripted_model(echo)[0]
 sys.exit(command.main(["out", "--raw", "--prompt", "x" * 200, *sys.argv[1:]]))
 """
@@ -443,7 +443,7 @@ def test_a_signal_while_a_library_loads_ends_the_process_at_once(
 def test_loading_that_is_given_up_hashes_no_further(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moac_runtime.backends import open as opening
+    from moac_runtime.backends import open as backends
     from moac_runtime.engine import model as generation
     from moac_runtime.package.artifact import Opening
 
@@ -459,7 +459,7 @@ def test_loading_that_is_given_up_hashes_no_further(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(opening.OPENERS, "torch", interrupted)
+    monkeypatch.setitem(backends._OPENERS, "torch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generation.load(package, backend="torch")
     assert cancelled == [True]

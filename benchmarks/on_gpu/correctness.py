@@ -19,6 +19,7 @@ from moac_kernels.shape import KernelShape
 from moac_runtime.backends.cuda.binaries import Form
 from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.session import Feed
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import Session
 from moac_runtime.package.plan import Plan
@@ -189,24 +190,27 @@ def _compare(setting: Setting, workshop: Workshop, spec: ModelSpec) -> float:
         spec, weights, workshop.load(shape), dtype=torch.float32, device=setting.device
     )
     order, tables = head_order(plan), workshop.tables(shape)
-    ours = CudaSession(decoder, plan, order, tables, batch=2, capacity=96, chunk=40)
-    torchs = Session(Decoder(spec, weights, device=cpu), plan, order, batch=2, capacity=96)
+    sessions: list[Any] = [
+        CudaSession(decoder, plan, order, tables, chunk=40),
+        Session(Decoder(spec, weights, device=cpu), plan, order),
+    ]
+    for session in sessions:
+        for _ in range(2):
+            session.admit(96)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, spec.vocab_size, (2, 96), generator=generator).tolist()
     worst = 0.0
 
-    def compare(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    def compare(*feeds: Feed) -> None:
         nonlocal worst
-        worst = max(worst, float((found.cpu() - wanted).abs().nan_to_num(torch.inf).max()))
+        found, wanted = (session.step(feeds).cpu() for session in sessions)
+        worst = max(worst, float((found - wanted).abs().nan_to_num(torch.inf).max()))
 
-    begun = [rows[0][:60], rows[1][:13]]
-    compare(ours.extend(begun), torchs.extend(begun))
+    compare(Feed(0, rows[0][:60]), Feed(1, rows[1][:13]))
     for step in range(4):
-        tokens = torch.tensor([rows[0][60 + step], rows[1][13 + step]])
-        compare(ours.decode(tokens.to(setting.device)), torchs.decode(tokens))
-    for session in (ours, torchs):
-        session.keep([1])
+        compare(Feed(0, [rows[0][60 + step]]), Feed(1, [rows[1][13 + step]]))
+    for session in sessions:
+        session.release(0)
     for step in range(4):
-        tokens = torch.tensor([rows[1][17 + step]])
-        compare(ours.decode(tokens), torchs.decode(tokens))
+        compare(Feed(1, [rows[1][17 + step]]))
     return worst

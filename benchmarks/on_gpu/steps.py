@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moac.bench.availability import obstacle
 from moac.bench.floor import floor_ms, kv_bytes_read, weight_bytes_read
@@ -28,6 +27,7 @@ from moac_runtime.backends.cuda.device import free_bytes
 from moac_runtime.backends.cuda.memory import session_demand
 from moac_runtime.backends.cuda.opening import CudaModel
 from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.session import Feed
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
@@ -52,18 +52,21 @@ class _Ours:
         self.dtype = str(model.decoder.dtype).removeprefix("torch.")
         self.kv_itemsize = DTYPE_BYTES[self.dtype]
         self.weight_bytes = weight_bytes_read(model.decoder.spec, self.kv_itemsize)
-        self._session: CudaSession | None = None
-        self._next: Tensor
+        self._session: CudaSession
+        self._rows: list[int] = []
+        self._next: list[int] = []
 
     def open(self, batch: int, capacity: int) -> None:
-        self._session = None  # the old one's memory goes before the new one's is asked for
-        self._session = self._model.session(batch, capacity, plan=self._plan)
+        # the old one's memory goes before a row of the new one asks for its own
+        self._session = self._model.session(self._plan)
+        self._rows = [self._session.admit(capacity) for _ in range(batch)]
 
     def prefill(self, tokens: list[list[int]]) -> None:
-        self._next = self._session.extend(tokens).argmax(-1)
+        logits = self._session.step(list(map(Feed, self._rows, tokens)))
+        self._next = logits.argmax(-1).tolist()
 
     def step(self) -> None:
-        self._next = self._session.decode(self._next).argmax(-1)
+        self.prefill([[token] for token in self._next])
 
     def kv_bytes(self) -> int:
         return self._session.kv_bytes()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +15,15 @@ from moac.packaging.fuse import head_order
 from moac_kernels.cpu_build import build_cpu
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import open_library, runnable_sets
-from moac_runtime.backends.cpu.opening import open_cpu
-from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.cpu.opening import CpuModel
+from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.session import Backend, Feed, Session
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
-from moac_runtime.engine.batch import OpenSession
+from moac_runtime.backends.torch.opening import TorchModel
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
-from moac_runtime.package.span import head_span
 from moac_runtime.package.spec import ModelSpec
 from moac_runtime.package.weights import expected_tensors, load_weights
-
-Opener = Callable[[int, int], OpenSession]
 
 
 class OurSystem:
@@ -37,25 +32,32 @@ class OurSystem:
     compiles_prefill = False
 
     def __init__(self, subject: Subject) -> None:
-        self.dtype, self._open = _BACKENDS[subject.backend](subject)
+        self._backend, self._plan = _BACKENDS[subject.backend](subject), subject.plan
+        self.dtype = self._backend.dtype
         self.kv_itemsize = DTYPE_BYTES[self.dtype]
         self.weight_bytes = weight_bytes_read(
             subject.spec, self.kv_itemsize, int8=_reads_int8(subject)
         )
-        self._session: OpenSession
-        self._next: Any = None
+        self._session: Session
+        self._rows: list[int] = []
+        self._next: list[int] = []
 
     def open(self, batch: int, capacity: int) -> None:
-        self._session = self._open(batch, capacity)
+        self._session = self._backend.session(self._plan)
+        self._rows = [self._session.admit(capacity) for _ in range(batch)]
 
     def prefill(self, tokens: list[list[int]]) -> None:
-        self._next = self._session.extend(tokens).argmax(-1)
+        self._feed(tokens)
 
     def step(self) -> None:
-        self._next = self._session.decode(self._next).argmax(-1)
+        self._feed([[token] for token in self._next])
 
     def kv_bytes(self) -> int:
         return self._session.kv_bytes()
+
+    def _feed(self, tokens: list[list[int]]) -> None:
+        logits = self._session.step(list(map(Feed, self._rows, tokens)))
+        self._next = logits.argmax(-1).tolist()
 
 
 def random_weights(
@@ -78,7 +80,7 @@ def _reads_int8(subject: Subject) -> bool:
     return open_artifact(subject.package, check="sizes").weights == "int8"
 
 
-def _torch(subject: Subject) -> tuple[str, Opener]:
+def _torch(subject: Subject) -> Backend:
     dtype: torch.dtype = getattr(torch, subject.dtype)
     if subject.package is None:
         order = head_order(subject.plan)
@@ -89,28 +91,17 @@ def _torch(subject: Subject) -> tuple[str, Opener]:
         artifact = open_artifact(subject.package, check="sizes")
         order, weights = artifact.head_order, load_weights(artifact, dtype)
     decoder = Decoder(subject.spec, weights, dtype=dtype, device=subject.device)
-
-    def open_session(batch: int, capacity: int) -> OpenSession:
-        return Session(decoder, subject.plan, order, batch=batch, capacity=capacity)
-
-    return subject.dtype, open_session
+    return TorchModel(decoder, subject.plan, order)
 
 
-def _cpu(subject: Subject) -> tuple[str, Opener]:
+def _cpu(subject: Subject) -> Backend:
     if subject.package is None:
-        engine, order = _shape_engine(subject), head_order(subject.plan)
-    else:
-        artifact = open_artifact(subject.package, check="sizes")
-        model = open_cpu(artifact, dtype=subject.dtype, threads=subject.threads)
-        engine, order = model.engine, artifact.head_order
-
-    def open_session(batch: int, capacity: int) -> OpenSession:
-        return CpuSession(engine, subject.plan, order, batch=batch, capacity=capacity)
-
-    return subject.dtype, open_session
+        return _shape_model(subject)
+    artifact = open_artifact(subject.package, check="sizes")
+    return open_backend(artifact, "cpu", dtype=subject.dtype, threads=subject.threads)
 
 
-def _shape_engine(subject: Subject) -> CpuEngine:
+def _shape_model(subject: Subject) -> CpuModel:
     """Random weights under the best kernels for this processor, built for the occasion."""
     best = runnable_sets(["cpu"])[0]
     with TemporaryDirectory() as folder:
@@ -119,7 +110,7 @@ def _shape_engine(subject: Subject) -> CpuEngine:
     dtype: torch.dtype = getattr(torch, subject.dtype)
     weights = random_weights(subject.spec, dtype=dtype, device="cpu", seed=subject.seed)
     addresses = {name: weight.data_ptr() for name, weight in weights.items()}
-    return CpuEngine(
+    engine = CpuEngine(
         library,
         subject.spec,
         addresses,
@@ -127,9 +118,10 @@ def _shape_engine(subject: Subject) -> CpuEngine:
         threads=subject.threads,
         memory=weights,
     )
+    return CpuModel(engine, subject.plan, head_order(subject.plan), best)
 
 
-def _cuda(subject: Subject) -> tuple[str, Opener]:
+def _cuda(subject: Subject) -> Backend:
     from moac.bench.cuda import open_subject
 
     weights = None
@@ -138,37 +130,16 @@ def _cuda(subject: Subject) -> tuple[str, Opener]:
         weights = random_weights(
             subject.spec, dtype=dtype, device=subject.device, seed=subject.seed
         )
-    model = open_subject(subject, weights)
-    return subject.dtype, partial(model.session, plan=subject.plan)
+    return open_subject(subject, weights)
 
 
-def _onnx(subject: Subject) -> tuple[str, Opener]:
-    from moac_runtime.backends.onnx.session import OnnxSession, open_graph
-
+def _onnx(subject: Subject) -> Backend:
     # a shape has no graph: the request refuses it
     artifact = open_artifact(subject.package or "", check="sizes")
-    graph, plan = open_graph(artifact, threads=subject.threads), subject.plan
-
-    def open_session(batch: int, capacity: int) -> OpenSession:
-        if plan == artifact.plan:
-            return OnnxSession(graph, batch=batch, capacity=capacity)
-        spans = [
-            head_span(
-                plan.rules[0][0],  # the other plans have one rule
-                capacity,
-                sink=plan.sink,
-                block=plan.block,
-                min_span=plan.min_span,
-                window=kind.window,
-            )
-            for kind in graph.layout.spans
-        ]
-        return OnnxSession(graph, batch=batch, capacity=capacity, spans=spans)
-
-    return graph.layout.dtype, open_session
+    return open_backend(artifact, "onnx", threads=subject.threads)
 
 
-_BACKENDS: dict[str, Callable[[Subject], tuple[str, Opener]]] = {
+_BACKENDS: dict[str, Callable[[Subject], Backend]] = {
     "cpu": _cpu,
     "cuda": _cuda,
     "onnx": _onnx,

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moac.calibration.prompt import PromptFormat
-from moac_runtime.backends.arrays import Array
-
-
-class Reading(Protocol):
-    """One sequence being read; logits `[1, V]` are those after the last token fed."""
-
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Array: ...
-    def decode(self, tokens: Sequence[int]) -> Array: ...
+from moac_runtime.backends.session import Feed, Session
 
 
 class AnswersModel(Protocol):
-    """A model that reads sequences of at most `capacity` tokens."""
+    """A model that reads, nothing dropped: `session` is one without rows."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
-    def open(self, capacity: int) -> Reading: ...
+    def session(self) -> Session: ...
 
 
 class DenseReader:
@@ -36,7 +28,8 @@ class DenseReader:
 
     def __init__(self, model: AnswersModel, format: PromptFormat, *, capacity: int) -> None:
         self.tokens: list[int] = []
-        self._session = model.open(capacity)
+        self._session = model.session()
+        self._row = self._session.admit(capacity)
         self._format = format
         self._stops = stop_tokens(model, format)
         self._unread: list[int] = []
@@ -79,10 +72,7 @@ class DenseReader:
         return int(scores.argmax())
 
     def _read(self) -> None:
-        if len(self._unread) == 1:
-            scores = self._session.decode(self._unread)
-        else:
-            scores = self._session.extend([self._unread])
+        scores = self._session.step([Feed(self._row, self._unread)])
         self._scores, self._unread = torch.as_tensor(scores)[0], []
 
 

@@ -33,8 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac.evaluation.methods import OWN, method_plans
-from moac.evaluation.sessions import EvalSession, open_sessions
+from moac.evaluation.sessions import open_sessions
 from moac.evaluation.tokenizer import read_tokenizer, tokenizer_digest
+from moac_runtime.backends.feeding import by_feed
+from moac_runtime.backends.session import Feed, Session
 from moac_runtime.engine.model import Model
 from moac_runtime.package.artifact import open_artifact
 
@@ -86,8 +88,8 @@ class MoacLM(TemplateLM):
         sessions = open_sessions(artifact, backend)
         plan_at = method_plans(artifact, [] if plan == OWN else [plan])[plan]
 
-        def open_session(batch: int, size: int) -> EvalSession:
-            return sessions.open(plan_at(size), batch, size)
+        def open_session(size: int) -> Session:
+            return sessions.open(plan_at(size))
 
         self._text = read_tokenizer(artifact)
         self._model = Model(
@@ -98,7 +100,7 @@ class MoacLM(TemplateLM):
             backend=sessions.backend,
             open_session=open_session,
         )
-        self._open: Callable[[int, int], EvalSession] = open_session
+        self._open: Callable[[int], Session] = open_session
         self._asked, self._rows = capacity, int(batch_size)
         self._tokenizer_files = tokenizer_digest(artifact)
 
@@ -149,7 +151,8 @@ class MoacLM(TemplateLM):
             for index, (_, context, continuation) in enumerate(requests)
         ]
         found: dict[int, tuple[float, bool]] = {}
-        for capacity, batch in self._batches(asked):
+        found.update((request.index, (0.0, True)) for request in asked if not request.scored)
+        for capacity, batch in self._batches(request for request in asked if request.scored):
             for request, score in zip(batch, self._scores(batch, capacity), strict=True):
                 found[request.index] = score
                 self.cache_hook.add_partial("loglikelihood", requests[request.index][0], score)
@@ -223,14 +226,16 @@ class MoacLM(TemplateLM):
 
     def _scores(self, batch: Sequence[_Request], capacity: int) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's scored tokens, and whether greedy would say them."""
-        session = self._open(len(batch), capacity)
-        logits = session.extend_at(
-            [request.tokens[:-1] for request in batch],
-            [
-                range(len(request.tokens) - 1 - request.scored, len(request.tokens) - 1)
-                for request in batch
-            ],
-        )
+        session = self._open(capacity)
+        feeds = [
+            Feed(
+                session.admit(capacity),
+                request.tokens[:-1],
+                range(len(request.tokens) - 1 - request.scored, len(request.tokens) - 1),
+            )
+            for request in batch
+        ]
+        logits = by_feed(session.step(feeds), feeds)
         return [
             _score(torch.as_tensor(rows), one) for rows, one in zip(logits, batch, strict=True)
         ]

@@ -1,6 +1,6 @@
 """Cases and texts through the packaged runtime, under any plan: greedy answers and NLL.
 
-A batch is read once. Then its rows are doubled on the same cache: one half answers greedily, the
+A batch is read once. Then its rows are doubled, caches and all: one half answers greedily, the
 other is told the right answer, so that an answer's NLL costs no second reading.
 """
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac.evaluation.case import Case
-from moac.evaluation.sessions import EvalSession, Sessions
+from moac.evaluation.sessions import Sessions
 from moac_runtime.backends.arrays import Array
+from moac_runtime.backends.feeding import by_feed
+from moac_runtime.backends.session import Feed, Session
 from moac_runtime.package.plan import Plan
 
 STEPPED = 50
@@ -55,34 +57,37 @@ class Runner:
     def replies(
         self, plan: Plan, cases: Sequence[Case], *, capacity: int, eos: frozenset[int]
     ) -> list[Reply]:
-        """Every case's greedy answer and gold NLL; sessions hold `capacity` tokens a row."""
-        session = self._open(plan, len(cases), capacity)
-        logits = _read(session, [case.prompt for case in cases])
+        """Every case's greedy answer and gold NLL; rows hold `capacity` tokens."""
+        session = self._open(plan)
+        rows = [session.admit(capacity) for _ in cases]
+        logits = _read(session, rows, [case.prompt for case in cases])
         answers = [_Answer(case.limit, eos) for case in cases]
         told = [_Told(case) for case in cases]
-        session.keep([*range(len(cases))] * 2)
-        _finish(session, torch.cat([logits, logits]), [*answers, *told])
+        copies = _copied(session, rows)
+        _finish(session, torch.cat([logits, logits]), [*rows, *copies], [*answers, *told])
         return [
             Reply(tuple(answer.tokens), sum(gold.losses) / len(gold.losses))
             for answer, gold in zip(answers, told, strict=True)
         ]
 
     def text_losses(self, plan: Plan, texts: Sequence[Sequence[int]]) -> list[TextLoss]:
-        """The NLL of `texts` of equal length; sessions hold just that many tokens a row.
+        """The NLL of `texts` of equal length; rows hold just that many tokens.
 
         Decode steps read only the last tokens: a token by token pass over all would take hours.
         """
-        length, rows = len(texts[0]), len(texts)
+        length = len(texts[0])
         stepped = min(TEXT_STEPPED, length // 2)
         split = length - 1 - stepped
-        session = self._open(plan, rows, length)
-        head = _prefill_losses(session, texts, 0, split)
-        session.keep([*range(rows)] * 2)
-        tail = _prefill_losses(session, texts, split, length - 1)
-        session.keep(range(rows, 2 * rows))
+        session = self._open(plan)
+        rows = [session.admit(length) for _ in texts]
+        head = _prefill_losses(session, rows, texts, 0, split)
+        copies = _copied(session, rows)
+        tail = _prefill_losses(session, rows, texts, split, length - 1)
+        for row in rows:
+            session.release(row)
         steps = []
         for place in range(split, length - 1):
-            logits = _tensor(session.decode([text[place] for text in texts]))
+            logits = _decoded(session, copies, [text[place] for text in texts])
             steps.append(_losses(logits, torch.tensor([text[place + 1] for text in texts])))
         by_step = torch.stack(steps, dim=1)
         return [
@@ -92,11 +97,16 @@ class Runner:
                 same_by_prefill=float(tail[row].mean()),
                 num_stepped=stepped,
             )
-            for row in range(rows)
+            for row in range(len(texts))
         ]
 
 
-def _read(session: EvalSession, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _copied(session: Session, rows: Sequence[int]) -> list[int]:
+    """New rows that go on where `rows` stand."""
+    return [session.restore(session.snapshot(row)) for row in rows]
+
+
+def _read(session: Session, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
     """Feed the prompts, their last tokens one by one; logits `[B, V]` after each one's last.
 
     What all rows have in common in length is one step for all; ragged ends are short.
@@ -104,13 +114,20 @@ def _read(session: EvalSession, prompts: Sequence[Sequence[int]]) -> Tensor:
     shortest = min(len(prompt) for prompt in prompts)
     stepped = min(STEPPED, shortest - 1)
     shared = shortest - stepped
-    logits = _tensor(session.extend([prompt[:shared] for prompt in prompts]))
+    fed = zip(rows, prompts, strict=True)
+    logits = _tensor(session.step([Feed(row, prompt[:shared]) for row, prompt in fed]))
     rest = [prompt[shared : len(prompt) - stepped] for prompt in prompts]
     if any(rest):
-        session.extend(rest)
+        session.step([Feed(row, part, ()) for row, part in zip(rows, rest, strict=True) if part])
     for step in range(-stepped, 0):
-        logits = _tensor(session.decode([prompt[step] for prompt in prompts]))
+        logits = _decoded(session, rows, [prompt[step] for prompt in prompts])
     return logits
+
+
+def _decoded(session: Session, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Logits `[B, V]` after one token more of each row."""
+    feeds = [Feed(row, [token]) for row, token in zip(rows, tokens, strict=True)]
+    return _tensor(session.step(feeds))
 
 
 class _Row(Protocol):
@@ -133,7 +150,7 @@ class _Answer:
         token = int(logits.argmax())
         if token in self._eos:
             self.done = True
-        elif not self.done:
+        else:
             self.tokens.append(token)
             self.done = len(self.tokens) == self._limit
         return token
@@ -149,8 +166,6 @@ class _Told:
         self.done = False
 
     def take(self, logits: Tensor) -> int:
-        if self.done:
-            return self._gold.tokens[-1]
         token = self._gold.tokens[self._fed]
         if self._fed >= self._gold.scored:
             self.losses.append(float(_losses(logits[None], torch.tensor([token]))[0]))
@@ -159,36 +174,37 @@ class _Told:
         return token
 
 
-def _finish(session: EvalSession, logits: Tensor, rows: Sequence[_Row]) -> None:
-    """Continue `rows` until all are done; half-empty batches shrink, and so do full rows."""
+def _finish(
+    session: Session, logits: Tensor, numbers: Sequence[int], rows: Sequence[_Row]
+) -> None:
+    """Continue `rows`, which the session knows by `numbers`, until all are done."""
     while True:
         tokens = [row.take(scores) for row, scores in zip(rows, logits, strict=True)]
+        for number, row in zip(numbers, rows, strict=True):
+            if row.done:
+                session.release(number)
         live = [index for index, row in enumerate(rows) if not row.done]
         if not live:
             return
-        full = max(session.lengths) == session.capacity
-        if 2 * len(live) <= len(rows) or full:
-            session.keep(live)
-            rows, tokens = [rows[i] for i in live], [tokens[i] for i in live]
-        logits = _tensor(session.decode(tokens))
+        rows, numbers = [rows[i] for i in live], [numbers[i] for i in live]
+        logits = _decoded(session, numbers, [tokens[i] for i in live])
 
 
 def _prefill_losses(
-    session: EvalSession, texts: Sequence[Sequence[int]], start: int, stop: int
+    session: Session, rows: Sequence[int], texts: Sequence[Sequence[int]], start: int, stop: int
 ) -> list[Tensor]:
-    """NLL `[stop - start]` per text of the tokens after each of `start..stop`, read in pieces.
-
-    The session may have more rows than there are texts; those get nothing.
-    """
+    """NLL `[stop - start]` per text of the tokens after each of `start..stop`, read in pieces."""
     piece = max(1, _LOGIT_ROWS // len(texts))
-    idle: list[Sequence[int]] = [[]] * (session.batch - len(texts))
     parts: list[list[Tensor]] = [[] for _ in texts]
     for first in range(start, stop, piece):
         last = min(first + piece, stop)
-        logits = session.extend_all([*(text[first:last] for text in texts), *idle])
-        for row, text in enumerate(texts):
-            targets = torch.tensor(text[first + 1 : last + 1])
-            parts[row].append(_losses(_tensor(logits[row]), targets))
+        feeds = [
+            Feed(row, text[first:last], range(last - first))
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        logits = by_feed(session.step(feeds), feeds)
+        for found, scores, text in zip(parts, logits, texts, strict=True):
+            found.append(_losses(_tensor(scores), torch.tensor(text[first + 1 : last + 1])))
     return [torch.cat(found) for found in parts]
 
 

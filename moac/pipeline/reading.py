@@ -6,27 +6,25 @@ and run, which read several times as fast as torch's operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moac.calibration.answers import Reading as Answering
 from moac.packaging.cpu_kernels import built_library, cpu_obstacle
 from moac.packaging.fuse import pack_weights
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import sources_digest
-from moac_runtime.backends.arrays import Array
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import CPU_TARGETS, open_library, runnable_sets
-from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.cpu.opening import CpuModel
+from moac_runtime.backends.session import Backend, Feed, Session
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.opening import TorchModel
 from moac_runtime.package.plan import Plan, dense_plan
 
 if TYPE_CHECKING:
@@ -34,17 +32,9 @@ if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
 
 
-class Reading(Answering, Protocol):
-    """One sequence being read; logits are float32 arrays of torch or numpy."""
-
-    def extend_at(
-        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
-    ) -> Sequence[Array]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A checkpoint's weights, to be read with under any plan.
+    """A checkpoint's weights, to be read with under any plan. `dense`: `backend`'s own.
 
     `runs`: by what, torch or native kernels of which instruction set and sources.
     """
@@ -52,19 +42,18 @@ class Reader:
     runs: str
     eos_token_ids: tuple[int, ...]
     dense: Plan
-    session: Callable[[Plan, int], Reading]
+    backend: Backend
 
-    def open(self, capacity: int) -> Reading:
-        """A session of one sequence of at most `capacity` tokens, with nothing dropped."""
-        return self.session(self.dense, capacity)
+    def session(self) -> Session:
+        """A session without rows, under which nothing is dropped."""
+        return self.backend.session()
 
     def answer_loss(self, sample: CalibrationSample, plan: Plan | None) -> float:
         """Mean loss in nats of the answer tokens under `plan`; None is the dense model."""
-        session = self.session(plan or self.dense, sample.length)
+        session = self.backend.session(plan)
         places = [place for span in sample.believed for place in range(*span)]
-        (logits,) = session.extend_at(
-            [sample.token_ids[: places[-1]]], [[place - 1 for place in places]]
-        )
+        tokens, wanted = sample.token_ids[: places[-1]], [place - 1 for place in places]
+        logits = session.step([Feed(session.admit(sample.length), tokens, wanted)])
         answers = torch.tensor([sample.token_ids[place] for place in places])
         scores: Tensor = torch.as_tensor(logits)
         return float(F.cross_entropy(scores, answers.to(scores.device)))
@@ -84,12 +73,7 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
     library = _native(checkpoint, dtype, kept) if device.type == "cpu" else None
     if library is None:
         decoder = Decoder(spec, tensors, dtype=getattr(torch, dtype), device=device)
-        return Reader(
-            "torch",
-            checkpoint.eos_token_ids,
-            dense,
-            lambda plan, capacity: Session(decoder, plan, order, batch=1, capacity=capacity),
-        )
+        return Reader("torch", checkpoint.eos_token_ids, dense, TorchModel(decoder, dense, order))
     held = {name: t.to(getattr(torch, dtype)).contiguous() for name, t in tensors.items()}
     addresses = {name: t.data_ptr() for name, t in held.items()}
     engine = CpuEngine(open_library(library), spec, addresses, dtype=dtype, memory=held)
@@ -97,7 +81,7 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
         f"{library.stem} {sources_digest()}",
         checkpoint.eos_token_ids,
         dense,
-        lambda plan, capacity: CpuSession(engine, plan, order, batch=1, capacity=capacity),
+        CpuModel(engine, dense, order, library.stem),
     )
 
 

@@ -13,18 +13,15 @@ from torch import Tensor
 from moac.origin import check_source
 from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.backends.cpu.opening import open_cpu
-from moac_runtime.backends.cpu.session import CpuSession
-from moac_runtime.backends.cuda.opening import device_obstacle, open_cuda
-from moac_runtime.backends.cuda.session import CudaSession
-from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.cuda.opening import device_obstacle
+from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.session import Backend, Feed, Session
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
 from moac_runtime.package.plan import Plan, dense_plan
-from moac_runtime.package.weights import load_weights
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
@@ -91,32 +88,16 @@ def verify(
         yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
 
-def runtime_logits(
-    decoder: Decoder,
-    plan: Plan,
-    head_order: Sequence[Sequence[int]],
-    tokens: Sequence[int],
-    positions: Sequence[int],
-    *,
-    decoded: int = 0,
+def session_logits(
+    session: Session, tokens: Sequence[int], positions: Sequence[int], *, decoded: int = 0
 ) -> Tensor:
-    """The runtime's logits `[len(positions), V]`; the last `decoded` tokens go one by one."""
-    session = Session(decoder, plan, head_order, batch=1, capacity=len(tokens))
-    return _session_logits(session, tokens, positions, decoded)
-
-
-def _session_logits(
-    session: Session | CudaSession | CpuSession,
-    tokens: Sequence[int],
-    positions: Sequence[int],
-    decoded: int,
-) -> Tensor:
-    split = len(tokens) - decoded
-    ahead = [p for p in positions if p < split]
-    parts = list(session.extend_at([list(tokens[:split])], [ahead]))
+    """Logits `[len(positions), V]` of a row of just `tokens`; the last `decoded` go one by one."""
+    row, split = session.admit(len(tokens)), len(tokens) - decoded
+    ahead = [place for place in positions if place < split]
+    parts = [session.step([Feed(row, list(tokens[:split]), ahead)])]
     for place in range(split, len(tokens)):
-        logits = session.decode(torch.tensor([tokens[place]]))
-        parts.extend([logits] if place in positions else [])
+        wanted = [0] if place in positions else []
+        parts.append(session.step([Feed(row, [tokens[place]], wanted)]))
     return torch.cat([torch.as_tensor(part) for part in parts])
 
 
@@ -163,66 +144,43 @@ def _runners(artifact: Artifact) -> Iterator[_Runner]:
         yield _onnx_runner(artifact)
 
 
-def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
-    kind: torch.dtype = getattr(torch, dtype)
-    decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
+def _runner(
+    artifact: Artifact, backend: Backend, name: str, precision: str, *, exact: bool
+) -> _Runner:
+    """The package on a backend. `precision`: of weights and computing, which has a limit."""
 
     def logits(
         tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
     ) -> Tensor:
-        plan = undropping(artifact) if dense else artifact.plan
-        order = artifact.head_order
-        return runtime_logits(decoder, plan, order, tokens, positions, decoded=decoded)
+        session = backend.session(undropping(artifact) if dense else None)
+        return session_logits(session, tokens, positions, decoded=decoded)
 
-    return _Runner(dtype, logits, _limit(artifact, dtype), dtype == "float32")
+    return _Runner(name, logits, _limit(artifact, precision), exact)
+
+
+def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
+    backend = open_backend(artifact, "torch", dtype=dtype)
+    return _runner(artifact, backend, dtype, dtype, exact=dtype == "float32")
 
 
 def _cuda_runner(artifact: Artifact) -> _Runner:
-    model = open_cuda(artifact)
-
-    def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
-    ) -> Tensor:
-        plan = undropping(artifact) if dense else artifact.plan
-        session = model.session(1, len(tokens), plan=plan)
-        return _session_logits(session, tokens, positions, decoded)
-
-    limit = _limit(artifact, artifact.dtype)
-    return _Runner(f"cuda {artifact.dtype}", logits, limit, artifact.dtype == "float32")
+    backend, dtype = open_backend(artifact, "cuda"), artifact.dtype
+    return _runner(artifact, backend, f"cuda {dtype}", dtype, exact=dtype == "float32")
 
 
 def _cpu_runner(artifact: Artifact, dtype: str, instruction_set: str) -> _Runner:
-    model = open_cpu(artifact, dtype=dtype, instruction_set=instruction_set)
-
-    def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
-    ) -> Tensor:
-        plan = undropping(artifact) if dense else artifact.plan
-        return _session_logits(
-            model.session(1, len(tokens), plan=plan), tokens, positions, decoded
-        )
-
+    backend = open_cpu(artifact, dtype=dtype, instruction_set=instruction_set)
     name = f"cpu {instruction_set} {dtype}"
-    return _Runner(name, logits, _limit(artifact, dtype), dtype == "float32")
+    return _runner(artifact, backend, name, dtype, exact=dtype == "float32")
 
 
 def _onnx_runner(artifact: Artifact) -> _Runner:
-    from moac.export.logits import graph_logits
-    from moac_runtime.backends.onnx.session import open_graph
+    from moac_runtime.backends.onnx.session import open_onnx
 
-    graph = open_graph(artifact)
-    layout = graph.layout
+    backend = open_onnx(artifact)
+    layout = backend.graph.layout
     precision = layout.dtype if layout.weights == "shared" else layout.weights
-
-    def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
-    ) -> Tensor:
-        return torch.from_numpy(
-            graph_logits(graph, tokens, positions, decoded=decoded, dense=dense)
-        )
-
-    exact = precision == "float32"
-    return _Runner(f"onnx {precision}", logits, _limit(artifact, precision), exact)
+    return _runner(artifact, backend, f"onnx {precision}", precision, exact=precision == "float32")
 
 
 def _golden_checks(artifact: Artifact, runner: _Runner) -> Iterator[Check]:

@@ -74,11 +74,11 @@ static void add_positions(Runs<T> &runs, const Cache &cache, const T *keys, cons
 
 // The tokens a row holds of one head after it was fed `length`: sinks, then the ring, oldest first.
 template <class T>
-static void add_held(Runs<T> &runs, const Cache &cache, int64_t head_dim, int64_t row, int64_t head,
+static void add_held(Runs<T> &runs, const Cache &cache, int64_t head_dim, int64_t head,
                      int64_t length) {
-  const int64_t base = (row * cache.heads + head) * cache.size * head_dim;
+  const int64_t base = head * cache.size * head_dim;
   const T *keys = (const T *)cache.keys + base, *values = (const T *)cache.values + base;
-  const int64_t gap = cache.gaps[row], shift = cache.shifts[row], places = length - shift;
+  const int64_t gap = cache.gap, shift = cache.shift, places = length - shift;
   const int64_t ring = cache.size - cache.sink;
   int64_t place = 0;
   while (place < places) {

@@ -1,5 +1,5 @@
-// One step of a decoder, from tokens to logits, in one call: every row of a batch adds one token
-// or many. Built once per instruction set; model, spans and batch are data.
+// One step of a decoder, from tokens to logits, in one call: each of any rows adds one token or many.
+// Built once per instruction set; model, spans and rows are data.
 #include <math.h>
 #include <new>
 #include <stdlib.h>
@@ -52,12 +52,6 @@ struct Split {
   }
 
   int64_t tasks() const { return (columns + size - 1) / size; }
-};
-
-// Weights of a product [out][in], of the engine's type, or int8 to be multiplied by `scale` [out].
-struct Weights {
-  const void *at;
-  const float *scale;
 };
 
 template <class T> struct Engine {
@@ -150,10 +144,11 @@ template <class T> struct Engine {
   // ---- products ----
 
   // Columns `first` on of a [m][depth] times weights [.][depth].
-  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, Weights weights, int64_t first,
-               int64_t columns, float *c) {
+  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const Matrix &weights,
+               int64_t first, int64_t columns, float *c) {
     const int64_t start = first * depth;
-    if (!weights.scale) return dense(desk, a, m, depth, (const T *)weights.at + start, columns, c);
+    if (weights.format == WEIGHTS_PLAIN)
+      return dense(desk, a, m, depth, (const T *)weights.at + start, columns, c);
     dense(desk, a, m, depth, (const int8_t *)weights.at + start, columns, c);
     for (int64_t r = 0; r < m; r++)
       for (int64_t j = 0; j < columns; j++) c[r * TILE_COLUMNS + j] *= weights.scale[first + j];
@@ -176,7 +171,7 @@ template <class T> struct Engine {
   // out(row, first column, columns, sums) for the columns of a . weights of one task.
   template <class Out>
   void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
-              Weights weights, const void *bias, const Split &split, Out out) {
+              const Matrix &weights, const void *bias, const Split &split, Out out) {
     blocks(task, split, [&](int64_t first, int64_t count) {
       product(desk, a, m, depth, weights, first, count, desk.columns);
       for (int64_t r = 0; r < m; r++) {
@@ -188,7 +183,7 @@ template <class T> struct Engine {
     });
   }
 
-  void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, Weights weights,
+  void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, const Matrix &weights,
                   const void *bias) {
     const int64_t hidden = model.hidden;
     linear(desk, task, a, step.num_tokens, depth, weights, bias, by_hidden,
@@ -198,7 +193,7 @@ template <class T> struct Engine {
            });
   }
 
-  void gate_up(Desk<A> &desk, int64_t task, Weights weights, const void *biases) {
+  void gate_up(Desk<A> &desk, int64_t task, const Matrix &weights, const void *biases) {
     const int64_t n = model.inner, m = step.num_tokens;
     const T *bias = (const T *)biases;
     blocks(task, by_inner, [&](int64_t first, int64_t count) {
@@ -255,14 +250,16 @@ template <class T> struct Engine {
   void embed(int64_t m) {
     const int64_t n = model.hidden, half = model.head_dim / 2;
     const int64_t token = step.tokens[m], row = token * n;
-    const float scale = model.embed_scale ? model.embed_scale[token] : 1;
+    const bool plain = model.embed.format == WEIGHTS_PLAIN;
+    const float scale = plain ? 1 : model.embed.scale[token];
     for (int64_t i = row; i < row + n; i += W) {
-      const vec stored = model.embed_scale ? vload((const int8_t *)model.embed + i)
-                                           : vload((const T *)model.embed + i);
+      const vec stored =
+          plain ? vload((const T *)model.embed.at + i) : vload((const int8_t *)model.embed.at + i);
       vstore(x + m * n + i - row, vmul(stored, vset(scale)));
     }
+    const float *frequencies = step.segments[segment[m]].frequencies;
     for (int64_t i = 0; i < half; i++) {
-      const double angle = (float)position[m] * step.frequencies[i];
+      const double angle = (float)position[m] * frequencies[i];
       cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
       sines[m * half + i] = (float)sin(angle) * (float)model.rope_scaling;
     }
@@ -299,8 +296,8 @@ template <class T> struct Engine {
     for (int64_t j = i; j < half; j++) to[j] = narrow[j - i], to[half + j] = narrow[W + j - i];
   }
 
-  const Cache &cache_of(int64_t layer, int64_t head) const {
-    const Cache *cache = step.caches + step.first_cache[layer];
+  static const Cache &cache_of(const Segment &s, int64_t layer, int64_t head) {
+    const Cache *cache = s.caches + s.first_cache[layer];
     while (head >= cache->first + cache->heads) cache++;
     return *cache;
   }
@@ -316,9 +313,9 @@ template <class T> struct Engine {
     T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
     const Segment &s = step.segments[segment[m]];
     if (s.count == 1) {
-      const Cache &cache = cache_of(index, head);
-      const int64_t slot = slot_of(cache, s.start - cache.shifts[s.row]);
-      const int64_t at = (s.row * cache.heads + head - cache.first) * cache.size + slot;
+      const Cache &cache = cache_of(s, index, head);
+      const int64_t slot = slot_of(cache, s.start - cache.shift);
+      const int64_t at = (head - cache.first) * cache.size + slot;
       key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
     }
     rotate(from + queries + head * d, layer.k_norm, m, 1, key);
@@ -330,8 +327,8 @@ template <class T> struct Engine {
 
   Runs<T> decode_runs(int64_t layer, const Segment &s, int64_t head) const {
     Runs<T> runs;
-    const Cache &cache = cache_of(layer, head);
-    add_held(runs, cache, model.head_dim, s.row, head - cache.first, s.start + 1);
+    const Cache &cache = cache_of(s, layer, head);
+    add_held(runs, cache, model.head_dim, head - cache.first, s.start + 1);
     runs.clip(s.start, s.start);
     return runs;
   }
@@ -443,9 +440,9 @@ template <class T> struct Engine {
   void prefill_tile(Desk<A> &desk, int64_t layer, const Segment &s, int64_t first, int64_t head,
                     int64_t t, int64_t tokens) {
     const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS), kv = model.kv_heads;
-    const Cache &cache = cache_of(layer, head);
+    const Cache &cache = cache_of(s, layer, head);
     Runs<T> runs;
-    add_held(runs, cache, d, s.row, head - cache.first, s.start);
+    add_held(runs, cache, d, head - cache.first, s.start);
     add_positions(runs, cache, k + (first * kv + head) * d, v + (first * kv + head) * d, kv * d,
                   s.start, s.count);
     runs.clip(s.start + t, s.start + t + tokens - 1);
@@ -468,9 +465,9 @@ template <class T> struct Engine {
     const int64_t d = model.head_dim, kv = model.kv_heads;
     int64_t first = 0;
     for (const Segment *before = step.segments; before < &s; before++) first += before->count;
-    const Cache &cache = cache_of(layer, head);
-    const int64_t base = (s.row * cache.heads + head - cache.first) * cache.size;
-    const int64_t begin = s.start - cache.shifts[s.row], end = begin + s.count;
+    const Cache &cache = cache_of(s, layer, head);
+    const int64_t base = (head - cache.first) * cache.size;
+    const int64_t begin = s.start - cache.shift, end = begin + s.count;
     for (int64_t place = begin; place < end; place++) {
       if (place >= cache.sink) place = larger(place, end - (cache.size - cache.sink));
       const int64_t from = ((first + place - begin) * kv + head) * d;
@@ -516,8 +513,8 @@ template <class T> struct Engine {
                   normed + i * model.hidden);
     });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_wanted, model.hidden, {model.head, model.head_scale},
-             nullptr, by_vocab,
+      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr,
+             by_vocab,
              [&](int64_t r, int64_t first, int64_t count, const float *c) {
                memcpy(step.logits + step.places[r] * model.vocab + first, c, count * sizeof(float));
              });
@@ -526,11 +523,9 @@ template <class T> struct Engine {
 
   void run_layer(Walk &walk, Desk<A> &desk, int64_t l) {
     const Layer &layer = model.layers[l];
-    const Scales scales = model.scales ? model.scales[l] : Scales{};
     walk.share([&](int64_t task) { norm(task, layer.attn_norm); });
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_tokens, model.hidden, {layer.qkv, scales.qkv},
-             layer.qkv_bias, by_width,
+      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
                memcpy(qkv + r * width + n, c, count * sizeof(float));
              });
@@ -544,29 +539,27 @@ template <class T> struct Engine {
     walk.share([&](int64_t task) {
       const int64_t stores = store_tasks(), kv = model.kv_heads;
       if (task < stores) store(l, step.segments[task / kv], task % kv);
-      else add_linear(desk, task - stores, attended, queries, {layer.o, scales.o}, layer.o_bias);
+      else add_linear(desk, task - stores, attended, queries, layer.o, layer.o_bias);
     });
     walk.share([&](int64_t task) { norm(task, layer.mlp_norm); });
+    walk.share([&](int64_t task) { gate_up(desk, task, layer.gate_up, layer.gate_up_bias); });
     walk.share([&](int64_t task) {
-      gate_up(desk, task, {layer.gate_up, scales.gate_up}, layer.gate_up_bias);
-    });
-    walk.share([&](int64_t task) {
-      add_linear(desk, task, inner, model.inner, {layer.down, scales.down}, layer.down_bias);
+      add_linear(desk, task, inner, model.inner, layer.down, layer.down_bias);
     });
   }
 
   bool take_step(const Step &asked) {
-    int64_t rows = 0, kv_tokens = 0;
-    for (int64_t i = 0; i < asked.num_segments; i++)
-      rows = larger(rows, asked.segments[i].row + 1);
+    int64_t kv_tokens = 0;
     for (int64_t l = 0; l < model.num_layers; l++) {
       int64_t held = 0;
-      const Cache *end = asked.caches + asked.first_cache[l + 1];
-      for (const Cache *c = asked.caches + asked.first_cache[l]; c < end; c++)
-        held += rows * c->heads * c->size;
+      for (int64_t i = 0; i < asked.num_segments; i++) {
+        const Segment &s = asked.segments[i];
+        const Cache *end = s.caches + s.first_cache[l + 1];
+        for (const Cache *c = s.caches + s.first_cache[l]; c < end; c++) held += c->heads * c->size;
+      }
       kv_tokens = larger(kv_tokens, held);
     }
-    if (!reserve(asked.num_tokens, rows, kv_tokens)) return false;
+    if (!reserve(asked.num_tokens, asked.num_segments, kv_tokens)) return false;
     int64_t m = 0;
     for (int64_t i = 0; i < asked.num_segments; i++)
       for (int64_t t = 0; t < asked.segments[i].count; t++, m++)
@@ -606,23 +599,44 @@ template <class T> static void *open_engine(const Model *model, int64_t threads)
   return nullptr;
 }
 
-// Null where memory is short.
-EXPORT Handle *moac_open(const Model *model, int64_t threads) {
+static bool known(const Matrix &weights) {
+  return weights.format == WEIGHTS_PLAIN || weights.format == WEIGHTS_INT8;
+}
+
+static bool known_formats(const Model &model) {
+  bool all = known(model.embed) && known(model.head);
+  for (int64_t l = 0; l < model.num_layers; l++) {
+    const Layer &layer = model.layers[l];
+    all = all && known(layer.qkv) && known(layer.o) && known(layer.gate_up) && known(layer.down);
+  }
+  return all;
+}
+
+// A Status; `opened` is the engine where it is DONE.
+EXPORT int64_t moac_open(const Model *model, int64_t threads, Handle **opened) {
+  if (!known_formats(*model)) return UNKNOWN_FORMAT;
   Handle *handle = (Handle *)malloc(sizeof(Handle));
-  if (!handle) return nullptr;
+  if (!handle) return SHORT_OF_MEMORY;
   handle->bf16 = model->bf16;
   handle->engine = model->bf16 ? open_engine<bf16>(model, threads) : open_engine<float>(model, threads);
-  if (handle->engine) return handle;
-  free(handle);
-  return nullptr;
+  if (!handle->engine) return free(handle), SHORT_OF_MEMORY;
+  *opened = handle;
+  return DONE;
+}
+
+// A Status: whether steps can be taken over such caches. To be asked once, before the first.
+EXPORT int64_t moac_serves(const Cache *caches, int64_t count) {
+  for (int64_t i = 0; i < count; i++)
+    if (caches[i].format != CACHE_PLAIN) return UNKNOWN_FORMAT;
+  return DONE;
 }
 
 // Threads 1 to threads - 1 spend their life in here, until moac_close sends them home.
 EXPORT void moac_serve(Handle *handle, int64_t index) { WITH(handle, serve(index)); }
 
-// 0, or 1 where memory is short; nothing is written to the caches then.
+// A Status; nothing is written to the caches where it is not DONE.
 EXPORT int64_t moac_step(Handle *handle, const Step *step) {
-  return WITH(handle, take_step(*step)) ? 0 : 1;
+  return WITH(handle, take_step(*step)) ? DONE : SHORT_OF_MEMORY;
 }
 
 EXPORT void moac_close(Handle *handle) { WITH(handle, close()); }

@@ -7,12 +7,11 @@ by onnxruntime needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 
 from moac_runtime.backends.cuda.host import NO_GPU, has_driver
-from moac_runtime.engine.batch import OpenSession
+from moac_runtime.backends.session import Backend
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.host.extras import missing
@@ -29,76 +28,66 @@ RUNNABLE = ("cuda", "cpu", "torch", "onnx")  # those this runtime has, best firs
 _NEEDS = {"cuda": "torch", "torch": "torch", "onnx": "onnxruntime"}
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A backend that has read a package's weights. `dtype`: of the cache, by name."""
+def open_backend(
+    package: Artifact | Opening,
+    name: str,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> Backend:
+    """Read a package's weights into the backend `name`; of an `Opening`, once it is checked.
 
-    artifact: Artifact
-    dtype: str
-    open_session: Callable[[int, int], OpenSession]
-    kernels: str | None = None
+    `dtype`: of weights and caches, None is the package's own. `threads`: CPU threads, None is
+    every core this process may use. Raises UsageError for a dtype that the backend does not
+    compute in, ArtifactError where the package is not whole, and MoacError where the backend
+    cannot run here.
+    """
+    return _OPENERS[name](package, dtype, threads)
 
 
-def _torch(opening: Opening, dtype: str | None, threads: int | None) -> Ready:
-    import torch
+def _checked(package: Artifact | Opening) -> Artifact:
+    return package.result() if isinstance(package, Opening) else package
 
-    from moac_runtime.backends.torch.decoder import Decoder
-    from moac_runtime.backends.torch.session import Session
-    from moac_runtime.package.weights import load_weights
+
+def _torch(package: Artifact | Opening, dtype: str | None, threads: int | None) -> Backend:
+    from moac_runtime.backends.torch.opening import open_torch
 
     set_torch_threads(threads)
-    artifact = opening.result()
-    precision = dtype or artifact.dtype
-    torch_dtype = getattr(torch, precision)
-    decoder = Decoder(artifact.spec, load_weights(artifact, torch_dtype), dtype=torch_dtype)
-
-    def open_session(batch: int, capacity: int) -> Session:
-        plan, order = artifact.plan, artifact.head_order
-        return Session(decoder, plan, order, batch=batch, capacity=capacity)
-
-    return Ready(artifact, precision, open_session)
+    return open_torch(_checked(package), dtype=dtype)
 
 
-def _onnx(opening: Opening, dtype: str | None, threads: int | None) -> Ready:
-    from moac_runtime.backends.onnx.session import OnnxSession, open_graph
+def _onnx(package: Artifact | Opening, dtype: str | None, threads: int | None) -> Backend:
+    from moac_runtime.backends.onnx.session import open_onnx
 
-    artifact = opening.result()
-    graph = open_graph(artifact, threads=threads)
-    found = graph.layout.dtype
-    if dtype not in (None, found):
+    model = open_onnx(_checked(package), threads=threads)
+    if dtype not in (None, model.dtype):
         raise UsageError(
-            f"the package's ONNX graph computes in {found}, not in {dtype}; leave out --dtype, or "
-            f"compile the package with --onnx-dtype {dtype}"
+            f"the package's ONNX graph computes in {model.dtype}, not in {dtype}; leave out "
+            f"--dtype, or compile the package with --onnx-dtype {dtype}"
         )
-
-    def open_session(batch: int, capacity: int) -> OnnxSession:
-        return OnnxSession(graph, batch=batch, capacity=capacity)
-
-    return Ready(artifact, found, open_session)
+    return model
 
 
-def _cuda(opening: Opening, dtype: str | None, threads: int | None) -> Ready:
+def _cuda(package: Artifact | Opening, dtype: str | None, threads: int | None) -> Backend:
     from moac_runtime.backends.cuda.opening import open_cuda
 
     set_torch_threads(threads)
-    artifact = opening.result()
+    artifact = _checked(package)
     if dtype not in (None, artifact.dtype):
         raise UsageError(
             f"the package's kernels compute in {artifact.dtype}, not in {dtype}; leave out "
             "--dtype, or run with --backend torch"
         )
-    model = open_cuda(artifact)
-    return Ready(artifact, artifact.dtype, model.session, model.decoder.kernels.origin)
+    return open_cuda(artifact)
 
 
-def _cpu(opening: Opening, dtype: str | None, threads: int | None) -> Ready:
+def _cpu(package: Artifact | Opening, dtype: str | None, threads: int | None) -> Backend:
     from moac_runtime.backends.cpu.opening import open_cpu
 
-    model = open_cpu(opening.result(), dtype=dtype, threads=threads)
-    return Ready(model.artifact, model.engine.dtype, model.session, model.instruction_set)
+    return open_cpu(_checked(package), dtype=dtype, threads=threads)
 
 
-OPENERS = {"cpu": _cpu, "cuda": _cuda, "onnx": _onnx, "torch": _torch}
+_OPENERS = {"cpu": _cpu, "cuda": _cuda, "onnx": _onnx, "torch": _torch}
 
 
 def choose_backend(asked: str | None, targets: Sequence[str], *, dtype: str | None = None) -> str:

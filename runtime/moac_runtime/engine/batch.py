@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
-from moac_runtime.backends.arrays import Array
+from moac_runtime.backends.session import Feed, Session
 from moac_runtime.engine.sampling import Sampler, check_chosen
 from moac_runtime.engine.sequence import Answer, FinishReason, Generation
 from moac_runtime.engine.stats import Stats, peak_memory_bytes
@@ -19,34 +18,16 @@ _LESS_MEMORY = (
 )
 
 
-class OpenSession(Protocol):
-    """What generation asks of a backend's session of `[B]` rows.
-
-    Logits are arrays of the backend's own library; `decode` takes what was chosen from them.
-    """
-
-    def extend(self, tokens: list[list[int]]) -> Array:
-        """Append a ragged batch of tokens; logits of the last of each row, `[B, V]` float32."""
-
-    def decode(self, tokens: Array) -> Array:
-        """Append one token a row, `[B]`; logits `[B, V]` float32."""
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows alone."""
-
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values held."""
-
-
 class Batch:
     """One ragged batch from prompt tokens to answers; iterate it for `(row, new text)`.
 
-    The session opens with the first step.
+    `open_session(capacity)`: an empty session for rows of so many tokens. It opens with the first
+    step.
     """
 
     def __init__(
         self,
-        open_session: Callable[[int, int], OpenSession],
+        open_session: Callable[[int], Session],
         sampler: Sampler,
         prompts: Sequence[list[int]],
         answers: Sequence[Answer],
@@ -105,9 +86,10 @@ class Batch:
 
     def _steps(self) -> Iterator[None]:
         """One item per token of the batch; finished rows leave it."""
-        session = self._open_session(len(self._prompts), self._capacity)
+        session = self._open_session(self._capacity)
+        rows = [session.admit(self._capacity) for _ in self._prompts]
         started = time.perf_counter()
-        tokens = self._sampler.next(session.extend(self._prompts))
+        tokens = self._sampler.next(session.step(list(map(Feed, rows, self._prompts))))
         self._prefill_s = time.perf_counter() - started
         self._held_bytes = session.kv_bytes()
         active = self._answers
@@ -122,11 +104,13 @@ class Batch:
             if not going:
                 return
             if len(going) < len(active):
-                active = [active[i] for i in going]
-                tokens = tokens[going]
-                session.keep(going)
+                for place in {*range(len(rows))} - {*going}:
+                    session.release(rows[place])
+                active, rows = [active[i] for i in going], [rows[i] for i in going]
+                chosen = [chosen[i] for i in going]
                 self._sampler.keep(going)
-            tokens = self._sampler.next(session.decode(tokens))
+            feeds = [Feed(row, (token,)) for row, token in zip(rows, chosen, strict=True)]
+            tokens = self._sampler.next(session.step(feeds))
             self._decode_s += time.perf_counter() - started
 
     def _news(self) -> Iterator[tuple[int, str]]:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from moac_runtime.backends.open import BACKENDS, OPENERS, check_choice, choose_backend
-from moac_runtime.engine.batch import Batch, OpenSession
+from moac_runtime.backends.open import BACKENDS, check_choice, choose_backend, open_backend
+from moac_runtime.backends.session import Session
+from moac_runtime.engine.batch import Batch
 from moac_runtime.engine.chosen import ChosenSampling, choose_sampling
 from moac_runtime.engine.prompts import Prompt, prompt_list, session_capacity, token_rows
 from moac_runtime.engine.sampling import Sampler, SamplingOptions
@@ -69,7 +70,8 @@ class Model:
     """A package ready to answer.
 
     `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
-    by name. `open_session(batch, capacity)` is the backend. `load_s`: seconds loading took.
+    by name. `open_session(capacity)`: an empty session of the backend, for rows of so many tokens.
+    `load_s`: seconds loading took.
     `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
     be told. `defaults`: the sampling that the checkpoint recommends, None where it does not count.
     """
@@ -82,7 +84,7 @@ class Model:
         capacity: int,
         dtype: str,
         backend: str,
-        open_session: Callable[[int, int], OpenSession],
+        open_session: Callable[[int], Session],
         load_s: float = 0.0,
         kernels: str | None = None,
         note: str | None = None,
@@ -225,21 +227,22 @@ def load(
         )
         with telling_shortage(purpose, _FEWER_WEIGHTS):
             chosen = choose_backend(backend, opening.targets, dtype=dtype)
-            ready = OPENERS[chosen](opening, dtype, threads)
+            opened = open_backend(opening, chosen, dtype=dtype, threads=threads)
+        artifact = opening.result()
     except BaseException:
         opening.cancel()
         raise
     return Model(
-        tokenizer=_tokenizer(ready.artifact),
-        spec=ready.artifact.spec,
-        capacity=ready.artifact.capacity,
-        dtype=ready.dtype,
+        tokenizer=_tokenizer(artifact),
+        spec=artifact.spec,
+        capacity=artifact.capacity,
+        dtype=opened.dtype,
         backend=chosen,
-        open_session=ready.open_session,
+        open_session=lambda capacity: opened.session(),
         load_s=time.perf_counter() - started,
-        kernels=ready.kernels,
+        kernels=opened.kernels,
         note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
-        defaults=_defaults(ready.artifact),
+        defaults=_defaults(artifact),
     )
 
 

@@ -61,6 +61,7 @@ class Opening:
 
     def __init__(self, root: Path, manifest: Manifest, check: IntegrityCheck):
         self._root, self._manifest, self._check = root, manifest, check
+        self._artifact: Artifact | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -83,8 +84,13 @@ class Opening:
         self._check.cancel()
 
     def result(self) -> Artifact:
-        """The checked package. Raises ArtifactError."""
-        self._check.result()
+        """The checked package, the same one at every call. Raises ArtifactError."""
+        if self._artifact is None:
+            self._check.result()
+            self._artifact = self._opened()
+        return self._artifact
+
+    def _opened(self) -> Artifact:
         manifest = self._manifest
         return Artifact(
             root=self._root,

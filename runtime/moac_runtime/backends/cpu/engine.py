@@ -8,11 +8,18 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moac_runtime.backends.cpu.library import LayerStruct, ModelStruct, ScalesStruct, StepStruct
+from moac_runtime.backends.cpu.library import (
+    SHORT_OF_MEMORY,
+    WEIGHTS_INT8,
+    WEIGHTS_PLAIN,
+    LayerStruct,
+    MatrixStruct,
+    ModelStruct,
+    StepStruct,
+)
 from moac_runtime.errors import MoacError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.package.weights import scale_name
 
 _ACTIVATIONS = {
     "silu": 0,
@@ -48,8 +55,8 @@ class CpuEngine:
     """A decoder on some threads; it holds weights and no state of a session.
 
     `addresses`: of the weights by name, in `dtype`, heads in packed order (ARCHITECTURE.md,
-    "Package format"); `memory` is what they lie in, and is held. Matrices are int8 where there
-    are scales. `threads`: None is every core this process may use. Raises MoacError where memory
+    "Package format"); `memory` is what they lie in, and is held. A matrix is int8 where it has
+    scales. `threads`: None is every core this process may use. Raises MoacError where memory
     is short or the system lets no more threads start.
     """
 
@@ -70,9 +77,9 @@ class CpuEngine:
         self._memory = memory
         self._lock = threading.Lock()
         self._model = _model(spec, addresses, dtype)
-        self._handle = library.moac_open(ctypes.byref(self._model), self.threads)
-        if not self._handle:
-            raise _short_of_memory()
+        handle = ctypes.c_void_p()
+        _check(library.moac_open(ctypes.byref(self._model), self.threads, ctypes.byref(handle)))
+        self._handle = handle.value or 0
         team = [
             threading.Thread(
                 target=library.moac_serve,
@@ -85,11 +92,17 @@ class CpuEngine:
         _start(team, lambda started: _close(library, self._handle, started))
         weakref.finalize(self, _close, library, self._handle, team)
 
+    def check_caches(self, caches: Any) -> None:
+        """Raises MoacError where the kernels do not serve caches that lie like these.
+
+        `caches`: an array of `CacheStruct`. To be asked once, before they are stepped over.
+        """
+        _check(self._library.moac_serves(caches, len(caches)))
+
     def run(self, step: StepStruct) -> None:
         """Take one step. Raises MoacError where memory is short; no cache is written then."""
         with self._lock:
-            if self._library.moac_step(self._handle, ctypes.byref(step)):
-                raise _short_of_memory()
+            _check(self._library.moac_step(self._handle, ctypes.byref(step)))
 
 
 def _start(
@@ -113,16 +126,24 @@ def _close(library: Any, handle: int, team: Sequence[threading.Thread]) -> None:
     library.moac_free(handle)
 
 
-def _short_of_memory() -> MoacError:
-    return MoacError(
-        "there is not enough memory for this step; run fewer prompts at once or end other programs"
-    )
+def _check(status: int) -> None:
+    """Raises MoacError for a status other than done."""
+    if status == SHORT_OF_MEMORY:
+        raise MoacError(
+            "there is not enough memory for this step; run fewer prompts at once or end other "
+            "programs"
+        )
+    if status:
+        raise MoacError(
+            "the CPU kernels do not know a format that weights or caches are stored in; "
+            "compile the package again"
+        )
 
 
 def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelStruct:
     names = [f"layers.{index}" for index in range(spec.num_layers)]
     layers = (LayerStruct * spec.num_layers)(*(_layer(addresses, name) for name in names))
-    head = "embed.weight" if spec.tied_embeddings else "lm_head.weight"
+    head = "embed" if spec.tied_embeddings else "lm_head"
     return ModelStruct(
         num_layers=spec.num_layers,
         hidden=spec.hidden_size,
@@ -135,34 +156,24 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
         activation=_ACTIVATIONS[spec.activation],
         norm_eps=spec.norm_eps,
         rope_scaling=spec.rope.scaling,
-        embed=addresses["embed.weight"],
+        embed=_matrix(addresses, "embed"),
+        head=_matrix(addresses, head),
         norm=addresses["norm.weight"],
-        head=addresses[head],
         layers=layers,
-        embed_scale=addresses.get("embed.scale"),
-        head_scale=addresses.get(scale_name(head)),
-        scales=_scales(addresses, names),
     )
 
 
-def _scales(addresses: Mapping[str, int], layers: Sequence[str]) -> Any:
-    """The scales of every layer, None where weights are not in 8 bits."""
-    if "embed.scale" not in addresses:
-        return None
-    return (ScalesStruct * len(layers))(
-        *(
-            ScalesStruct(*(addresses[f"{layer}.{name}.scale"] for name in _LINEAR))
-            for layer in layers
-        )
-    )
+def _matrix(addresses: Mapping[str, int], name: str) -> MatrixStruct:
+    """A matrix as it is stored: in 8 bits where it has scales."""
+    scale = addresses.get(f"{name}.scale")
+    stored = WEIGHTS_PLAIN if scale is None else WEIGHTS_INT8
+    return MatrixStruct(addresses[f"{name}.weight"], scale, stored)
 
 
 def _layer(addresses: Mapping[str, int], name: str) -> LayerStruct:
-    def at(weight: str, kind: str = "weight") -> int | None:
-        return addresses.get(f"{name}.{weight}.{kind}")
-
     norms = ("attn_norm", "q_norm", "k_norm", "mlp_norm")
     return LayerStruct(
-        **{weight: at(weight) for weight in (*norms, *_LINEAR)},
-        **{f"{weight}_bias": at(weight, "bias") for weight in _LINEAR},
+        **{norm: addresses.get(f"{name}.{norm}.weight") for norm in norms},
+        **{weight: _matrix(addresses, f"{name}.{weight}") for weight in _LINEAR},
+        **{f"{weight}_bias": addresses.get(f"{name}.{weight}.bias") for weight in _LINEAR},
     )

@@ -13,7 +13,12 @@ from typing import Any
 
 from moac_runtime.errors import ArtifactError
 
-ABI = 2
+ABI = 3
+
+# How weights and caches lie in memory, and what the functions return, as abi.h numbers them.
+WEIGHTS_PLAIN, WEIGHTS_INT8 = 0, 1
+CACHE_PLAIN = 0
+DONE, SHORT_OF_MEMORY, UNKNOWN_FORMAT = 0, 1, 2
 
 # What each build asks of the processor, by the names of /proc/cpuinfo; best first.
 INSTRUCTION_SETS = {
@@ -25,61 +30,60 @@ INSTRUCTION_SETS = {
 CPU_TARGETS = tuple(f"cpu:{name}" for name in INSTRUCTION_SETS)
 
 
+class MatrixStruct(Structure):
+    """Where a matrix of weights lies, and how; `scale`: null where its format has none."""
+
+    _fields_ = [("at", c_void_p), ("scale", c_void_p), ("format", c_int64)]
+
+
 class LayerStruct(Structure):
-    """Addresses of one layer's weights, null where the model has none."""
+    """One layer's weights, addresses null where the model has none."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            *("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-            *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias"),
-        )
+        *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, MatrixStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((f"{name}_bias", c_void_p) for name in ("qkv", "o", "gate_up", "down")),
     ]
 
 
-class ScalesStruct(Structure):
-    """Addresses of the scales of one layer's 8-bit weights."""
-
-    _fields_ = [(name, c_void_p) for name in ("qkv", "o", "gate_up", "down")]
-
-
 class ModelStruct(Structure):
-    """A model's shape and options, and the addresses of its weights."""
+    """A model's shape and options, and its weights."""
 
     _fields_ = [
         *((name, c_int64) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads")),
         *((name, c_int64) for name in ("head_dim", "vocab", "bf16", "activation")),
         *((name, c_double) for name in ("norm_eps", "rope_scaling")),
-        *((name, c_void_p) for name in ("embed", "norm", "head")),
+        *((name, MatrixStruct) for name in ("embed", "head")),
+        ("norm", c_void_p),
         ("layers", POINTER(LayerStruct)),
-        *((name, c_void_p) for name in ("embed_scale", "head_scale")),
-        ("scales", POINTER(ScalesStruct)),
     ]
 
 
 class CacheStruct(Structure):
-    """Where the keys and values of adjacent KV heads of one span lie, and how."""
+    """Where the keys and values of a row and of adjacent KV heads of one span lie, and how."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("first", "heads", "size", "sink", "window")),
-        *((name, POINTER(c_int64)) for name in ("shifts", "gaps")),
+        *((name, c_int64) for name in ("shift", "gap", "format")),
     ]
 
 
 class SegmentStruct(Structure):
-    """`count` tokens of a row from position `start` on."""
+    """`count` tokens of a row from position `start` on; its caches and RoPE frequencies."""
 
-    _fields_ = [(name, c_int64) for name in ("row", "start", "count")]
+    _fields_ = [
+        ("caches", POINTER(CacheStruct)),
+        ("first_cache", POINTER(c_int64)),
+        ("frequencies", POINTER(c_float)),
+        *((name, c_int64) for name in ("start", "count")),
+    ]
 
 
 class StepStruct(Structure):
     """One step: tokens, segment after segment, and where the wanted logits go."""
 
     _fields_ = [
-        ("caches", POINTER(CacheStruct)),
-        ("first_cache", POINTER(c_int64)),
-        ("frequencies", POINTER(c_float)),
         ("segments", POINTER(SegmentStruct)),
         *((name, POINTER(c_int64)) for name in ("tokens", "wanted", "places")),
         *((name, c_int64) for name in ("num_segments", "num_tokens", "num_wanted")),
@@ -144,7 +148,8 @@ def open_library(path: Path) -> Any:
 def _declare(library: Any) -> None:
     """Types of the functions, so that ctypes passes 64-bit values whole."""
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "moac_open": (c_void_p, [POINTER(ModelStruct), c_int64]),
+        "moac_open": (c_int64, [POINTER(ModelStruct), c_int64, POINTER(c_void_p)]),
+        "moac_serves": (c_int64, [POINTER(CacheStruct), c_int64]),
         "moac_serve": (None, [c_void_p, c_int64]),
         "moac_step": (c_int64, [c_void_p, POINTER(StepStruct)]),
         "moac_close": (None, [c_void_p]),

@@ -49,16 +49,24 @@ def host_obstacle(
 
 @dataclass(frozen=True, slots=True)
 class CpuModel:
-    """A package's kernels with its weights mapped. `instruction_set`: the build in use."""
+    """A model on the native kernels, a `Backend`. `kernels`: the instruction set in use.
 
-    artifact: Artifact
+    `plan`: the one that sessions run under where they are given no other.
+    """
+
     engine: CpuEngine
-    instruction_set: str
+    plan: Plan
+    head_order: Sequence[Sequence[int]]
+    kernels: str
 
-    def session(self, batch: int, capacity: int, *, plan: Plan | None = None) -> CpuSession:
-        """A session; `plan`: None is the package's own."""
-        chosen, order = plan or self.artifact.plan, self.artifact.head_order
-        return CpuSession(self.engine, chosen, order, batch=batch, capacity=capacity)
+    @property
+    def dtype(self) -> str:
+        """Of weights and caches, by name."""
+        return self.engine.dtype
+
+    def session(self, plan: Plan | None = None) -> CpuSession:
+        """A session without rows, under the model's own plan or another one."""
+        return CpuSession(self.engine, plan or self.plan, self.head_order)
 
 
 def open_cpu(
@@ -92,4 +100,4 @@ def open_cpu(
         threads=threads,
         memory=weights.memory,
     )
-    return CpuModel(artifact, engine, chosen)
+    return CpuModel(engine, artifact.plan, artifact.head_order, chosen)

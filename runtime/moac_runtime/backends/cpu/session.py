@@ -1,48 +1,48 @@
-"""A session on the native CPU kernels: the interface of `session.Session` without torch.
+"""A session on the native CPU kernels, without torch: each row a piece of memory of its own.
 
-All keys and values of a session lie in one piece of memory of exactly the planned size. A step is
-one native call for every row at once, whether a row adds one token or many.
+A step is one native call for all rows that are fed, whether one adds one token or many.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import groupby, pairwise
-from typing import Any
 
 from moac_runtime.backends.arrays import Array
-from moac_runtime.backends.cpu.cache import CpuCache
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import CacheStruct, SegmentStruct, StepStruct, integers
-from moac_runtime.backends.cpu.weights import address_of
-from moac_runtime.backends.feeding import (
-    check_growth,
-    check_kept,
-    check_room,
-    check_sizes,
-    check_step,
-    check_tokens,
+from moac_runtime.backends.cpu.library import SegmentStruct, StepStruct, integers
+from moac_runtime.backends.cpu.row import CpuRow
+from moac_runtime.backends.feeding import Piece, check_growth, check_sizes, cut, num_wanted
+from moac_runtime.backends.layout import (
+    HeadRun,
+    grown_runs,
+    head_runs,
+    packed_spans,
+    rope_frequencies,
 )
 from moac_runtime.backends.rows import Rows
+from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import HeadSpan
-from moac_runtime.package.spec import RopeSpec
 
 # Tokens of a step: enough that reading and packing weights costs little beside computing.
 CHUNK = 512
 
 
-class CpuSession(Rows):
-    """`batch` sequences of at most `capacity` tokens each (prompt and tokens to come).
+class CpuSession(Rows[CpuRow]):
+    """See `backends.session.Session`.
 
     `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
-    a head's rule in `plan`. `chunk`: tokens of prefill that share a step, all rows together.
-    Raises UsageError for a batch, capacity or chunk below one.
+    a head's rule in `plan`. `chunk`: tokens of one native call, all rows together; a step of more
+    is several. Raises UsageError for a chunk below one.
+
+    A row's logits follow from what it was fed alone, but for rounding. They are the same bits
+    beside any neighbours as long as a step has at most 16 tokens in all and no head holds more
+    than 64: products of more tokens go through other kernels, and longer attention is cut into
+    pieces whose size follows from all that share the step and from the number of threads.
     """
+
+    fixed_batch = False
 
     def __init__(
         self,
@@ -50,280 +50,138 @@ class CpuSession(Rows):
         plan: Plan,
         head_order: Sequence[Sequence[int]],
         *,
-        batch: int,
-        capacity: int,
         chunk: int = CHUNK,
     ) -> None:
-        check_sizes(batch=batch, capacity=capacity, chunk=chunk)
-        self._engine = engine
-        self._plan = plan
-        self._head_order = head_order
+        check_sizes(chunk=chunk)
+        super().__init__(engine.spec.vocab_size, (engine, plan, head_order))
+        self._engine, self._plan, self._head_order = engine, plan, head_order
         self._chunk = chunk
-        self._capacity = capacity
-        self._lengths = [0] * batch
-        self._frequencies = _floats(rope_frequencies(engine.spec.rope, self._dim, capacity))
-        nothing = (0,) * batch
-        self._lay_out(
-            [
-                [CpuCache(head, heads, nothing, nothing) for head, heads in self._runs(layer)]
-                for layer in range(engine.spec.num_layers)
-            ]
-        )
+        self._call: _Call | None = None
 
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, all layers, heads and rows."""
-        return sum(self._bytes(cache) for layer in self._layers for cache in layer)
+    def admit(self, capacity: int) -> int:
+        """A new row. Raises UsageError for a capacity below one."""
+        check_sizes(capacity=capacity)
+        spans = packed_spans(self._plan, self._head_order, capacity)
+        return self._enter(self._new_row([head_runs(heads) for heads in spans], capacity))
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """Feed each row its `tokens`; float32 logits `[B, V]` after the last token of each row.
+    def release(self, row: int) -> None:
+        """Free a row. Raises UsageError for one that is not there."""
+        self._leave(row).free()
+        self._call = None
 
-        Rows may differ in number and may get none (their logits are NaN). Raises UsageError for
-        tokens that are none, MoacError where a row would pass the capacity; nothing is fed then.
+    def step(self, feeds: Sequence[Feed]) -> Array:
+        """Feed some rows; float32 logits `[sum of wanted, V]`.
+
+        Raises UsageError for feeds that cannot be meant and MoacError where a row would pass its
+        capacity, before anything is fed; MoacError where memory is short, which ends the step at
+        the native call that lacks it.
         """
-        wanted = [[len(row) - 1] if row else [] for row in tokens]
-        self._check(tokens, wanted)
-        logits = _empty(self.batch, self._engine.spec.vocab_size)
-        for row, fed in enumerate(tokens):
-            if not fed:
-                logits[row] = math.nan
-        self._feed(tokens, wanted, list(range(self.batch)), logits)
+        rows = self._check_feeds(feeds)
+        logits = _empty(num_wanted(feeds), self._vocab_size)
+        for pieces in cut(feeds, self._chunk):
+            call = self._call_of(feeds, pieces, rows)
+            tokens: list[int] = []
+            for piece in pieces:
+                tokens += feeds[piece.feed].tokens[piece.first : piece.stop]
+            self._engine.run(call.fill(tokens, logits))
+            for piece in pieces:
+                rows[piece.feed].length += piece.size
         return logits
 
-    def extend_all(self, tokens: Sequence[Sequence[int]]) -> list[Array]:
-        """Feed each row its `tokens`; float32 logits `[T_b, V]` after each of them, per row."""
-        return self.extend_at(tokens, [range(len(row)) for row in tokens])
+    def snapshot(self, row: int) -> Snapshot:
+        """A copy of the row. Raises UsageError for one that is not there."""
+        found = self._row(row)
+        held = found.held()
+        size = sum(map(len, held.parts))
+        return Snapshot(size, found.length, found.capacity, self._origin, held)
 
-    def extend_at(
-        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
-    ) -> list[Array]:
-        """Feed each row its `tokens`; float32 logits `[len(wanted[b]), V]` per row.
+    def restore(self, snapshot: Snapshot) -> int:
+        """A new row from a copy. Raises UsageError for a snapshot of something else."""
+        self._check_snapshot(snapshot)
+        row = self._new_row(snapshot.content.layers, snapshot.capacity)
+        row.take(snapshot.content, snapshot.length)
+        return self._enter(row)
 
-        `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
-        """
-        self._check(tokens, wanted)
-        ends = [0]
-        for chosen in wanted:
-            ends.append(ends[-1] + len(chosen))
-        logits = _empty(ends[-1], self._engine.spec.vocab_size)
-        self._feed(tokens, wanted, ends[:-1], logits)
-        return [logits[first:stop] for first, stop in pairwise(ends)]
+    def grow(self, row: int, capacity: int) -> None:
+        """Move a row to new memory. Raises UsageError for a capacity that is not larger."""
+        old = self._row(row)
+        check_growth(old.capacity, capacity)
+        spans = packed_spans(self._plan, self._head_order, capacity)
+        growth = [
+            grown_runs(runs, heads, old.length)
+            for runs, heads in zip(old.layers, spans, strict=True)
+        ]
+        new = self._new_row([[grown.run for grown in layer] for layer in growth], capacity)
+        new.take_grown(old, growth)
+        self._by_number[row] = new
+        self._call = None
+        old.free()
 
-    def decode(self, tokens: Array | Sequence[int]) -> Array:
-        """Feed each row one token, `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
-        fed: list[int] = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
-        check_step((len(fed),), self.batch)
-        return self.extend([[token] for token in fed])
+    def kv_bytes(self, row: int | None = None) -> int:
+        """Bytes allocated for keys and values, of one row or of all that are present."""
+        if row is not None:
+            return self._row(row).bytes
+        return sum(present.bytes for present in self._by_number.values())
 
-    def grow(self, capacity: int) -> None:
-        """Move to a larger capacity: every head gets its span there and keeps what it holds.
+    def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> CpuRow:
+        spec = self._engine.spec
+        frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
+        row = CpuRow(
+            layers,
+            capacity=capacity,
+            token=spec.head_dim * (2 if self._engine.dtype == "bfloat16" else 4),
+            frequencies=(ctypes.c_float * len(frequencies))(*frequencies),
+        )
+        self._engine.check_caches(row.caches)
+        return row
 
-        Tokens dropped before stay dropped. With `dynamic` RoPE new tokens are rotated by the
-        larger capacity's frequencies, and the keys already stored stay as they were rotated, as
-        in transformers. Raises UsageError for a capacity that is not larger.
-        """
-        check_growth(self._capacity, capacity)
-        self._capacity = capacity
-        frequencies = rope_frequencies(self._engine.spec.rope, self._dim, capacity)
-        self._frequencies = _floats(frequencies)
-        before, arena, base = self._layers, self._arena, self._base
-        kept = [list(self._grown(layer, caches)) for layer, caches in enumerate(before)]
-        self._lay_out([[new for new, _, _ in caches] for caches in kept])
-        for new, old, places in (entry for caches in kept for entry in caches):
-            self._copy_places(new, old, places, base)
-        del arena  # held until its content was copied
+    def _call_of(
+        self, feeds: Sequence[Feed], pieces: Sequence[Piece], rows: Sequence[CpuRow]
+    ) -> _Call:
+        """The native call for some pieces: the last one again where nothing but tokens changed."""
+        key = [(feeds[piece.feed].row, piece.size, piece.wanted, piece.place) for piece in pieces]
+        if self._call is None or self._call.key != key:
+            self._call = _Call(key, pieces, [rows[piece.feed] for piece in pieces])
+        return self._call
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order; the memory of the others is freed.
 
-        Raises UsageError for no rows and for a row that the batch does not have.
-        """
-        check_kept(rows, self.batch)
-        before, arena, base = self._layers, self._arena, self._base
-        self._lengths = [self._lengths[row] for row in rows]
-        self._lay_out([[cache.rows(rows) for cache in caches] for caches in before])
-        for layer, caches in enumerate(before):
-            for old, new in zip(caches, self._layers[layer], strict=True):
-                size = old.slots * self._token
-                for part in (0, 1):
-                    for place, row in enumerate(rows):
-                        source = base + self._start(old, part) + row * size
-                        target = self._base + self._start(new, part) + place * size
-                        ctypes.memmove(target, source, size)
-        del arena  # held until its content was copied
+class _Call:
+    """A native step as C structs, made once for as long as the same rows add as many tokens."""
 
-    # ---- memory ----
-
-    @property
-    def _dim(self) -> int:
-        return self._engine.spec.head_dim
-
-    @property
-    def _token(self) -> int:
-        """Bytes of one key."""
-        return self._dim * (2 if self._engine.dtype == "bfloat16" else 4)
-
-    def _bytes(self, cache: CpuCache) -> int:
-        return 2 * len(cache.shifts) * cache.slots * self._token
-
-    def _start(self, cache: CpuCache, part: int) -> int:
-        """Where the keys (0) or values (1) of a cache begin in the session's memory."""
-        return cache.offset + part * self._bytes(cache) // 2
-
-    def _runs(self, layer: int) -> Iterator[tuple[HeadSpan, slice]]:
-        """Runs of adjacent heads with equal spans at the present capacity."""
-        order = self._head_order[layer]
-        spans = [self._plan.head(layer, head, self._capacity) for head in order]
+    def __init__(self, key: object, pieces: Sequence[Piece], rows: Sequence[CpuRow]) -> None:
+        self.key = key
+        self._rows = rows
+        made = [
+            SegmentStruct(row.caches, row.first_cache, row.frequencies, row.length, piece.size)
+            for row, piece in zip(rows, pieces, strict=True)
+        ]
+        segments = (SegmentStruct * len(pieces))(*made)
+        self._segments = list(segments)
+        wanted: list[int] = []
+        places: list[int] = []
         first = 0
-        for head, run in groupby(spans):
-            stop = first + sum(1 for _ in run)
-            yield head, slice(first, stop)
-            first = stop
-
-    def _lay_out(self, layers: list[list[CpuCache]]) -> None:
-        """Give every cache its place in fresh memory, and tell the native side."""
-        offset = 0
-        for cache in (cache for caches in layers for cache in caches):
-            cache.offset = offset
-            offset += self._bytes(cache)
-        self._layers = layers
-        self._arena = mmap.mmap(-1, offset)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._arena.madvise(mmap.MADV_HUGEPAGE)
-        self._base = address_of(self._arena)
-        structs = [self._struct(cache) for caches in layers for cache in caches]
-        self._caches = (CacheStruct * len(structs))(*structs)
-        ends = [0]
-        for caches in layers:
-            ends.append(ends[-1] + len(caches))
-        self._first_cache = integers(ends)
-
-    def _struct(self, cache: CpuCache) -> CacheStruct:
-        return CacheStruct(
-            keys=self._base + self._start(cache, 0),
-            values=self._base + self._start(cache, 1),
-            first=cache.heads.start,
-            heads=cache.num_heads,
-            size=cache.head.size,
-            sink=cache.head.sink,
-            window=cache.head.window or 0,
-            shifts=integers(cache.shifts),
-            gaps=integers(cache.gaps),
+        for piece in pieces:
+            wanted += [first + index for index in piece.wanted]
+            places += range(piece.place, piece.place + len(piece.wanted))
+            first += piece.size
+        self._tokens = integers([0] * first)
+        self._step = StepStruct(
+            segments=segments,
+            tokens=self._tokens,
+            wanted=integers(wanted),
+            places=integers(places),
+            num_segments=len(pieces),
+            num_tokens=first,
+            num_wanted=len(wanted),
         )
 
-    def _grown(
-        self, layer: int, caches: Sequence[CpuCache]
-    ) -> Iterator[tuple[CpuCache, CpuCache, list[list[int]]]]:
-        """Heads that shared a span may part. They never join: they may hold different tokens."""
-        for old in caches:
-            for head, run in self._runs(layer):
-                first, stop = max(run.start, old.heads.start), min(run.stop, old.heads.stop)
-                if first < stop:
-                    new, places = old.grown(head, slice(first, stop), self._lengths)
-                    yield new, old, places
-
-    def _copy_places(
-        self, new: CpuCache, old: CpuCache, places: Sequence[Sequence[int]], base: int
-    ) -> None:
-        """Move the kept `places` of each row into the first slots of the new cache."""
-        token, size = self._token, (new.head.size, old.head.size)
-        for part in (0, 1):
-            target, source = self._base + self._start(new, part), base + self._start(old, part)
-            for row, kept in enumerate(places):
-                runs = list(old.slot_runs(kept))
-                for head in range(new.heads.start, new.heads.stop):
-                    to = (row * new.num_heads + head - new.heads.start) * size[0]
-                    at = (row * old.num_heads + head - old.heads.start) * size[1]
-                    for first, slot, count in runs:
-                        ctypes.memmove(
-                            target + (to + first) * token,
-                            source + (at + slot) * token,
-                            count * token,
-                        )
-
-    # ---- steps ----
-
-    def _check(self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> None:
-        check_tokens(tokens, wanted, batch=self.batch, vocab_size=self._engine.spec.vocab_size)
-        check_room(self._lengths, [len(row) for row in tokens], self._capacity)
-
-    def _feed(
-        self,
-        tokens: Sequence[Sequence[int]],
-        wanted: Sequence[Sequence[int]],
-        places: Sequence[int],
-        logits: Array,
-    ) -> None:
-        """Feed everything, step by step; row `b`'s logits start at `logits[places[b]]`."""
-        fed = [0] * self.batch
-        while segments := self._segments(tokens, fed):
-            flat = [
-                token
-                for row, _, count in segments
-                for token in tokens[row][fed[row] : fed[row] + count]
-            ]
-            asked, targets, start = [], [], 0
-            for row, _, count in segments:
-                for number, index in enumerate(wanted[row]):
-                    if fed[row] <= index < fed[row] + count:
-                        asked.append(start + index - fed[row])
-                        targets.append(places[row] + number)
-                start += count
-            self._step(segments, flat, asked, targets, logits)
-            for row, _, count in segments:
-                fed[row] += count
-                self._lengths[row] += count
-
-    def _segments(
-        self, tokens: Sequence[Sequence[int]], fed: Sequence[int]
-    ) -> list[tuple[int, int, int]]:
-        """Row, position and count of the next step's tokens: rows in order, a chunk in all."""
-        room, segments = max(self._chunk, self.batch), []
-        for row, own in enumerate(tokens):
-            count = min(len(own) - fed[row], room)
-            if count:
-                segments.append((row, self._lengths[row], count))
-                room -= count
-        return segments
-
-    def _step(
-        self,
-        segments: Sequence[tuple[int, int, int]],
-        tokens: Sequence[int],
-        wanted: Sequence[int],
-        places: Sequence[int],
-        logits: Array,
-    ) -> None:
-        self._engine.run(
-            StepStruct(
-                caches=self._caches,
-                first_cache=self._first_cache,
-                frequencies=self._frequencies,
-                segments=(SegmentStruct * len(segments))(
-                    *(SegmentStruct(*own) for own in segments)
-                ),
-                tokens=integers(tokens),
-                wanted=integers(wanted),
-                places=integers(places),
-                num_segments=len(segments),
-                num_tokens=len(tokens),
-                num_wanted=len(wanted),
-                logits=_address(logits),
-            )
-        )
-
-
-def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> list[float]:
-    """The frequencies `[head_dim / 2]` of a session, as `decoder.rope_frequencies`."""
-    context = rope.original_context
-    if rope.kind != "dynamic" or context is None or capacity <= context:
-        return list(rope.inv_freq)
-    stretch = rope.factor * capacity / context - (rope.factor - 1)
-    theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
-    return [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-
-
-def _floats(values: Sequence[float]) -> Any:
-    return (ctypes.c_float * len(values))(*values)
+    def fill(self, tokens: Sequence[int], logits: Array) -> StepStruct:
+        """The step that feeds these tokens to the rows as they stand."""
+        self._tokens[:] = tokens
+        for segment, row in zip(self._segments, self._rows, strict=True):
+            segment.start = row.length
+        self._step.logits = _address(logits)
+        return self._step
 
 
 def _empty(rows: int, columns: int) -> Array:

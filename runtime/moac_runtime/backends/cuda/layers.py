@@ -11,7 +11,7 @@ from moac_runtime.backends.cuda.cache import LayerCache
 
 
 class Layers:
-    """The caches of a session. `spans[kind]`: a span table `[B, K, 8]` on the host.
+    """The caches of a batch. `spans[kind]`: a span table `[B, K, 8]` on the host.
 
     `kinds[layer]`: which of them is the layer's; layers laid out alike share one, and with it
     the work tables made of it. `tables`: the package's `kernels/tables.py`.
@@ -20,8 +20,8 @@ class Layers:
     def __init__(self, caches: Sequence[LayerCache], tables: Any) -> None:
         self.caches = list(caches)
         self.tables = tables
-        distinct = list(dict.fromkeys(cache.layouts for cache in caches))
-        self.kinds = [distinct.index(cache.layouts) for cache in caches]
+        distinct: dict[tuple[object, ...], int] = {}
+        self.kinds = [distinct.setdefault(cache.kind, len(distinct)) for cache in caches]
         first = [self.caches[self.kinds.index(kind)] for kind in range(len(distinct))]
         self.spans: list[Tensor] = [cache.spans(tables) for cache in first]
 

@@ -28,26 +28,29 @@ _PROGRAMS = 2  # of decode on a processor, where nothing tells how many it holds
 
 @dataclass(frozen=True, slots=True)
 class CudaModel:
-    """A model on the device, ready for sessions. `tables`: the package's `kernels/tables.py`."""
+    """A model on the device, a `Backend`. `tables`: the package's `kernels/tables.py`.
+
+    `plan`: the one that sessions run under where they are given no other.
+    """
 
     decoder: CudaDecoder
     plan: Plan
     head_order: Sequence[Sequence[int]]
     tables: Any
 
-    def session(self, batch: int, capacity: int, *, plan: Plan | None = None) -> CudaSession:
-        """A session of `batch` rows, of another plan where one is given.
+    @property
+    def dtype(self) -> str:
+        """Of weights and caches, by name."""
+        return str(self.decoder.dtype).removeprefix("torch.")
 
-        Raises as `CudaSession` does.
-        """
-        return CudaSession(
-            self.decoder,
-            plan or self.plan,
-            self.head_order,
-            self.tables,
-            batch=batch,
-            capacity=capacity,
-        )
+    @property
+    def kernels(self) -> str:
+        """Where the kernels come from: machine code, PTX, or source."""
+        return self.decoder.kernels.origin
+
+    def session(self, plan: Plan | None = None) -> CudaSession:
+        """A session without rows, under the model's own plan or another one."""
+        return CudaSession(self.decoder, plan or self.plan, self.head_order, self.tables)
 
 
 def open_cuda(artifact: Artifact) -> CudaModel:

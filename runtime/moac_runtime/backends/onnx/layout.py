@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from moac_runtime.errors import UsageError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan, Rule, head_span
 
@@ -67,7 +68,7 @@ class OnnxLayout:
         return [cache for cache in self.caches if cache.layer == layer]
 
     def resolve(self, capacity: int) -> list[HeadSpan]:
-        """Every kind's span in a session of `capacity` tokens."""
+        """Every kind's span in rows of `capacity` tokens, under the plan it was made for."""
         return [
             head_span(
                 Rule(kind.alpha, kind.beta),
@@ -79,6 +80,22 @@ class OnnxLayout:
             )
             for kind in self.spans
         ]
+
+    def under(self, heads: Sequence[Sequence[HeadSpan]]) -> list[HeadSpan]:
+        """Every kind's span where the heads `[layers][kv_heads]`, in packed order, have these.
+
+        Raises UsageError where heads of a kind, which share a cache or the graph's input for their
+        sinks, have different ones.
+        """
+        found: dict[int, HeadSpan] = {}
+        for cache in self.caches:
+            for head in heads[cache.layer][cache.first_head :][: cache.num_heads]:
+                if found.setdefault(cache.span, head) != head:
+                    raise UsageError(
+                        "the package's ONNX graph does not serve this plan: heads that share a "
+                        "cache there have different spans; run it with --backend torch"
+                    )
+        return [found[kind] for kind in range(len(self.spans))]
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON values, inverse of `from_json`."""

@@ -1,26 +1,31 @@
 """A session over the ONNX graph: numpy arrays as caches, written in place by onnxruntime.
 
-The interface of `session.Session` without torch. Each cache's array is bound both as the graph's
-input and as its output, so a step copies and allocates none.
+Nothing here needs torch. Each cache's array is bound both as the graph's input and as its output,
+so a step copies and allocates none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
+from moac_runtime.backends.feeding import check_growth, check_sizes, num_wanted, wanted_of
+from moac_runtime.backends.fixed import FixedRow, FixedRows
+from moac_runtime.backends.layout import packed_spans, rope_frequencies
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout
-from moac_runtime.backends.rows import Rows
-from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.backends.session import Feed, Snapshot
+from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
+from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan
 from moac_runtime.package.spec import RopeSpec
 
@@ -74,7 +79,25 @@ class OnnxGraph:
         self._session.run_with_iobinding(binding)
 
 
-def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """A package's graph, a `Backend`."""
+
+    graph: OnnxGraph
+    head_order: Sequence[Sequence[int]]
+    kernels = None
+
+    @property
+    def dtype(self) -> str:
+        """Of caches, by name."""
+        return self.graph.layout.dtype
+
+    def session(self, plan: Plan | None = None) -> OnnxSession:
+        """A session without rows, under the graph's own plan or another one."""
+        return OnnxSession(self.graph, plan, self.head_order)
+
+
+def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
     """The graph of a package built for `onnx`. Raises ArtifactError."""
     data = read_json(artifact.path(ONNX_LAYOUT), ONNX_LAYOUT)
     try:
@@ -83,106 +106,123 @@ def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    return OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
+    graph = OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
+    return OnnxModel(graph, artifact.head_order)
 
 
-class OnnxSession(Rows):
-    """`batch` sequences of at most `capacity` tokens each, over the graph's span caches.
+class OnnxSession(FixedRows):
+    """See `backends.session.Session`: a fixed batch over the graph's span caches.
 
-    `spans`: one for each kind of the layout, None the planned ones. Raises UsageError for a batch,
-    capacity or chunk below one.
+    `plan`: None is the one that the graph was made for; `head_order[layer][position]`: the
+    checkpoint's KV head packed at that position. `chunk`: tokens of a row that share a step.
+    Raises UsageError for a chunk below one.
     """
 
     def __init__(
         self,
         graph: OnnxGraph,
+        plan: Plan | None,
+        head_order: Sequence[Sequence[int]],
         *,
-        batch: int,
-        capacity: int,
         chunk: int = CHUNK,
-        spans: Sequence[HeadSpan] | None = None,
     ) -> None:
-        for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1; give a positive {name}")
-        self._graph = graph
-        self._capacity = capacity
+        check_sizes(chunk=chunk)
+        super().__init__(graph.layout.vocab_size, (graph, plan, head_order))
+        self._graph, self._plan, self._head_order = graph, plan, head_order
         self._chunk = chunk
-        self._lengths = np.zeros(batch, dtype=np.int64)
-        self._spans = list(spans or graph.layout.resolve(capacity))
-        self._sinks = np.array([head.sink for head in self._spans], dtype=np.int64)
-        self._frequencies = rope_frequencies(graph.rope, graph.layout.head_dim, capacity)
-        self._caches = dict(self._new_caches(batch))
-        self._decoding: _Step | None = None
+        self._spans: list[HeadSpan] = []
+        self._frequencies: Array
+        self._caches: dict[str, Array] = {}
+        self._decoding: dict[tuple[int, int], _Step] = {}  # by first place and number of rows
 
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, all layers, heads and rows."""
-        return sum(cache.nbytes for cache in self._caches.values())
+    def step(self, feeds: Sequence[Feed]) -> Array:
+        """Feed some rows; float32 logits `[sum of wanted, V]`.
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """Feed each row its `tokens`; float32 logits `[B, V]` after the last token of each row.
-
-        Rows may differ in number and may get none (their logits are NaN). Raises UsageError for
-        tokens that are none, MoacError where a row would pass the capacity; nothing is fed then.
+        Raises UsageError for feeds that cannot be meant and MoacError where a row would pass its
+        capacity, before anything is fed.
         """
-        logits = self.extend_at(tokens, [[len(row) - 1] if row else [] for row in tokens])
-        absent = np.full((1, self._graph.layout.vocab_size), np.nan, dtype=np.float32)
-        return np.concatenate([row if len(row) else absent for row in logits])
+        rows = self._check_feeds(feeds)
+        self._begin_once()
+        logits = np.empty((num_wanted(feeds), self._vocab_size), dtype=np.float32)
+        begins = list(accumulate((len(wanted_of(feed)) for feed in feeds), initial=0))
+        for group in _groups(feeds, rows):
+            count = len(feeds[group[0]].tokens)
+            for first in range(0, count, self._chunk):
+                stop = min(first + self._chunk, count)
+                flat, places = [], []
+                for number, index in enumerate(group):
+                    for place, asked in enumerate(wanted_of(feeds[index]), begins[index]):
+                        if first <= asked < stop:
+                            flat.append(number * (stop - first) + asked - first)
+                            places.append(place)
+                tokens = [feeds[index].tokens[first:stop] for index in group]
+                part = self._run([rows[index] for index in group], tokens, flat)
+                logits[places] = part
+        return logits
 
-    def extend_at(
-        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
-    ) -> list[Array]:
-        """Feed each row its `tokens`; float32 logits `[len(wanted[b]), V]` per row.
+    def snapshot(self, row: int) -> Snapshot:
+        """A copy of the row. Raises UsageError for one that is not there."""
+        found = self._row(row)
+        content = found.content
+        if self._begun:
+            content = {name: cache[found.place].copy() for name, cache in self._caches.items()}
+        size = sum(part.nbytes for part in (content or {}).values())
+        return Snapshot(size, found.length, found.capacity, self._origin, content)
 
-        `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
-        """
-        self._check_rows(len(tokens))
-        for fed in tokens:
-            self._check_vocabulary(fed)
-        self._check_room([len(row) for row in tokens])
-        begin = self.lengths
-        found: list[list[Array]] = [
-            [np.empty((0, self._graph.layout.vocab_size), np.float32)] for _ in tokens
-        ]
-        for rows, count in self._shares([len(row) for row in tokens]):
-            first = int(self._lengths[rows.start]) - begin[rows.start]
-            chunk = [tokens[row][first : first + count] for row in range(rows.start, rows.stop)]
-            places = [
-                [index - first for index in wanted[row] if first <= index < first + count]
-                for row in range(rows.start, rows.stop)
-            ]
-            logits = self._feed(rows, np.array(chunk, dtype=np.int64), places)
-            for row, part in zip(range(rows.start, rows.stop), logits, strict=True):
-                found[row].append(part)
-        return [np.concatenate(parts) for parts in found]
+    def grow(self, row: int, capacity: int) -> None:
+        """Refused, since the graph knows of no tokens that were lost: raises UsageError."""
+        check_growth(self._row(row).capacity, capacity)
+        raise UsageError(
+            "rows of an ONNX graph cannot grow; admit them with a larger capacity, or run with "
+            "--backend torch"
+        )
 
-    def decode(self, tokens: Sequence[int] | Array) -> Array:
-        """Feed each row one token, `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
-        fed = np.asarray(tokens, dtype=np.int64)
-        self._check_rows(len(fed))
-        self._check_vocabulary(fed)
-        self._check_room([1] * self.batch)
-        if self._decoding is None:
-            everyone = slice(0, self.batch)
-            self._decoding = self._step(everyone, np.arange(self.batch, dtype=np.int64), 1)
-        logits = self._decoding.run(fed[:, None], self._lengths)
-        self._lengths += 1
-        return logits.copy()
+    def kv_bytes(self, row: int | None = None) -> int:
+        """Bytes of keys and values: of a row, or allocated for all that are present."""
+        if row is not None:
+            return self._row_bytes(self._row(row).capacity)
+        if self._begun:
+            return sum(cache.nbytes for cache in self._caches.values())
+        return sum(self._row_bytes(present.capacity) for present in self._by_number.values())
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order; the memory of the others is freed.
+    # ---- the batch ----
 
-        Raises UsageError for no rows and for a row that the batch does not have.
-        """
-        if not rows or min(rows) < 0 or max(rows) >= self.batch:
-            raise UsageError(
-                f"cannot keep rows {list(rows)} of a batch of {self.batch}; "
-                f"name one or more rows from 0 to {self.batch - 1}"
-            )
-        self._decoding = None
+    def _check_batch(self, batch: int, capacity: int) -> None:
+        self._spans_at(capacity)
+
+    def _begin(self, rows: list[FixedRow]) -> None:
+        capacity, layout = rows[0].capacity, self._graph.layout
+        self._spans = self._spans_at(capacity)
+        frequencies = rope_frequencies(self._graph.rope, layout.head_dim, capacity)
+        self._frequencies = np.array(frequencies, dtype=np.float32)
+        self._caches = dict(self._new_caches(len(rows)))
+        for row in rows:
+            for name, part in (row.content or {}).items():
+                self._caches[name][row.place] = part
+
+    def _row_left(self, row: FixedRow) -> None:
+        """Close the gap that the row leaves."""
+        self._decoding = {}
+        kept = [present.place for present in self._by_number.values()]
         for name in self._caches:
-            self._caches[name] = self._caches[name][list(rows)]
-        self._lengths = self._lengths[list(rows)]
+            self._caches[name] = self._caches[name][kept]
+        for place, present in enumerate(self._by_number.values()):
+            present.place = place
+
+    def _end(self) -> None:
+        self._decoding, self._caches = {}, {}
+
+    def _spans_at(self, capacity: int) -> list[HeadSpan]:
+        """The spans of the layout's kinds. Raises UsageError for a plan the graph cannot serve."""
+        layout = self._graph.layout
+        if self._plan is None:
+            return layout.resolve(capacity)
+        return layout.under(packed_spans(self._plan, self._head_order, capacity))
+
+    def _row_bytes(self, capacity: int) -> int:
+        layout, spans = self._graph.layout, self._spans_at(capacity)
+        slots = sum(cache.num_heads * spans[cache.span].size for cache in layout.caches)
+        return 2 * slots * layout.head_dim * int(self._graph.dtype.itemsize)
 
     def _new_caches(self, batch: int) -> Iterator[tuple[str, Array]]:
         layout = self._graph.layout
@@ -193,53 +233,59 @@ class OnnxSession(Rows):
                 # zeros, not empty: a masked slot weighs nothing, but NaN times nothing is NaN
                 yield f"{cache.name}.{part}", np.zeros(shape, dtype=self._graph.dtype)
 
-    def _shares(self, counts: Sequence[int]) -> Iterator[tuple[slice, int]]:
-        """Adjacent rows that stand alike and take equally many tokens, chunk by chunk."""
-        todo = list(zip(self.lengths, counts, strict=True))
-        row = 0
-        for (_, count), run in groupby(todo):
-            rows = slice(row, row + len(list(run)))
-            for first in range(0, count, self._chunk):
-                yield rows, min(self._chunk, count - first)
-            row = rows.stop
+    # ---- steps ----
 
-    def _feed(self, rows: slice, tokens: Array, places: Sequence[Sequence[int]]) -> list[Array]:
-        """One step of some rows; logits at `places` of each row's tokens, per row."""
-        count = tokens.shape[1]
-        flat = [count * row + place for row, own in enumerate(places) for place in own]
-        # a graph that computes no logits at all is one more case for every runtime: ask for one
-        wanted = np.array(flat or [0], dtype=np.int64)
-        logits = self._step(rows, wanted, count).run(tokens, self._lengths[rows])[: len(flat)]
-        self._lengths[rows] += count
-        return np.split(logits, np.cumsum([len(own) for own in places])[:-1])
+    def _run(
+        self, rows: Sequence[FixedRow], tokens: Sequence[Sequence[int]], wanted: Sequence[int]
+    ) -> Array:
+        """One step of adjacent rows, equally many tokens each; logits of the `wanted` ones.
 
-    def _step(self, rows: slice, wanted: Array, count: int) -> _Step:
-        caches = {name: cache[rows] for name, cache in self._caches.items()}
-        return _Step(self._graph, caches, self._sinks, self._frequencies, wanted, count)
+        `wanted`: indices into the rows' tokens, one row's after another's.
+        """
+        fed = np.array(tokens, dtype=np.int64)
+        lengths = np.array([row.length for row in rows], dtype=np.int64)
+        if fed.shape[1] == 1:
+            logits = self._decode_step(rows).run(fed, lengths)[list(wanted)]
+        else:
+            # a graph that computes no logits is one more case for every runtime: ask for one
+            asked = np.array(wanted or [0], dtype=np.int64)
+            logits = self._step(rows, asked, fed.shape[1]).run(fed, lengths)[: len(wanted)]
+        for row in rows:
+            row.length += fed.shape[1]
+        return logits
 
-    def _check_rows(self, found: int) -> None:
-        if found != self.batch:
-            raise UsageError(
-                f"got tokens for {found} rows, expected {self.batch}; give every row of the batch "
-                "a list, empty where it adds nothing"
-            )
+    def _decode_step(self, rows: Sequence[FixedRow]) -> _Step:
+        """The step of one token of these rows, bound once."""
+        key = rows[0].place, len(rows)
+        if key not in self._decoding:
+            self._decoding[key] = self._step(rows, np.arange(len(rows), dtype=np.int64), 1)
+        return self._decoding[key]
 
-    def _check_vocabulary(self, tokens: Sequence[int] | Array) -> None:
-        size = self._graph.layout.vocab_size
-        odd = next((token for token in tokens if not 0 <= token < size), None)
-        if odd is not None:
-            raise UsageError(
-                f"got token {odd}, expected tokens from 0 to {size - 1}; "
-                "encode the text with the package's own tokenizer"
-            )
+    def _step(self, rows: Sequence[FixedRow], wanted: Array, count: int) -> _Step:
+        first = rows[0].place
+        caches = {name: cache[first : first + len(rows)] for name, cache in self._caches.items()}
+        sinks = np.array([head.sink for head in self._spans], dtype=np.int64)
+        return _Step(self._graph, caches, sinks, self._frequencies, wanted, count)
 
-    def _check_room(self, counts: Sequence[int]) -> None:
-        for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            if length + count > self._capacity:
-                raise MoacError(
-                    f"row {row} holds {length} of {self._capacity} tokens and cannot take "
-                    f"{count} more; open the session with a larger capacity"
-                )
+
+def _groups(feeds: Sequence[Feed], rows: Sequence[FixedRow]) -> Iterator[list[int]]:
+    """The feeds that share a step: of adjacent rows that take equally many tokens.
+
+    Where these are several, the rows also stand alike.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(feeds)), key=lambda index: rows[index].place):
+        if group and not _join(feeds, rows, group[-1], index):
+            yield group
+            group = []
+        group.append(index)
+    yield group
+
+
+def _join(feeds: Sequence[Feed], rows: Sequence[FixedRow], a: int, b: int) -> bool:
+    count = len(feeds[b].tokens)
+    alike = count == 1 or rows[a].length == rows[b].length
+    return alike and rows[b].place == rows[a].place + 1 and len(feeds[a].tokens) == count
 
 
 class _Step:
@@ -286,15 +332,3 @@ class _Step:
 def _value(array: Array) -> Any:
     """The array as onnxruntime sees it: the same memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> Array:
-    """The float32 frequencies `[head_dim / 2]` of a session, as `decoder.rope_frequencies`."""
-    context = rope.original_context
-    if rope.kind != "dynamic" or context is None or capacity <= context:
-        return np.array(rope.inv_freq, dtype=np.float32)
-    stretch = rope.factor * capacity / context - (rope.factor - 1)
-    theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies: Array = np.reciprocal(np.power(np.float32(theta), exponent))
-    return frequencies

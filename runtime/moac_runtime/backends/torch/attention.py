@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moac_runtime.backends.torch.cache import Layout
+from moac_runtime.backends.layout import Layout, Stretch
 from moac_runtime.package.span import HeadSpan, visible
 
 # Small enough that a narrow span's band is clipped well, large enough to keep the cores busy.
@@ -84,9 +84,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float
 ) -> Tensor:
-    """`q` `[R, g, G, T, D]`, `k` and `v` `[R, g, N, D]` under `blocks`; `[R, g, G, T, D]`."""
-    shape, group = q.shape, q.shape[2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None]
+    """`q` `[g, G, T, D]`, `k` and `v` `[g, N, D]` under `blocks`; `[g, G, T, D]`."""
+    group = q.shape[1]
+    k, v = k[:, None], v[:, None]
     parts = [
         F.scaled_dot_product_attention(
             q[:, :, block.queries],
@@ -98,7 +98,7 @@ def prefill_attention(
         )
         for block in blocks
     ]
-    return torch.cat(parts, dim=2).view(shape)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -108,52 +108,50 @@ def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DecodeView:
-    """Where one new token a row goes, and which slots it then attends to.
+    """Where a row's new token goes, and which slots it then attends to.
 
-    `slots`: one slot for all rows, or `[B]`; `filled`: slots to read; `mask`: additive
-    `[B, 1, 1, filled]`, None where every row sees all of them.
+    `slot`: of the token; `filled`: slots to read; `mask`: additive `[1, filled]`, None where all
+    of them are seen.
     """
 
-    slots: int | Tensor
+    slot: int
     filled: int
     mask: Tensor | None
 
 
 def decode_view(
-    layout: Layout,
-    lengths: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    layout: Layout, length: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> DecodeView:
-    """The view of a step that adds one token to rows that were fed `lengths` tokens before."""
-    slots = [layout.slot(n - s) for n, s in zip(lengths, layout.shifts, strict=True)]
-    filled = [layout.filled(row, length + 1) for row, length in enumerate(lengths)]
-    width, head = max(filled), layout.head
+    """The view of a step that adds one token to a row that was fed `length` tokens before."""
+    filled, head = layout.filled(length + 1), layout.head
     mask = None
     # The ring holds just what is in sight. Under an own window, though, a sink goes out of sight
     # while it is held, and so does a token before a gap.
-    if head.window is not None and (head.sink or any(layout.shifts)):
-        after = [length + 1 for length in lengths]
-        positions = layout.slot_positions(after)[:, :width]
-        seen = visible(torch.tensor(lengths)[:, None], positions, head) & (positions >= 0)
-        mask = additive(seen.to(device)[:, None, None], dtype)
-    elif min(filled) < width:
-        seen = torch.arange(width) < torch.tensor(filled)[:, None]
-        mask = additive(seen.to(device)[:, None, None], dtype)
-    same = min(slots) == max(slots)
-    return DecodeView(slots[0] if same else torch.tensor(slots, device=device), width, mask)
+    if head.window is not None and (head.sink or layout.shift):
+        places = slot_positions(layout.held(length + 1), filled, device)
+        mask = additive(visible(length, places, head)[None], dtype)
+    return DecodeView(layout.next_slot(length), filled, mask)
+
+
+def slot_positions(
+    stretches: Sequence[Stretch], slots: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The position in each of `slots` slots, `[slots]`, -1 where `stretches` say nothing."""
+    found = torch.full((slots,), -1, device=device)
+    for position, slot, count in stretches:
+        found[slot : slot + count] = torch.arange(position, position + count, device=device)
+    return found
 
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, view: DecodeView, scale: float
 ) -> Tensor:
-    """One query a head: `q` `[B, g, G, D]` over the cache's `[B, g, S, D]`; `[B, g, G, D]`."""
+    """One query a head: `q` `[g, G, D]` over the cache's `[g, S, D]`; `[g, G, D]`."""
     # the group stands in the query rows, so that each key is read once
     return F.scaled_dot_product_attention(
-        q,
-        keys[:, :, : view.filled],
-        values[:, :, : view.filled],
+        q[None],
+        keys[None, :, : view.filled],
+        values[None, :, : view.filled],
         attn_mask=view.mask,
         scale=scale,
-    )
+    )[0]

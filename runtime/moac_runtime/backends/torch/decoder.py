@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac_runtime.errors import ArtifactError
-from moac_runtime.package.spec import ModelSpec, RopeSpec
+from moac_runtime.package.spec import ModelSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q, k, v)`: `q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; `[M, H, D]`."""
@@ -65,21 +65,6 @@ class Rotation:
         return x * self.cos + torch.cat((high, low), dim=-1) * self.sin
 
 
-def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> Tensor:
-    """The float32 frequencies `[head_dim / 2]` of a session of `capacity` tokens.
-
-    They stay the same from the first token to the last, so that prefill and decode agree. Of
-    the kinds of RoPE, `dynamic` alone depends on the capacity.
-    """
-    context = rope.original_context
-    if rope.kind != "dynamic" or context is None or capacity <= context:
-        return torch.tensor(rope.inv_freq, dtype=torch.float32)
-    stretch = rope.factor * capacity / context - (rope.factor - 1)
-    theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return torch.pow(theta, exponent).reciprocal()
-
-
 class Decoder:
     """A decoder-only model on one device in one dtype; it holds weights and no state.
 
@@ -111,7 +96,11 @@ class Decoder:
         )
 
     def rotation(self, frequencies: Tensor, positions: Tensor) -> Rotation:
-        """The rotation of tokens at `positions` `[M]`; `frequencies` from `rope_frequencies`."""
+        """The rotation of tokens at `positions` `[M]`.
+
+        `frequencies`: float32, `[D / 2]` from `layout.rope_frequencies`, or `[M, 1, D / 2]` where
+        rows have their own.
+        """
         angle = positions[:, None, None].float() * frequencies.to(positions.device)
         cos, sin = angle.cos() * self.spec.rope.scaling, angle.sin() * self.spec.rope.scaling
         return Rotation(

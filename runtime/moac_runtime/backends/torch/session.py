@@ -1,35 +1,58 @@
-"""A session: a batch of token sequences, their KV caches, and the steps that extend them.
-
-The capacity, in tokens, is fixed when a session opens and decides every head's span, so that the
-memory held is exactly the planned one. `grow` moves to a larger capacity.
-"""
+"""A session on torch's own operators: each row with tensors of its own, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moac_runtime.backends.feeding import check_growth, check_kept, check_sizes
-from moac_runtime.backends.torch.base import TorchSession
+from moac_runtime.backends.feeding import Piece, check_growth, check_sizes, cut, num_wanted
+from moac_runtime.backends.layout import (
+    HeadRun,
+    grown_runs,
+    head_runs,
+    packed_spans,
+    rope_frequencies,
+)
+from moac_runtime.backends.rows import Rows
+from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.backends.torch.cache import SpanCache
-from moac_runtime.backends.torch.decoder import Attend, Decoder
-from moac_runtime.backends.torch.steps import DecodeStep, Group, PrefillStep, Segment
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.steps import Share, Step
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import HeadSpan
 
-# With many ragged rows a step's share of a row gets small; below this it would not pay.
-_LEAST_SHARE = 64
+CHUNK = 512
 
 
-class Session(TorchSession):
-    """A session of the torch backend: `batch` sequences of at most `capacity` tokens each.
+@dataclass(slots=True)
+class TorchRow:
+    """One row: `layers[layer]` are its caches; `frequencies` `[D / 2]` of RoPE."""
 
-    `chunk`: tokens of prefill that share a step, per distinct row. Raises UsageError for a batch,
-    capacity or chunk below one.
+    capacity: int
+    length: int
+    layers: list[list[SpanCache]]
+    frequencies: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values, all layers and heads."""
+        return sum(cache.bytes for layer in self.layers for cache in layer)
+
+
+class Session(Rows[TorchRow]):
+    """See `backends.session.Session`; logits are inference tensors.
+
+    `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
+    a head's rule in `plan`. `chunk`: tokens that share a pass through the model, all rows
+    together; a step of more is several. Raises UsageError for a chunk below one.
+
+    A row's logits follow from what it was fed alone, but for rounding: torch's products may sum in
+    another order beside more tokens.
     """
+
+    fixed_batch = False
 
     def __init__(
         self,
@@ -37,163 +60,120 @@ class Session(TorchSession):
         plan: Plan,
         head_order: Sequence[Sequence[int]],
         *,
-        batch: int,
-        capacity: int,
-        chunk: int = 512,
+        chunk: int = CHUNK,
     ) -> None:
-        check_sizes(batch=batch, capacity=capacity, chunk=chunk)
-        super().__init__(
-            decoder.spec, decoder.device, plan, head_order, batch=batch, capacity=capacity
-        )
-        self._decoder = decoder
+        check_sizes(chunk=chunk)
+        super().__init__(decoder.spec.vocab_size, (decoder, plan, head_order))
+        self._decoder, self._plan, self._head_order = decoder, plan, head_order
         self._chunk = chunk
-        # A row's lengths whenever the session grew: rows that share them lost the same tokens.
-        self._histories: list[tuple[int, ...]] = [()] * batch
-        with torch.inference_mode():
-            self._layers = [
-                [self._group(run, self._new_cache(head, run)) for head, run in self._runs(layer)]
-                for layer in range(decoder.spec.num_layers)
-            ]
-
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, all layers, heads and rows."""
-        return sum(group.cache.bytes for layer in self._layers for group in layer)
 
     @torch.inference_mode()
-    def extend_at(
-        self, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
-        """Feed each row its `tokens`; float32 logits `[len(wanted[b]), V]` per row.
+    def admit(self, capacity: int) -> int:
+        """A new row. Raises UsageError for a capacity below one."""
+        check_sizes(capacity=capacity)
+        spans = packed_spans(self._plan, self._head_order, capacity)
+        layers = [[self._cache(run) for run in head_runs(heads)] for heads in spans]
+        return self._enter(TorchRow(capacity, 0, layers, self._frequencies(capacity)))
 
-        `wanted[b]`: ascending indices into `tokens[b]`. Raises as `extend` does.
+    def release(self, row: int) -> None:
+        """Free a row. Raises UsageError for one that is not there."""
+        self._leave(row)
+
+    @torch.inference_mode()
+    def step(self, feeds: Sequence[Feed]) -> Tensor:
+        """Feed some rows; float32 logits `[sum of wanted, V]`.
+
+        Raises UsageError for feeds that cannot be meant and MoacError where a row would pass its
+        capacity, before anything is fed.
         """
-        self._check_fed(tokens, wanted)
-        begin = self.lengths
-        ends = [start + len(row) for start, row in zip(begin, tokens, strict=True)]
-        logits = [[self._no_logits(0)] for _ in tokens]
-        while segments := self._segments(ends):
-            hidden = self._prefill(segments, tokens, begin)
-            for segment in segments:
-                for row, flat in segment.shares():
-                    first = segment.start - begin[row]
-                    step = range(first, first + segment.count)
-                    places = [flat + index - first for index in wanted[row] if index in step]
-                    if places:
-                        logits[row].append(self._decoder.logits(hidden[places]))
-        return [torch.cat(parts) for parts in logits]
+        rows = self._check_feeds(feeds)
+        parts = list(cut(feeds, self._chunk))
+        if len(parts) == 1:
+            return self._run(feeds, parts[0], rows)
+        logits = torch.empty(num_wanted(feeds), self._vocab_size, device=self._decoder.device)
+        for pieces in parts:
+            places = [p.place + i for p in pieces for i in range(len(p.wanted))]
+            logits[places] = self._run(feeds, pieces, rows)
+        return logits
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor | Sequence[int]) -> Tensor:
-        """Feed each row one token, `tokens` `[B]`; float32 logits `[B, V]`. Raises as `extend`."""
-        tokens = torch.as_tensor(tokens)
-        self._check_step(tokens)
-        step = DecodeStep(self._layers, self._lengths, self._decoder.spec)
-        hidden = self._run(tokens, self._lengths, step)
-        self._lengths = [length + 1 for length in self._lengths]
-        return self._decoder.logits(hidden)
-
-    @torch.inference_mode()
-    def grow(self, capacity: int) -> None:
-        """Move to a larger capacity: every head gets its span there and keeps what it holds.
-
-        Tokens dropped before stay dropped. With `dynamic` RoPE new tokens are rotated by the
-        larger capacity's frequencies, and the keys already stored stay as they were rotated, as
-        in transformers. Raises UsageError for a capacity that is not larger.
-        """
-        check_growth(self._capacity, capacity)
-        self._set_capacity(capacity)
-        for layer, groups in enumerate(self._layers):
-            self._layers[layer] = [new for group in groups for new in self._grown(layer, group)]
-        self._histories = [
-            (*history, length)
-            for history, length in zip(self._histories, self._lengths, strict=True)
+    def snapshot(self, row: int) -> Snapshot:
+        """A copy of the row. Raises UsageError for one that is not there."""
+        found = self._row(row)
+        held = [
+            [(cache.run, *cache.filled(found.length)) for cache in layer] for layer in found.layers
         ]
+        size = sum(part.nbytes for layer in held for _, *parts in layer for part in parts)
+        return Snapshot(size, found.length, found.capacity, self._origin, held)
 
     @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order; the memory of the others is freed.
+    def restore(self, snapshot: Snapshot) -> int:
+        """A new row from a copy. Raises UsageError for a snapshot of something else."""
+        self._check_snapshot(snapshot)
+        layers = []
+        for held in snapshot.content:
+            layers.append([self._cache(run) for run, _, _ in held])
+            for cache, (_, keys, values) in zip(layers[-1], held, strict=True):
+                cache.fill(keys, values)
+        frequencies = self._frequencies(snapshot.capacity)
+        return self._enter(TorchRow(snapshot.capacity, snapshot.length, layers, frequencies))
 
-        Raises UsageError for no rows and for a row that the batch does not have.
-        """
-        check_kept(rows, self.batch)
-        for groups in self._layers:
-            for group in groups:
-                group.cache.keep(rows)
-        self._lengths = [self._lengths[row] for row in rows]
-        self._histories = [self._histories[row] for row in rows]
+    @torch.inference_mode()
+    def grow(self, row: int, capacity: int) -> None:
+        """Move a row to new tensors. Raises UsageError for a capacity that is not larger."""
+        found = self._row(row)
+        check_growth(found.capacity, capacity)
+        spans = packed_spans(self._plan, self._head_order, capacity)
+        layers = []
+        for caches, heads in zip(found.layers, spans, strict=True):
+            grown = grown_runs([cache.run for cache in caches], heads, found.length)
+            layers.append([caches[source].grown(run, moved) for run, source, moved in grown])
+        found.capacity, found.layers = capacity, layers
+        found.frequencies = self._frequencies(capacity)
 
-    def _runs(self, layer: int) -> Iterator[tuple[HeadSpan, slice]]:
-        """Runs of adjacent heads with equal spans at the present capacity."""
-        first = 0
-        for head, run in groupby(self._heads(layer)):
-            stop = first + sum(1 for _ in run)
-            yield head, slice(first, stop)
-            first = stop
+    def kv_bytes(self, row: int | None = None) -> int:
+        """Bytes allocated for keys and values, of one row or of all that are present."""
+        if row is not None:
+            return self._row(row).bytes
+        return sum(present.bytes for present in self._by_number.values())
 
-    def _group(self, heads: slice, cache: SpanCache) -> Group:
-        share = self._decoder.spec.group_size
-        return Group(heads, slice(heads.start * share, heads.stop * share), cache)
+    def _cache(self, run: HeadRun) -> SpanCache:
+        spec, decoder = self._decoder.spec, self._decoder
+        return SpanCache(run, head_dim=spec.head_dim, dtype=decoder.dtype, device=decoder.device)
 
-    def _new_cache(self, head: HeadSpan, heads: slice) -> SpanCache:
-        return SpanCache(
-            head,
-            batch=self.batch,
-            num_heads=heads.stop - heads.start,
-            head_dim=self._decoder.spec.head_dim,
-            dtype=self._decoder.dtype,
-            device=self._decoder.device,
-        )
+    def _frequencies(self, capacity: int) -> Tensor:
+        spec = self._decoder.spec
+        frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
+        return torch.tensor(frequencies, dtype=torch.float32, device=self._decoder.device)
 
-    def _grown(self, layer: int, group: Group) -> Iterator[Group]:
-        """Heads that shared a span may part. They never join: they may hold different tokens."""
-        for head, run in self._runs(layer):
-            first, stop = max(run.start, group.heads.start), min(run.stop, group.heads.stop)
-            if first < stop:
-                part = slice(first - group.heads.start, stop - group.heads.start)
-                cache = group.cache.grown(head, self._lengths, part)
-                yield self._group(slice(first, stop), cache)
-
-    def _segments(self, ends: Sequence[int]) -> list[Segment]:
-        """The next step's share of every row that is not yet at its end, adjacent ones joined."""
-        todo = [
-            (length, end - length, history)
-            for length, end, history in zip(self._lengths, ends, self._histories, strict=True)
-        ]
-        runs = [(key, sum(1 for _ in run)) for key, run in groupby(todo)]
-        distinct = sum(1 for (_, left, _), _ in runs if left)
-        share = max(min(self._chunk, _LEAST_SHARE), self._chunk // max(distinct, 1))
-        segments, row, flat = [], 0, 0
-        for (start, left, _), rows in runs:
-            count = min(left, share)
-            if count:
-                tokens = slice(flat, flat + rows * count)
-                segments.append(Segment(slice(row, row + rows), start, count, tokens))
-                flat = tokens.stop
-            row += rows
-        return segments
-
-    def _prefill(
-        self,
-        segments: Sequence[Segment],
-        tokens: Sequence[Sequence[int]],
-        begin: Sequence[int],
+    def _run(
+        self, feeds: Sequence[Feed], pieces: Sequence[Piece], rows: Sequence[TorchRow]
     ) -> Tensor:
-        """One step of prefill; hidden states `[M, hidden]`, and the lengths move on."""
+        """One pass of some pieces; their wanted logits `[sum of wanted, V]`, in their order."""
         fed: list[int] = []
         positions: list[int] = []
-        for segment in segments:
-            for row, _ in segment.shares():
-                first = segment.start - begin[row]
-                fed.extend(tokens[row][first : first + segment.count])
-                positions.extend(range(segment.start, segment.start + segment.count))
-        step = PrefillStep(self._layers, segments, self._decoder.spec)
-        hidden = self._run(torch.tensor(fed), positions, step)
-        for segment in segments:
-            for row, _ in segment.shares():
-                self._lengths[row] += segment.count
-        return hidden
+        wanted: list[int] = []
+        shares = []
+        for piece in pieces:
+            row, first = rows[piece.feed], len(fed)
+            wanted += [first + index for index in piece.wanted]
+            fed += feeds[piece.feed].tokens[piece.first : piece.stop]
+            positions += range(row.length, row.length + piece.size)
+            shares.append(Share(row.layers, row.length, slice(first, len(fed))))
+        device = self._decoder.device
+        rotation = self._decoder.rotation(
+            _frequencies_of([(rows[piece.feed], piece.size) for piece in pieces]),
+            torch.tensor(positions, device=device),
+        )
+        step = Step(shares, self._decoder.spec)
+        hidden = self._decoder.hidden(torch.tensor(fed, device=device), rotation, step)
+        for piece in pieces:
+            rows[piece.feed].length += piece.size
+        return self._decoder.logits(hidden if len(wanted) == len(fed) else hidden[wanted])
 
-    def _run(self, tokens: Tensor, positions: Sequence[int], attend: Attend) -> Tensor:
-        where = torch.tensor(positions, device=self._decoder.device)
-        rotation = self._decoder.rotation(self._frequencies, where)
-        return self._decoder.hidden(tokens.to(self._decoder.device), rotation, attend)
+
+def _frequencies_of(parts: Sequence[tuple[TorchRow, int]]) -> Tensor:
+    """The frequencies of some rows' tokens, so many of each: `[D / 2]`, or `[M, 1, D / 2]`."""
+    if len({row.capacity for row, _ in parts}) == 1:
+        return parts[0][0].frequencies
+    return torch.cat([row.frequencies.expand(count, 1, -1) for row, count in parts])

@@ -1,17 +1,19 @@
 """One step of a session: what the decoder's attention does with the caches, layer by layer.
 
-What depends on the step alone (masks, slots) is made once and shared by all layers whose caches
-are laid out alike.
+Products take all rows' tokens together; attention takes row after row, all heads of a span at
+once. What depends on the step alone (masks, slots) is made once a row and shared by all layers
+whose caches are laid out alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moac_runtime.backends.layout import Layout
 from moac_runtime.backends.torch.attention import (
     Block,
     DecodeView,
@@ -20,126 +22,94 @@ from moac_runtime.backends.torch.attention import (
     prefill_attention,
     query_blocks,
 )
-from moac_runtime.backends.torch.cache import Layout, SpanCache
+from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.package.spec import ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Adjacent KV heads of a layer, in packed order, that share a cache.
+@dataclass(slots=True)
+class Share:
+    """A row's part of a step: tokens from position `start` on, `flat` among the step's tokens.
 
-    `heads`: KV heads; `queries`: their query heads.
+    `layers[layer]`: the row's caches.
     """
 
-    heads: slice
-    queries: slice
-    cache: SpanCache
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Adjacent rows that take the same step: `count` tokens each from position `start` on.
-
-    `flat`: where their tokens stand among the step's tokens, row after row.
-    """
-
-    rows: slice
+    layers: Sequence[Sequence[SpanCache]]
     start: int
-    count: int
     flat: slice
+    _blocks: dict[Layout, list[Block]] = field(default_factory=dict)
+    _views: dict[Layout, DecodeView] = field(default_factory=dict)
 
-    def shares(self) -> Iterator[tuple[int, int]]:
-        """Each row, and where its tokens begin among the step's tokens."""
-        for index, row in enumerate(range(self.rows.start, self.rows.stop)):
-            yield row, self.flat.start + index * self.count
+    @property
+    def count(self) -> int:
+        """Tokens of the part."""
+        return int(self.flat.stop - self.flat.start)
+
+    def view(self, cache: SpanCache) -> DecodeView:
+        """Where the part's only token goes, and what it sees."""
+        layout = cache.run.layout
+        if layout not in self._views:
+            self._views[layout] = decode_view(
+                layout, self.start, dtype=cache.keys.dtype, device=cache.keys.device
+            )
+        return self._views[layout]
+
+    def blocks(self, cache: SpanCache, held: Sequence[int]) -> list[Block]:
+        """The part's queries, and what they see of the positions `held` and of each other."""
+        layout = cache.run.layout
+        if layout not in self._blocks:
+            self._blocks[layout] = query_blocks(
+                layout.head,
+                self.start,
+                self.count,
+                [*held, *range(self.start, self.start + self.count)],
+                dtype=cache.keys.dtype,
+                device=cache.keys.device,
+            )
+        return self._blocks[layout]
 
 
-class PrefillStep:
-    """Attention of a step that adds any number of tokens to some rows; a decoder's `attend`."""
+class Step:
+    """Attention of a step that adds tokens to some rows; a decoder's `attend`."""
 
-    def __init__(
-        self, layers: Sequence[Sequence[Group]], segments: Sequence[Segment], spec: ModelSpec
-    ) -> None:
-        self._layers = layers
-        self._segments = segments
-        self._spec = spec
-        self._blocks: dict[tuple[Layout, int], list[Block]] = {}
+    def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
+        self._shares = shares
+        self._group = spec.group_size
+        self._scale = spec.head_dim**-0.5
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for segment in self._segments:
-            by_row = (segment.rows.stop - segment.rows.start, segment.count)
-            parts = [x[segment.flat].view(*by_row, *x.shape[1:]) for x in (q, k, v, out)]
-            for group in self._layers[layer]:
-                self._attend(segment, group, *parts)
+        grouped = (*k.shape[:2], self._group, k.shape[2])
+        every = q.view(grouped), k, v, out.view(grouped)
+        for share in self._shares:
+            if share.count == 1:
+                parts, attend = [x[share.flat.start] for x in every], self._decode
+            else:
+                parts, attend = [x[share.flat].transpose(0, 1) for x in every], self._prefill
+            for cache in share.layers[layer]:
+                heads = slice(cache.run.first, cache.run.stop)
+                attend(share, cache, *(part[heads] for part in parts))
         return out
 
-    def _attend(
-        self, segment: Segment, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+    def _decode(
+        self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
     ) -> None:
-        """One cache's heads, `[rows, T, heads, D]`; what they attend to goes into `out`."""
-        cache, share = group.cache, self._spec.group_size
-        k, v = k[:, :, group.heads].transpose(1, 2), v[:, :, group.heads].transpose(1, 2)
-        old_k, old_v, positions = cache.held(segment.rows, segment.start)
+        """One token: `q` `[g, G, D]`, `k` and `v` `[g, D]`; what it attends to goes into `out`."""
+        view = share.view(cache)
+        cache.put(view.slot, k, v)
+        out.copy_(decode_attention(q, cache.keys, cache.values, view, self._scale))
+
+    def _prefill(
+        self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+    ) -> None:
+        """Many tokens: `q` and `out` `[g, T, G, D]`, `k` and `v` `[g, T, D]`."""
+        old_k, old_v, positions = cache.held(share.start)
         found = prefill_attention(
-            q[:, :, group.queries]
-            .view(*q.shape[:2], -1, share, q.shape[3])
-            .permute(0, 2, 3, 1, 4),
-            torch.cat((old_k, k), dim=2),
-            torch.cat((old_v, v), dim=2),
-            self._query_blocks(cache, segment, positions),
-            self._spec.head_dim**-0.5,
+            q.transpose(1, 2),
+            torch.cat((old_k, k), dim=1),
+            torch.cat((old_v, v), dim=1),
+            share.blocks(cache, positions),
+            self._scale,
         )
-        out[:, :, group.queries] = found.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        cache.write(segment.rows, segment.start, k, v)
-
-    def _query_blocks(self, cache: SpanCache, segment: Segment, held: Tensor) -> list[Block]:
-        key = (cache.layout, segment.rows.start)
-        if key not in self._blocks:
-            keys = [*held.tolist(), *range(segment.start, segment.start + segment.count)]
-            self._blocks[key] = query_blocks(
-                cache.layout.head,
-                segment.start,
-                segment.count,
-                keys,
-                dtype=cache.keys.dtype,
-                device=cache.keys.device,
-            )
-        return self._blocks[key]
-
-
-class DecodeStep:
-    """Attention of a step that adds one token to every row; a decoder's `attend`."""
-
-    def __init__(
-        self, layers: Sequence[Sequence[Group]], lengths: Sequence[int], spec: ModelSpec
-    ) -> None:
-        self._layers = layers
-        self._lengths = lengths
-        self._spec = spec
-        self._views: dict[Layout, DecodeView] = {}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`q` `[B, H, D]`, `k` and `v` `[B, K, D]`, rotated; returns `[B, H, D]`."""
-        parts = [self._attend(group, q, k, v) for group in self._layers[layer]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, view = group.cache, self._view(group.cache)
-        cache.put(view.slots, k[:, group.heads], v[:, group.heads])
-        return decode_attention(
-            q[:, group.queries].view(len(q), -1, self._spec.group_size, q.shape[2]),
-            cache.keys,
-            cache.values,
-            view,
-            self._spec.head_dim**-0.5,
-        ).flatten(1, 2)
-
-    def _view(self, cache: SpanCache) -> DecodeView:
-        layout = cache.layout
-        if layout not in self._views:
-            self._views[layout] = decode_view(
-                layout, self._lengths, dtype=cache.keys.dtype, device=cache.keys.device
-            )
-        return self._views[layout]
+        out.copy_(found.transpose(1, 2))
+        cache.write(share.start, k, v)
