@@ -135,9 +135,10 @@ def plan_command(
 )
 @click.option(
     "--plan",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="a plan.json made for this model, in place of planning",
+    type=click.Path(),
+    metavar="FILE|known",
+    help="in place of planning: a plan.json made for this model, or the word known for the plan "
+    "of this model and --budget that moac brings, measured beforehand",
 )
 @click.option(
     "--target",
@@ -179,7 +180,7 @@ def plan_command(
 def compile_command(
     model: str,
     output: Path,
-    plan: Path | None,
+    plan: str | None,
     work_dir: Path | None,
     force: bool,
     dry_run: bool,
