@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from test_cli import Capture, refused
-from tiny import Compiled, moac_command, options, request
+from tiny import CONTEXT, Compiled, moac_command, options, request
 
 from moac import CompileRequest, compile_model
 from moac.checkpoint import Checkpoint
@@ -241,6 +241,18 @@ def test_plans_of_other_models_are_named(
         f" is known, only of {model['source']} (identity {model['identity'][:16]}) for 0.5 and "
         f"other (identity {'f' * 16}) for 0.25 and 0.5; leave out --plan to measure one"
     )
+
+
+def test_another_model_of_the_same_shape_is_not_known(
+    tiny_checkpoint: Make, known: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    tuned = tiny_checkpoint("llama", max_position_embeddings=CONTEXT, seed=1)
+    asked = ["compile", tuned, "-o", tmp_path / "out"]
+    sentence = refused(2, capsys, *asked, *TAKEN)
+    assert sentence.startswith(f"no plan of {tuned.name} (identity ")
+    assert "is known, only of llama" in sentence
+    assert moac_command(*asked, *options(), "--dry-run") == 0
+    assert noted(capsys.readouterr().err) == []
 
 
 def test_a_known_model_names_its_budgets(

@@ -60,29 +60,35 @@ def read_known(path: Path) -> KnownPlan:
     and takes at most `MOST_BYTES`.
     """
     data = read_untouched(path)
-    if path.stat().st_size > MOST_BYTES:
-        raise ArtifactError(
-            f"{path} takes {path.stat().st_size} bytes, expected at most {MOST_BYTES}: leave out "
-            "what no reader needs"
+    fault = next(_faults(data, path.stat().st_size), None)
+    if fault is not None:
+        raise ArtifactError(f"{path} {fault}")
+    return KnownPlan(path, data["model"], float(data["budget"]))
+
+
+def _faults(data: dict[str, Any], size: int) -> Iterator[str]:
+    """What keeps a plan from being known, first what later faults build on. `size`: in bytes."""
+    model, asked, budget = data.get("model"), data.get("arguments"), data.get("budget")
+    if size > MOST_BYTES:
+        yield (
+            f"takes {size} bytes, expected at most {MOST_BYTES}, since every install brings it: "
+            "hand it out as a file"
         )
-    model, asked = data.get("model"), data.get("arguments")
     if not isinstance(model, dict) or not {"source", "identity", *SHAPE} <= model.keys():
-        raise ArtifactError(
-            f"{path} does not name its model by an identity, as plans of older versions do not: "
-            "write it again with `moac plan`"
+        yield (
+            "does not name its model by an identity, as plans of older versions do not: write it "
+            "again with `moac plan`"
         )
     if not isinstance(asked, dict) or "solver" not in data:
-        raise ArtifactError(
-            f"{path} does not tell how it was searched for, as edited plans do not: give one that "
+        yield (
+            "does not tell how it was searched for, as edited plans do not: give one that "
             "`moac plan` wrote"
         )
-    budget = data.get("budget")
-    if not isinstance(budget, (int, float)) or asked.get("budget") != budget:
-        raise ArtifactError(
-            f"{path} was not planned for a budget, by which known plans are found: write it with "
+    elif not isinstance(budget, (int, float)) or asked.get("budget") != budget:
+        yield (
+            "was not planned for a budget, by which known plans are found: write it with "
             "`moac plan --budget`"
         )
-    return KnownPlan(path, model, float(budget))
 
 
 def known_plans() -> list[KnownPlan]:
@@ -128,13 +134,19 @@ def at_hand(
         yield str(error)
         return
     if any(p.budget == request.share and p.fits(checkpoint) for p in known):
-        words = ["moac", "compile", checkpoint.source, "--plan", KNOWN]
-        words += ["--budget", str(request.share), *_packaging_words(request)]
-        command = shlex.join([*words, *(["--force"] if force else []), "-o", str(out)])
         yield (
             "a plan of this model and budget is known; to package it and measure nothing, run: "
-            f"{command}"
+            f"{_command(checkpoint, request, out, force=force)}"
         )
+
+
+def _command(
+    checkpoint: Checkpoint, request: CompileRequest, out: str | Path, *, force: bool
+) -> str:
+    """The command that packages the known plan as `request` would package one measured."""
+    words = ["moac", "compile", checkpoint.source, "--plan", KNOWN]
+    words += ["--budget", str(request.share), *_packaging_words(request)]
+    return shlex.join([*words, *(["--force"] if force else []), "-o", str(out)])
 
 
 def _packaging_words(request: CompileRequest) -> Iterator[str]:
