@@ -21,6 +21,16 @@ def told_model(record: Mapping[str, Any]) -> str:
     return str(name) if identity is None else f"{name} (identity {str(identity)[:16]})"
 
 
+def told_plan(provenance: Mapping[str, Any]) -> str | None:
+    """Where a package's plan was taken from, None where its own compile found it."""
+    file = provenance.get("plan")
+    if file is None:
+        return None
+    kind = "known" if file.get("known") else "from a file"
+    edited = ", its rules edited" if file["edited"] else ""
+    return f"{kind}: {file['file']} (sha256 {file['sha256'][:16]}){edited}"
+
+
 def check_source(artifact: Artifact, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is not the model of the package. Raises UsageError naming both.
 

@@ -15,7 +15,9 @@ import moac_kernels
 import moac_runtime
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+_PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = _PYPROJECT["project"]
+WHEEL = _PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
 NAMED = [Requirement(line).name for line in PROJECT["dependencies"]]
 LIBRARIES = (*NAMED, "markupsafe", "moac")  # what tokenizers brings beside is for its hub
 MOAC = "from moac.cli.main import main; main()"

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from base_install import MOAC, NAMED, PROJECT, ROOT, python_on
+from base_install import MOAC, NAMED, PROJECT, ROOT, WHEEL, python_on
 from cpu_kernels import needs_avx2, needs_compiler
 from packaging.requirements import Requirement
 from tiny import Compiled, built_for
@@ -341,6 +342,18 @@ def test_a_fresh_environment_is_small_and_pinned(image: Path) -> None:
     assert not found.keys() & {"torch", "transformers", "onnxruntime", "rich"}
     size = sum(path.stat().st_size for path in image.rglob("*") if not path.is_symlink())
     assert size < 150e6
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_lies_in_its_packages(image: Path) -> None:
+    """Texts, known plans, sources in C++ and templates too, not Python alone."""
+    (wheel,) = image.parent.glob("moac-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for package in map(ROOT.joinpath, WHEEL["packages"]):
+        files = [path for path in package.rglob("*") if path.is_file()]
+        lying = {str(path.relative_to(package.parent)) for path in files}
+        assert {name for name in lying - held if "__pycache__" not in name} == set()
+    assert "moac/plans/README.md" in held
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def test_a_compile_from_a_plan_skips_the_search(
     assert read(tmp_path / "out" / "plan.json") == read(plan_file)
     origin = open_artifact(tmp_path / "out").provenance["plan"]
     digest = hashlib.sha256(plan_file.read_bytes()).hexdigest()
-    assert origin == {"file": "plan.json", "sha256": digest, "edited": False}
+    assert origin == {"file": "plan.json", "sha256": digest, "edited": False, "known": False}
     assert "budget" not in open_artifact(tmp_path / "out").provenance["arguments"]
 
 

@@ -25,9 +25,10 @@ from moac.extras import require
 )
 @click.option(
     "--plan",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="a plan.json made for this model, in place of planning",
+    type=click.Path(),
+    metavar="FILE|known",
+    help="in place of planning: a plan.json made for this model, or the word known for the plan "
+    "of this model and --budget that moac brings, measured beforehand",
 )
 @click.option(
     "--target",
@@ -69,7 +70,7 @@ from moac.extras import require
 def compile_command(
     model: str,
     output: Path,
-    plan: Path | None,
+    plan: str | None,
     work_dir: Path | None,
     force: bool,
     dry_run: bool,

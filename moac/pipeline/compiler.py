@@ -29,7 +29,8 @@ from moac.packaging.writer import (
     write_plan,
     write_weights,
 )
-from moac.pipeline.plan_file import read_plan_file, sealed
+from moac.pipeline.known import at_hand, open_plan
+from moac.pipeline.plan_file import sealed
 from moac.pipeline.planner import (
     Clock,
     Planned,
@@ -98,7 +99,8 @@ def compile_model(
     """Compile the checkpoint `source` into a package at `out`.
 
     `source`: a checkpoint directory, a hub id or a `.gguf` file. `plan`: a `plan.json` made for
-    it, in place of planning. `work_dir` keeps each stage's result, so that an interrupted compile
+    it, in place of planning, or the word "known" for the one that moac brings for this model and
+    budget. `work_dir` keeps each stage's result, so that an interrupted compile
     goes on and another budget reuses the profile. Raises UsageError, CheckpointError,
     BudgetError, and CheckFailed where the package fails its own verification; then nothing stands
     at `out`.
@@ -108,9 +110,10 @@ def compile_model(
     check_target(Path(out), force=force)
     checkpoint = open_checkpoint(str(source), revision=request.revision)
     notes(checkpoint.notes)
-    file = None if plan is None else read_plan_file(Path(plan), checkpoint, request)
+    file = None if plan is None else open_plan(plan, checkpoint, request)
     if file is None:
         lengths, layout = prepare(checkpoint, request)
+        notes(at_hand(checkpoint, request, out, force=force))
     else:
         lengths, layout = file.prepared(longest_session(checkpoint, request))
     request = check_packaging(checkpoint, request)
@@ -229,7 +232,8 @@ def _disturbed_error(
 def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
     """Where the package comes from: checkpoint, arguments, versions, host, time.
 
-    Of a plan from a file, the file's name and SHA-256; how it was planned stands in `plan.json`.
+    Of a plan from a file, the file's name and SHA-256, and whether it is one that moac brings; how
+    it was planned stands in `plan.json`.
     """
     checkpoint = bench.checkpoint
     asked = bench.request.to_json()

@@ -14,8 +14,9 @@ from typing import Any
 from moac.calibration import TEXT_TOKENS
 from moac.checkpoint import open_checkpoint
 from moac.packaging.staging import check_target
+from moac.pipeline.known import at_hand, open_plan
 from moac.pipeline.loss_model import LADDER
-from moac.pipeline.plan_file import check_plan_target, read_plan_file
+from moac.pipeline.plan_file import check_plan_target
 from moac.pipeline.planner import check_packaging, forecast, longest_session, prepare
 from moac.pipeline.work import Forecast, Work
 from moac.profiling.influence import backward_bytes, recomputed_layers, tile_bytes
@@ -50,7 +51,7 @@ def estimate(
     request: CompileRequest,
     *,
     force: bool,
-    plan: Path | None = None,
+    plan: str | Path | None = None,
     work_dir: Path | None = None,
 ) -> list[StageEstimate]:
     """What `compile_model` with these arguments would do; raises as it would before any work."""
@@ -60,8 +61,9 @@ def estimate(
     if plan is None:
         file = None
         lengths, _ = prepare(checkpoint, request)
+        notes(at_hand(checkpoint, request, out, force=force))
     else:
-        file = read_plan_file(plan, checkpoint, request)
+        file = open_plan(plan, checkpoint, request)
         lengths, _ = file.prepared(longest_session(checkpoint, request))
     request = check_packaging(checkpoint, request)
     ahead = forecast(checkpoint, request, lengths, work_dir)

@@ -22,6 +22,9 @@ from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.plan import Plan
 
+SHAPE = ("family", "num_layers", "num_kv_heads", "head_dim")
+"""What of a model's spec a plan must fit, whichever model of that shape it was made for."""
+
 _SEAL = "sha256"
 _REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
 
@@ -29,7 +32,7 @@ _REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
 @dataclass(frozen=True, slots=True)
 class PlanFile:
     """A plan read back. `record`: how it was found; `sha256`: of the whole file; `edited`:
-    whether its rules are others than those that were written.
+    whether its rules are others than those that were written; `known`: whether moac brings it.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class PlanFile:
     record: dict[str, Any]
     sha256: str
     edited: bool
+    known: bool = False
 
     def prepared(self, upto: int) -> tuple[Lengths, HeadLayout]:
         """The lengths and the layout that the plan was made for; `upto`: the longest session."""
@@ -85,10 +89,7 @@ def made_for(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.name,
         "revision": checkpoint.revision,
         "identity": checkpoint.identity,
-        "family": spec.family,
-        "num_layers": spec.num_layers,
-        "num_kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
+        **{name: getattr(spec, name) for name in SHAPE},
     }
 
 
@@ -163,6 +164,24 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
 
 
+def read_untouched(path: Path) -> dict[str, Any]:
+    """What the plan at `path` holds, rules and record, exactly as it was written.
+
+    Raises ArtifactError for a file without a plan and for one that was changed anywhere.
+    """
+    data, _ = _read(path)
+    if _edited(path, data):
+        raise ArtifactError(
+            f"the rules of {path} were edited after it was written, expected them as they were "
+            "measured: undo that, or write the plan again with `moac plan`"
+        )
+    try:
+        Plan.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
+    return data
+
+
 def _with_cap(
     path: Path,
     record: dict[str, Any],
@@ -211,7 +230,7 @@ def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint)
     if not isinstance(made, dict):
         raise ArtifactError(f"{path} does not tell which model it was made for: {_REMEDY}")
     ours = made_for(checkpoint)
-    for name in ("family", "num_layers", "num_kv_heads", "head_dim"):
+    for name in SHAPE:
         if made.get(name) != ours[name]:
             raise UsageError(
                 f"{path} was made for a model with {name} {made.get(name)}, but "

@@ -56,7 +56,8 @@ _OF_THE_SEARCH = ("predicted_loss", "prediction", "solver", "front", "max_loss")
 class Planned:
     """A plan and how it was found: what `plan.json` holds, not yet sealed.
 
-    `file`: name, SHA-256 and whether it was edited, where the plan was taken from a file.
+    `file`: name, SHA-256, whether it was edited and whether moac brings it, where the plan was
+    taken from a file.
     """
 
     plan: Plan
@@ -322,7 +323,12 @@ def taken_plan(bench: Workbench, file: PlanFile, lengths: Lengths, clock: Clock)
     Densities are counted again, up to the longest session of this package; where one passes the
     budget that the file names, that is said, and it is the budget of the package.
     """
-    origin = {"file": file.path.name, "sha256": file.sha256, "edited": file.edited}
+    origin = {
+        "file": file.path.name,
+        "sha256": file.sha256,
+        "edited": file.edited,
+        "known": file.known,
+    }
     plan, record = file.plan, file.record
     notes(_over_budget(file, lengths))
     if file.edited:

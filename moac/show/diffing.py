@@ -16,7 +16,7 @@ from moac_runtime.package.plan import Plan
 
 _SETTINGS = ("budget", "lengths", "extrapolated", "unseen", "rules_per_layer")
 _RULES = ("sink", "block", "min_span", "windows")
-_PROVENANCE = ("source", "revision", "identity", "created", "device", "measured_in")
+_PROVENANCE = ("source", "revision", "identity", "plan", "created", "device", "measured_in")
 _SAME_LOSS = 1e-4  # nats: what reordered sums may change in the dense model's loss
 
 

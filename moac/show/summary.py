@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from moac.origin import told_model
+from moac.origin import told_model, told_plan
 from moac.show.inspection import chosen_plan, inspect_package, planned_lengths
 from moac.show.terminal_map import Look, span_map
 
@@ -125,6 +125,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"smallest span {found['min_span']}",
         ),
         *held_facts(found["largest_density"], found["planning"]),
+        *([("plan", taken)] if (taken := told_plan(provenance)) else []),
         *_effort(found["planning"]),
         *_prompts(found["planning"]),
         ("source", told_model(provenance)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from moac.origin import told_plan
 from moac.show.inspection import chosen_plan
 from moac.show.report import charts
 from moac.show.report.heat_map import heat_map
@@ -125,6 +126,11 @@ class Story:
         """The model's own name: the last part of where it came from."""
         source = str(self.found["provenance"]["source"])
         return source.rstrip("/").rsplit("/", 1)[-1] or source
+
+    @property
+    def taken(self) -> str | None:
+        """Where the plan was taken from, None where this package's own compile found it."""
+        return told_plan(self.found["provenance"])
 
     @property
     def longest(self) -> int:
