@@ -1,0 +1,1 @@
+"""The efforts of `moac plan` compared: their plans, what these find, and the page about it."""

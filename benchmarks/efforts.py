@@ -1,0 +1,220 @@
+"""What the efforts of `moac plan` find: quick, standard and thorough at half and a quarter.
+
+    python benchmarks/efforts.py .cache/smollm2-135m-instruct --work-dir .cache/efforts
+
+makes a plan of each effort at each budget, packages the first budget's best one, and evaluates
+dense, uniform and every effort's plan on its weights: pass keys in wordings that calibration
+never uses, apart from them in calibration's own, and running text. Each effort has a work folder
+of its own below --work-dir, so that the seconds of its first plan are what it takes alone.
+
+The last effort named is what the others are measured by: of what it finds beyond uniform, 0.85
+is to be found by quick too, over all budgets, lengths and seeds together. Everything is kept, and
+an interrupted run goes on with the same command; --table-only writes the page again from --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from by_effort.page import criterion, page
+from by_effort.plans import kept_dir, made_package, made_plan, made_uniform, plan_path
+from told import default_out, origin, read_results, write
+
+from moac.checkpoint import open_checkpoint
+from moac.effort import EFFORTS
+from moac.evaluation import EvalRequest, evaluate
+from moac.evaluation.methods import OWN
+from moac.evaluation.wordings import SEEN, UNSEEN
+from moac.request import CompileRequest
+from moac_runtime.errors import UsageError
+from moac_runtime.host.process import run_process
+from moac_runtime.package.artifact import open_artifact
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; its exit code is that of a moac command."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_process(
+        lambda: _main(arguments),
+        interrupted="interrupted; run the same command again to go on",
+        short_of_memory="end other programs, or give shorter --lengths",
+    )
+
+
+def _main(arguments: list[str]) -> int:
+    options = _options(arguments)
+    if options.table_only:
+        result = read_results(options.out, "efforts")
+    else:
+        _check(options)
+        result = _result(options, arguments)
+        result["plans"] = _plans(options)
+        _packaged(options)
+        for cases in _evaluations(options):
+            result["cases"] += cases
+            write(options.out, result, page(result))  # what there is, whatever comes
+    text = page(result)
+    result["criterion"] = [kept.to_json() for kept in criterion(result)]
+    write(options.out, result, text)
+    print(text, end="")
+    return 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="the checkpoint")
+    add("--efforts", type=_words, default=tuple(EFFORTS), metavar="NAME,...")
+    add("--budgets", type=_shares, default=(0.5, 0.25), metavar="SHARE,...")
+    add("--lengths", type=_numbers, default=(1024, 2048, 4096), metavar="N,...")
+    add("--seeds", type=_numbers, default=(0, 1), metavar="N,...", help="of the cases")
+    add("--cases", type=int, default=20, metavar="N", help="unseen, of each length and seed (20)")
+    add("--seen", type=int, default=6, metavar="N", help="cases in calibration's wordings (6)")
+    add("--texts", type=int, default=4, metavar="N", help="windows of each kind and length (4)")
+    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR")
+    add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")
+    add("--packaging", type=shlex.split, default=[], metavar="WORDS", help="for moac compile")
+    add("--out", type=Path, default=default_out("efforts"), metavar="FILE")
+    add("--table-only", action="store_true", help="write the page again from --out")
+    options = parser.parse_args(arguments)
+    if options.model is None and not options.table_only:
+        parser.error("name the checkpoint, or give --table-only")
+    return options
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(value.split(","))
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    return tuple(map(int, _listed(value, int, "1024,2048")))
+
+
+def _shares(value: str) -> tuple[float, ...]:
+    return tuple(_listed(value, float, "0.5,0.25"))
+
+
+def _listed(value: str, kind: Callable[[str], float], example: str) -> list[float]:
+    try:
+        return [kind(part) for part in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not a list of numbers such as {example}"
+        ) from None
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UsageError, before any work, for choices that cannot be."""
+    if len(options.efforts) < 2:
+        raise UsageError("--efforts compares two and more, the last of them the yardstick")
+    for effort, budget in product(options.efforts, options.budgets):
+        CompileRequest(effort=effort, budget=budget)
+    for seed, asked in _asked(options):
+        EvalRequest(lengths=options.lengths, seed=seed, **asked)
+    context = open_checkpoint(options.model).spec.context
+    if max(options.lengths) > context:
+        raise UsageError(
+            f"the length {max(options.lengths)} is beyond the model's context of {context} "
+            "tokens; give shorter --lengths"
+        )
+
+
+def _result(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """What is told of every run, without plans and cases yet."""
+    return {
+        "benchmark": "efforts",
+        "command": shlex.join(["python", "benchmarks/efforts.py", *arguments]),
+        **origin(),
+        **{name: list(getattr(options, name)) for name in ("efforts", "budgets", "lengths")},
+        "seeds": list(options.seeds),
+        "plans": [],
+        "cases": [],
+    }
+
+
+def _plans(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
+        made_plan(
+            options.model,
+            effort,
+            budget,
+            work_dir=options.work_dir,
+            planning=options.planning,
+        )
+        for budget in options.budgets
+        for effort in options.efforts
+    ]
+
+
+def _packaged(options: argparse.Namespace) -> None:
+    """The package whose weights all plans run on, and the uniform plan of each budget."""
+    effort = options.efforts[-1]
+    made_package(
+        options.model,
+        plan_path(options.work_dir, options.budgets[0], effort),
+        _package(options),
+        kept=kept_dir(options.work_dir, effort),
+        packaging=options.packaging,
+    )
+    checkpoint = open_checkpoint(options.model)
+    like = open_artifact(_package(options), check="sizes").plan
+    for budget in options.budgets:
+        made_uniform(checkpoint, like, budget, work_dir=options.work_dir, lengths=options.lengths)
+
+
+def _package(options: argparse.Namespace) -> Path:
+    return Path(options.work_dir, "package")
+
+
+def _asked(options: argparse.Namespace) -> list[tuple[int, dict[str, Any]]]:
+    """Seed and choices of each evaluation, the unseen wordings of all seeds first."""
+    passkeys = [
+        (seed, {"tasks": ("passkey",), "wording": wording, "samples": count})
+        for wording, count in ((UNSEEN, options.cases), (SEEN, options.seen))
+        for seed in options.seeds
+    ]
+    # windows of one seed never overlap, those of two may
+    texts = [(options.seeds[0], {"tasks": ("nll",), "samples": options.texts})]
+    return [(seed, asked) for seed, asked in [*passkeys, *texts] if asked["samples"]]
+
+
+def _evaluations(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The cases of one evaluation after another."""
+    for seed, asked in _asked(options):
+        for budget in options.budgets:
+            yield _evaluated(options, budget, seed, asked)
+
+
+def _evaluated(
+    options: argparse.Namespace, budget: float, seed: int, asked: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What `moac eval` finds at a budget: its cases, numbered within their length and part."""
+    names = ("uniform", *options.efforts)
+    plans = tuple(str(plan_path(options.work_dir, budget, name)) for name in names)
+    request = EvalRequest(lengths=options.lengths, seed=seed, against=("dense", *plans), **asked)
+    found = evaluate(
+        _package(options), options.model, request=request, work_dir=options.work_dir / "kept-eval"
+    )
+    cases: list[dict[str, Any]] = []
+    places: dict[tuple[object, ...], int] = {}
+    for case in found.to_json()["cases"]:
+        if case["task"] not in asked["tasks"]:
+            continue  # text's last tokens, read in two ways
+        group = (case["length"], case.get("wording"), case.get("text"))
+        places[group] = places.get(group, -1) + 1
+        for figures in (case.get("score", {}), case["nll"]):
+            figures.pop(OWN, None)  # the package's own plan is one of the efforts'
+        cases.append({"budget": budget, "seed": seed, "place": places[group], **case})
+    return cases
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
