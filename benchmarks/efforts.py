@@ -17,34 +17,31 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from asked import check_lengths, ended, numbers, shares, words
 from by_effort.page import criterion, page
-from by_effort.plans import kept_dir, made_package, made_plan, made_uniform, plan_path
+from evaluated import evaluated
+from made import UNIFORM, made_package, made_plan, made_uniform, plan_path
+from pooled import Case
 from told import default_out, origin, read_results, write
 
 from moac.checkpoint import open_checkpoint
 from moac.effort import EFFORTS
-from moac.evaluation import EvalRequest, evaluate
-from moac.evaluation.methods import OWN
+from moac.evaluation import EvalRequest
 from moac.evaluation.wordings import SEEN, UNSEEN
 from moac.request import CompileRequest
 from moac_runtime.errors import UsageError
-from moac_runtime.host.process import run_process
 from moac_runtime.package.artifact import open_artifact
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; its exit code is that of a moac command."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_process(
-        lambda: _main(arguments),
-        interrupted="interrupted; run the same command again to go on",
-        short_of_memory="end other programs, or give shorter --lengths",
-    )
+    return ended(lambda: _main(arguments))
 
 
 def _main(arguments: list[str]) -> int:
@@ -55,8 +52,7 @@ def _main(arguments: list[str]) -> int:
         _check(options)
         result = _result(options, arguments)
         result["plans"] = _plans(options)
-        _packaged(options)
-        for cases in _evaluations(options):
+        for cases in _evaluations(options, _packaged(options)):
             result["cases"] += cases
             write(options.out, result, page(result))  # what there is, whatever comes
     text = page(result)
@@ -72,10 +68,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", nargs="?", help="the checkpoint")
-    add("--efforts", type=_words, default=tuple(EFFORTS), metavar="NAME,...")
-    add("--budgets", type=_shares, default=(0.5, 0.25), metavar="SHARE,...")
-    add("--lengths", type=_numbers, default=(1024, 2048, 4096), metavar="N,...")
-    add("--seeds", type=_numbers, default=(0, 1), metavar="N,...", help="of the cases")
+    add("--efforts", type=words, default=tuple(EFFORTS), metavar="NAME,...")
+    add("--budgets", type=shares, default=(0.5, 0.25), metavar="SHARE,...")
+    add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...")
+    add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the cases")
     add("--cases", type=int, default=20, metavar="N", help="unseen, of each length and seed (20)")
     add("--seen", type=int, default=6, metavar="N", help="cases in calibration's wordings (6)")
     add("--texts", type=int, default=4, metavar="N", help="windows of each kind and length (4)")
@@ -90,27 +86,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _words(value: str) -> tuple[str, ...]:
-    return tuple(value.split(","))
-
-
-def _numbers(value: str) -> tuple[int, ...]:
-    return tuple(map(int, _listed(value, int, "1024,2048")))
-
-
-def _shares(value: str) -> tuple[float, ...]:
-    return tuple(_listed(value, float, "0.5,0.25"))
-
-
-def _listed(value: str, kind: Callable[[str], float], example: str) -> list[float]:
-    try:
-        return [kind(part) for part in value.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is not a list of numbers such as {example}"
-        ) from None
-
-
 def _check(options: argparse.Namespace) -> None:
     """Raise UsageError, before any work, for choices that cannot be."""
     if len(options.efforts) < 2:
@@ -119,12 +94,7 @@ def _check(options: argparse.Namespace) -> None:
         CompileRequest(effort=effort, budget=budget)
     for seed, asked in _asked(options):
         EvalRequest(lengths=options.lengths, seed=seed, **asked)
-    context = open_checkpoint(options.model).spec.context
-    if max(options.lengths) > context:
-        raise UsageError(
-            f"the length {max(options.lengths)} is beyond the model's context of {context} "
-            "tokens; give shorter --lengths"
-        )
+    check_lengths(options.model, options.lengths)
 
 
 def _result(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
@@ -154,24 +124,18 @@ def _plans(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _packaged(options: argparse.Namespace) -> None:
+def _packaged(options: argparse.Namespace) -> Path:
     """The package whose weights all plans run on, and the uniform plan of each budget."""
-    effort = options.efforts[-1]
-    made_package(
-        options.model,
-        plan_path(options.work_dir, options.budgets[0], effort),
-        _package(options),
-        kept=kept_dir(options.work_dir, effort),
-        packaging=options.packaging,
+    effort, budget = options.efforts[-1], options.budgets[0]
+    package = made_package(
+        *(options.model, effort, budget), work_dir=options.work_dir, packaging=options.packaging
     )
     checkpoint = open_checkpoint(options.model)
-    like = open_artifact(_package(options), check="sizes").plan
+    like = open_artifact(package, check="sizes").plan
     for budget in options.budgets:
-        made_uniform(checkpoint, like, budget, work_dir=options.work_dir, lengths=options.lengths)
-
-
-def _package(options: argparse.Namespace) -> Path:
-    return Path(options.work_dir, "package")
+        path = plan_path(options.work_dir, budget, UNIFORM)
+        made_uniform(checkpoint, like, budget, path, lengths=options.lengths)
+    return package
 
 
 def _asked(options: argparse.Namespace) -> list[tuple[int, dict[str, Any]]]:
@@ -186,34 +150,20 @@ def _asked(options: argparse.Namespace) -> list[tuple[int, dict[str, Any]]]:
     return [(seed, asked) for seed, asked in [*passkeys, *texts] if asked["samples"]]
 
 
-def _evaluations(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def _evaluations(options: argparse.Namespace, package: Path) -> Iterator[list[Case]]:
     """The cases of one evaluation after another."""
     for seed, asked in _asked(options):
         for budget in options.budgets:
-            yield _evaluated(options, budget, seed, asked)
-
-
-def _evaluated(
-    options: argparse.Namespace, budget: float, seed: int, asked: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """What `moac eval` finds at a budget: its cases, numbered within their length and part."""
-    names = ("uniform", *options.efforts)
-    plans = tuple(str(plan_path(options.work_dir, budget, name)) for name in names)
-    request = EvalRequest(lengths=options.lengths, seed=seed, against=("dense", *plans), **asked)
-    found = evaluate(
-        _package(options), options.model, request=request, work_dir=options.work_dir / "kept-eval"
-    )
-    cases: list[dict[str, Any]] = []
-    places: dict[tuple[object, ...], int] = {}
-    for case in found.to_json()["cases"]:
-        if case["task"] not in asked["tasks"]:
-            continue  # text's last tokens, read in two ways
-        group = (case["length"], case.get("wording"), case.get("text"))
-        places[group] = places.get(group, -1) + 1
-        for figures in (case.get("score", {}), case["nll"]):
-            figures.pop(OWN, None)  # the package's own plan is one of the efforts'
-        cases.append({"budget": budget, "seed": seed, "place": places[group], **case})
-    return cases
+            yield evaluated(
+                package,
+                options.model,
+                {n: plan_path(options.work_dir, budget, n) for n in (UNIFORM, *options.efforts)},
+                budget=budget,
+                lengths=options.lengths,
+                seed=seed,
+                work_dir=options.work_dir,
+                **asked,
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and intervals over several budgets are of the cases' means.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,9 +22,9 @@ from moac.evaluation.intervals import (
 )
 
 DRAWS = 10_000
-_SEED = 0
 
 Case = dict[str, Any]
+Stratum = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,18 @@ class Figure:
     """A mean over `n` cases with its 95 % interval, None for a single case."""
 
     value: float
+    ci95: Interval | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """A ratio over `n` cases; None where there is nothing to divide by.
+
+    Its interval is None where chance alone could leave nothing.
+    """
+
+    value: float | None
     ci95: Interval | None
     n: int
 
@@ -79,11 +92,10 @@ def text_loss(cases: Sequence[Case], method: str, *, less: str | None = None) ->
 
     The mean over lengths and kinds of text; Welch's interval, over the windows within each.
     """
-    strata: dict[tuple[object, ...], list[float]] = {}
+    strata: dict[Stratum, list[float]] = {}
     other = {} if less is None else _by_case(cases, less, "nll")
     for key, value in _by_case(cases, method, "nll").items():
-        _, length, kind, _ = key
-        strata.setdefault((length, kind), []).append(value - other.get(key, 0.0))
+        strata.setdefault(key[0], []).append(value - other.get(key, 0.0))
     groups = list(strata.values())
     value = float(np.mean([np.mean(group) for group in groups]))
     return Figure(value, stratified_interval(groups), sum(map(len, groups)))
@@ -98,14 +110,8 @@ def kept_gain(
     to a case together.
     """
     names = (method, reference, baseline)
-    strata = [
-        np.array([list(_by_case(part, name, "score").values()) for name in names])
-        for part in _strata(cases)
-    ]
-    count = sum(scores.shape[1] for scores in strata)
-    ours, theirs = _gains(sum(scores.sum(axis=1) for scores in strata) / count)
-    rng = np.random.default_rng(_SEED)
-    drawn_ours, drawn_theirs = _gains(sum(_drawn_sums(rng, scores) for scores in strata) / count)
+    means, drawn, count = resampled(cases, names)
+    (ours, theirs), (drawn_ours, drawn_theirs) = _gains(means), _gains(drawn)
     ratio = float(ours / theirs) if theirs > 0 else None
     bounded = ratio is not None and bool((drawn_theirs > 0).all())
     return Kept(
@@ -116,29 +122,65 @@ def kept_gain(
         gain=float(ours),
         reference_gain=float(theirs),
         ratio=ratio,
-        ratio_ci95=_middle(drawn_ours / drawn_theirs) if bounded else None,
+        ratio_ci95=middle(drawn_ours / drawn_theirs) if bounded else None,
         margin=float(ours - wanted * theirs),
-        margin_ci95=_middle(drawn_ours - wanted * drawn_theirs),
+        margin_ci95=middle(drawn_ours - wanted * drawn_theirs),
         held=None if ratio is None else ratio >= wanted,
         n=count,
     )
 
 
-def _by_case(cases: Sequence[Case], method: str, what: str) -> dict[tuple[object, ...], float]:
+def quotient(cases: Sequence[Case], method: str, other: str) -> Quotient:
+    """What a method finds over what another does of the same cases, with bootstrap's interval."""
+    (ours, theirs), (drawn_ours, drawn_theirs), count = resampled(cases, (method, other))
+    if theirs <= 0:
+        return Quotient(None, None, count)
+    bounded = bool((drawn_theirs > 0).all())
+    interval = middle(drawn_ours / drawn_theirs) if bounded else None
+    return Quotient(float(ours / theirs), interval, count)
+
+
+def resampled(cases: Sequence[Case], methods: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Shares `[methods]` found of `cases`, the same `[methods, DRAWS]` of cases drawn anew.
+
+    And how many cases. They are drawn within each seed, task, length and wording.
+    """
+    by_method = [_by_case(cases, method, "score") for method in methods]
+    strata: dict[Stratum, list[list[float]]] = {}
+    for key in by_method[0]:
+        stratum, seed, _ = key
+        strata.setdefault((stratum, seed), []).append([scores[key] for scores in by_method])
+    total = np.zeros(len(methods))
+    drawn = np.zeros((len(methods), DRAWS))
+    for name, rows in strata.items():
+        scores = np.array(rows).T
+        picked = _dice(name).integers(len(rows), size=(DRAWS, len(rows)))
+        total += scores.sum(axis=1)
+        drawn += scores[:, picked].sum(axis=2)
+    count = len(by_method[0])
+    return total / count, drawn / count, count
+
+
+def _dice(stratum: Stratum) -> np.random.Generator:
+    """Random numbers of a stratum alone: figures of different cases must vary apart."""
+    digest = hashlib.sha256(repr(stratum).encode()).digest()
+    return np.random.default_rng(list(digest))
+
+
+def _stratum(case: Case) -> Stratum:
+    """What cases have in common that are alike."""
+    return case["task"], case["length"], case.get("wording") or case.get("text")
+
+
+def _by_case(
+    cases: Sequence[Case], method: str, what: str
+) -> dict[tuple[Stratum, int, int], float]:
     """Of each case, the mean over the budgets at which a method answered it."""
-    answers: dict[tuple[object, ...], list[float]] = {}
+    answers: dict[tuple[Stratum, int, int], list[float]] = {}
     for case in cases:
-        part = case.get("wording") or case.get("text")
-        key = (case["seed"], case["length"], part, case["place"])
+        key = (_stratum(case), case["seed"], case["place"])
         answers.setdefault(key, []).append(case[what][method])
     return {key: sum(told) / len(told) for key, told in answers.items()}
-
-
-def _strata(cases: Sequence[Case]) -> list[list[Case]]:
-    groups: dict[tuple[int, int], list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case["seed"], case["length"]), []).append(case)
-    return list(groups.values())
 
 
 def _gains(means: Any) -> tuple[Any, Any]:
@@ -147,12 +189,7 @@ def _gains(means: Any) -> tuple[Any, Any]:
     return ours - base, theirs - base
 
 
-def _drawn_sums(rng: np.random.Generator, scores: np.ndarray) -> np.ndarray:
-    """Sums `[methods, DRAWS]` over the cases of `scores` `[methods, cases]`, drawn anew."""
-    cases = scores.shape[1]
-    return scores[:, rng.integers(cases, size=(DRAWS, cases))].sum(axis=2)
-
-
-def _middle(draws: np.ndarray) -> Interval:
+def middle(draws: np.ndarray) -> Interval:
+    """The middle 95 % of draws."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)

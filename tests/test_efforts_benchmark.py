@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Compiled, moac_command, plan_options
+from benchmark_scripts import ROOT, Run, tiny_run
+from tiny import Compiled, plan_options
 
 from moac.evaluation.intervals import share_interval
 from moac.evaluation.runner import Runner
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.plan import Plan
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 efforts = import_module("efforts")
-pages = import_module("by_effort.page")
-plans = import_module("by_effort.plans")
+made = import_module("made")
 pooled = import_module("pooled")
-told = import_module("told")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -109,7 +104,7 @@ def test_no_ratio_to_a_gain_that_is_none() -> None:
 def test_a_loss_of_text_is_a_mean_of_kinds() -> None:
     def text(kind: str, place: int, dense: float, quick: float) -> dict[str, Any]:
         nll = {"dense": dense, "quick": quick}
-        return {"budget": 0.5, "seed": 0, "length": 64, "text": kind, "place": place, "nll": nll}
+        return case(place, {}, wording=None, text=kind, task="nll", nll=nll)
 
     cases = [text("prose", 0, 2.0, 2.1), text("code", 0, 1.0, 1.3), text("code", 1, 1.0, 1.1)]
     assert pooled.text_loss(cases, "dense").value == pytest.approx(1.5)
@@ -123,7 +118,7 @@ def test_a_loss_of_text_is_a_mean_of_kinds() -> None:
 def test_results_that_came_from_the_work_folder_are_told() -> None:
     before = {"a": ("profile", 1), "b": ("profile", 1), "c": ("loss", 1)}
     after = {**before, "a": ("profile", 2), "d": ("profile", 2), "e": ("loss", 3)}
-    assert plans._kept(before, after) == {
+    assert made._kept(before, after) == {
         "profile": {"kept": 1, "made": 1},
         "loss": {"kept": 0, "made": 1},
     }
@@ -142,39 +137,16 @@ class Cut(Exception):
 @pytest.fixture
 def run(
     tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> Callable[..., tuple[dict[str, Any], str, list[str]]]:
-    """Run the benchmark: what it wrote, what it printed, and the moac commands it took.
-
-    The commands run in this process, and start from what the tiny compile has kept.
-    """
-    for effort in ("quick", "thorough"):
-        shutil.copytree(tiny_package.work_dir, tmp_path / "work" / f"kept-{effort}")
-
-    def run(*more: str) -> tuple[dict[str, Any], str, list[str]]:
-        asked: list[str] = []
-
-        def here(arguments: Sequence[str]) -> dict[str, Any]:
-            asked.append(arguments[0])
-            capsys.readouterr()
-            assert moac_command(*arguments, "--json") == 0
-            found: dict[str, Any] = json.loads(capsys.readouterr().out)
-            return found
-
-        monkeypatch.setattr(plans, "run_moac", here)
-        own = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
-        planning = " ".join(plan_options())
-        words = [str(tiny_package.checkpoint), *OPTIONS, *own]
-        words += ["--planning", planning, "--packaging", "--target torch", *more]
-        capsys.readouterr()
-        assert efforts.main(words) == 0
-        printed = capsys.readouterr().out
-        return json.loads((tmp_path / "out.json").read_bytes()), printed, asked
-
-    return run
+) -> Run:
+    efforts_here = ("quick", "thorough")
+    made_run = tiny_run(
+        *(efforts.main, tiny_package, tmp_path, monkeypatch, capsys), efforts=efforts_here
+    )
+    return lambda *more: made_run(*OPTIONS, *more)
 
 
 def test_one_command_plans_packages_evaluates_and_goes_on(
-    run: Callable[..., tuple[dict[str, Any], str, list[str]]],
+    run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -246,16 +218,14 @@ def _check_plans(found: dict[str, Any], work: Path) -> None:
         assert made["kept"]["calibration"]["kept"] > 0
         assert made["kept"]["profile"]["kept"] > 0
     assert any(made["kept"]["profile"]["made"] for made in found["plans"]), "drafts differ"
-    like = open_artifact(work / "package", check="sizes").plan
+    like = open_artifact(work / "package-thorough", check="sizes").plan
     for budget in (0.5, 0.25):
         plan = Plan.from_json(json.loads((work / f"{budget:g}" / "uniform.json").read_text()))
         assert len({rule for layer in plan.rules for rule in layer}) == 1
         assert budget - like.block / 640 < plan.density(640) <= budget
 
 
-def test_a_plan_is_made_again_for_other_options(
-    run: Callable[..., tuple[dict[str, Any], str, list[str]]],
-) -> None:
+def test_a_plan_is_made_again_for_other_options(run: Run) -> None:
     small = ("--budgets", "0.5", "--seeds", "0", "--seen", "0", "--texts", "0")
     assert run(*small)[2] == ["plan", "plan", "compile"]
     others = " ".join([*plan_options(), "--rules-per-layer", "1"])
@@ -293,7 +263,7 @@ def test_results_of_another_benchmark_are_refused(tmp_path: Path, capsys: Captur
 
 def test_a_moac_command_that_fails_ends_the_run(tmp_path: Path, capfd: Capture) -> None:
     with pytest.raises(Exception, match=r"moac plan failed \(exit code 1\)") as failed:
-        plans.run_moac(["plan", str(tmp_path), "--output", str(tmp_path / "plan.json")])
+        made.run_moac(["plan", str(tmp_path), "--output", str(tmp_path / "plan.json")])
     assert type(failed.value).__name__ == "MoacError"
     assert "error: " in capfd.readouterr().err, "its own sentence came first"
 

@@ -1,1 +1,1 @@
-"""The efforts of `moac plan` compared: their plans, what these find, and the page about it."""
+"""The efforts of `moac plan` compared: what is told of them, and the page about it."""

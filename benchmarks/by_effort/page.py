@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from evaluated import DENSE
+from made import UNIFORM
 from pooled import Case, Kept, found, kept_gain, loss, text_loss
 from told import origin_lines, percent, table
 
 from moac.evaluation.wordings import SEEN, UNSEEN
 
 WANTED = 0.85
-BASELINE = "uniform"
-DENSE = "dense"
 _STAGES = ("rehearse", "calibrate", "profile", "predict", "refine", "optimise", "validate")
 
 
@@ -23,7 +23,7 @@ def criterion(result: Mapping[str, Any], wording: str = UNSEEN) -> list[Kept]:
     if not cases:
         return []
     return [
-        kept_gain(cases, effort, reference, baseline=BASELINE, wanted=WANTED) for effort in others
+        kept_gain(cases, effort, reference, baseline=UNIFORM, wanted=WANTED) for effort in others
     ]
 
 
@@ -105,7 +105,7 @@ def _criterion(result: Mapping[str, Any], wording: str) -> str:
     header = ["effort", "its gain", f"{reference}'s gain", "ratio", "margin", "cases", "held"]
     return (
         f"## How much of the gain is kept, {wording} wordings\n\nGains are pass keys found beyond "
-        f"{BASELINE}'s, in points of percent, over all budgets, lengths and seeds together. "
+        f"{UNIFORM}'s, in points of percent, over all budgets, lengths and seeds together. "
         f"Wanted is a ratio of {WANTED:g} and more to {reference}'s; the margin is the gain less "
         f"{WANTED:g} of {reference}'s. Intervals are 95 %, of a bootstrap over cases, paired.\n\n"
         f"{table(header, rows)}"
@@ -180,4 +180,4 @@ def _pools(
 
 
 def _methods(result: Mapping[str, Any]) -> list[str]:
-    return [DENSE, BASELINE, *result["efforts"]]
+    return [DENSE, UNIFORM, *result["efforts"]]

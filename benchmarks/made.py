@@ -1,4 +1,4 @@
-"""The plan of each effort at each budget, made by `moac plan` in a process of its own."""
+"""Plans and packages that benchmarks compare, each made by a moac command in its own process."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def kept_dir(work_dir: Path, effort: str) -> Path:
     return work_dir / f"kept-{effort}"
 
 
+def package_path(work_dir: Path, effort: str) -> Path:
+    """Where the package stands on whose weights plans are compared."""
+    return work_dir / f"package-{effort}"
+
+
 def made_plan(
     model: str, effort: str, budget: float, *, work_dir: Path, planning: Sequence[str]
 ) -> dict[str, Any]:
@@ -89,10 +94,12 @@ def made_plan(
 
 
 def made_uniform(
-    checkpoint: Checkpoint, like: Plan, budget: float, *, work_dir: Path, lengths: Sequence[int]
+    checkpoint: Checkpoint, like: Plan, budget: float, path: Path, *, lengths: Sequence[int]
 ) -> Path:
-    """The plan file of equal spans that fill `budget` at each of `lengths`, shaped as `like`."""
-    path = plan_path(work_dir, budget, UNIFORM)
+    """Write the plan file of equal spans that fill `budget` at each of `lengths`.
+
+    `like`: a plan of the same sink, block and smallest span.
+    """
     plan = uniform_plan(Layout.of(like), budget=budget, lengths=lengths)
     record = sealed(plan, {"model": made_for(checkpoint), "budget": budget})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +108,18 @@ def made_uniform(
 
 
 def made_package(
-    model: str, plan: Path, package: Path, *, kept: Path, packaging: Sequence[str]
-) -> None:
-    """Package `plan`, unless a package stands there. `packaging`: more options of a compile."""
+    model: str, effort: str, budget: float, *, work_dir: Path, packaging: Sequence[str]
+) -> Path:
+    """Package the plan of an effort at a budget, unless its package stands there.
+
+    `packaging`: more options of `moac compile`.
+    """
+    package = package_path(work_dir, effort)
     if not package.exists():
-        asked = ["--plan", str(plan), "--work-dir", str(kept), "--output", str(package)]
-        run_moac(["compile", model, *asked, *packaging])
+        plan = plan_path(work_dir, budget, effort)
+        places = ["--work-dir", str(kept_dir(work_dir, effort)), "--output", str(package)]
+        run_moac(["compile", model, "--plan", str(plan), *places, *packaging])
+    return package
 
 
 def _results(folder: Path) -> dict[str, tuple[str, int]]:
