@@ -68,17 +68,21 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", nargs="?", help="the checkpoint")
-    add("--efforts", type=words, default=tuple(EFFORTS), metavar="NAME,...")
-    add("--budgets", type=shares, default=(0.5, 0.25), metavar="SHARE,...")
-    add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...")
-    add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the cases")
+    add("--efforts", type=words, default=tuple(EFFORTS), metavar="NAME,...",
+        help=f"the last is the yardstick ({','.join(EFFORTS)})")  # fmt: skip
+    add("--budgets", type=shares, default=(0.5, 0.25), metavar="SHARE,...", help="(0.5,0.25)")
+    add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...",
+        help="tokens (1024,2048,4096)")  # fmt: skip
+    add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the cases (0,1)")
     add("--cases", type=int, default=20, metavar="N", help="unseen, of each length and seed (20)")
     add("--seen", type=int, default=6, metavar="N", help="cases in calibration's wordings (6)")
     add("--texts", type=int, default=4, metavar="N", help="windows of each kind and length (4)")
-    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR")
+    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR",
+        help="where everything is kept (.cache/efforts)")  # fmt: skip
     add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")
     add("--packaging", type=shlex.split, default=[], metavar="WORDS", help="for moac compile")
-    add("--out", type=Path, default=default_out("efforts"), metavar="FILE")
+    add("--out", type=Path, default=default_out("efforts"), metavar="FILE",
+        help="JSON, its page beside it (benchmarks/results/efforts-<date>.json)")  # fmt: skip
     add("--table-only", action="store_true", help="write the page again from --out")
     options = parser.parse_args(arguments)
     if options.model is None and not options.table_only:
@@ -92,8 +96,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--efforts compares two and more, the last of them the yardstick")
     for effort, budget in product(options.efforts, options.budgets):
         CompileRequest(effort=effort, budget=budget)
+    names = tuple(f"{effort}.json" for effort in options.efforts)
     for seed, asked in _asked(options):
-        EvalRequest(lengths=options.lengths, seed=seed, **asked)
+        EvalRequest(lengths=options.lengths, seed=seed, against=names, **asked)
     check_lengths(options.model, options.lengths)
 
 

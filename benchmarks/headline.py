@@ -65,28 +65,33 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--only", type=words, default=tuple(PARTS), metavar="PART,...", help=", ".join(PARTS))
     add("--quick", action="store_true", help="next to nothing of everything, to see that it runs")
     add("--effort", default="thorough", help="of the plans (thorough)")
-    add("--budgets", type=shares, default=(0.5, 0.25, 0.125), metavar="SHARE,...")
-    add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...")
+    add("--budgets", type=shares, default=(0.5, 0.25, 0.125), metavar="SHARE,...",
+        help="the first is the package's (0.5,0.25,0.125)")  # fmt: skip
+    add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...",
+        help="of the pass keys, tokens (1024,2048,4096)")  # fmt: skip
     add("--span", type=int, default=512, metavar="N", help="mean span of the reach, tokens (512)")
     add("--stretch", type=shares, default=(1.125, 1.25, 1.5), metavar="X,...",
-        help="times --span: shorter lengths of uniform spans")  # fmt: skip
-    add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the pass keys")
+        help="times --span: shorter lengths of uniform spans (1.125,1.25,1.5)")  # fmt: skip
+    add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the pass keys (0,1)")
     add("--cases", type=int, default=20, metavar="N", help="pass keys, a length and seed (20)")
-    add("--suite-lengths", type=numbers, default=(2048,), metavar="N,...")
+    add("--suite-lengths", type=numbers, default=(2048,), metavar="N,...",
+        help="of the suite, tokens (2048)")  # fmt: skip
     add("--suite-cases", type=int, default=16, metavar="N", help="of the other tasks (16)")
     add("--texts", type=int, default=8, metavar="N", help="windows of each kind of text (8)")
     add("--context", type=int, default=3072, metavar="N", help="tokens before decoding (3072)")
     add("--tokens", type=int, default=64, metavar="N", help="decode steps (64)")
     add("--repeats", type=int, default=1, metavar="N", help="of the measurement of speed (1)")
     add("--kv-mib", type=int, default=512, metavar="N", help="KV memory that rows fill (512)")
-    add("--most-rows", type=int, default=1024, metavar="N", help="rows of a batch, at most")
+    add("--most-rows", type=int, default=1024, metavar="N", help="of a batch (1024)")
     add("--against", type=words, default=("hf", "hf-static"), metavar="SYSTEM,...",
         help="whose throughput ours stands beside (hf,hf-static)")  # fmt: skip
     add("--again", action="store_true", help="measure speed and memory once more")
-    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR")
+    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR",
+        help="where everything is kept (.cache/efforts)")  # fmt: skip
     add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")
     add("--packaging", type=shlex.split, default=[], metavar="WORDS", help="for moac compile")
-    add("--out", type=Path, default=default_out("headline"), metavar="FILE")
+    add("--out", type=Path, default=default_out("headline"), metavar="FILE",
+        help="JSON, its page beside it (benchmarks/results/headline-<date>.json)")  # fmt: skip
     add("--table-only", action="store_true", help="write the page again from --out")
     if "--quick" in arguments:
         parser.set_defaults(**QUICK)

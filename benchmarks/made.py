@@ -18,6 +18,7 @@ from moac.store.atomic import write_whole
 from moac.store.kept import RESULTS, parse_name
 from moac_runtime.errors import MoacError
 from moac_runtime.host.process import INTERRUPTED
+from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.plan import Plan
 
 UNIFORM = "uniform"
@@ -110,15 +111,15 @@ def made_uniform(
 def made_package(
     model: str, effort: str, budget: float, *, work_dir: Path, packaging: Sequence[str]
 ) -> Path:
-    """Package the plan of an effort at a budget, unless its package stands there.
+    """Package the plan of an effort at a budget, unless the package of that plan stands there.
 
     `packaging`: more options of `moac compile`.
     """
-    package = package_path(work_dir, effort)
-    if not package.exists():
-        plan = plan_path(work_dir, budget, effort)
+    package, path = package_path(work_dir, effort), plan_path(work_dir, budget, effort)
+    plan = Plan.from_json(json.loads(path.read_bytes()))
+    if not package.exists() or open_artifact(package, check="sizes").plan != plan:
         places = ["--work-dir", str(kept_dir(work_dir, effort)), "--output", str(package)]
-        run_moac(["compile", model, "--plan", str(plan), *places, *packaging])
+        run_moac(["compile", model, "--plan", str(path), *places, "--force", *packaging])
     return package
 
 

@@ -229,13 +229,14 @@ def test_a_plan_is_made_again_for_other_options(run: Run) -> None:
     small = ("--budgets", "0.5", "--seeds", "0", "--seen", "0", "--texts", "0")
     assert run(*small)[2] == ["plan", "plan", "compile"]
     others = " ".join([*plan_options(), "--rules-per-layer", "1"])
-    assert run(*small, "--planning", others)[2] == ["plan", "plan"]
+    assert run(*small, "--planning", others)[2] == ["plan", "plan", "compile"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--efforts", "quick"], "--efforts compares two and more, the last of them the yardst"),
+        (["--efforts", "quick,quick"], "two of the plans to compare bear the name quick"),
         (["--efforts", "quick,quik"], "there is no effort 'quik'; choose from quick, standard"),
         (["--budgets", "0.5,2"], "the budget is 2, expected above 0 and at most 1"),
         (["--lengths", "9999"], "the length 9999 is beyond the model's context of 2048 tokens"),
