@@ -16,7 +16,7 @@ from pathlib import Path
 
 from profiled import profiled
 
-from moac.pipeline.plan_file import identity, sealed, write_plan_file
+from moac.pipeline.plan_file import made_for, sealed, write_plan_file
 from moac.pipeline.stages import best_weighted
 from moac.planning import Problem, SolverOptions, layerwise_plan
 from moac.request import CompileRequest
@@ -51,7 +51,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name, plan in plans.items():
         record = sealed(
-            plan, {"model": identity(found.bench.checkpoint), "budget": options.budget}
+            plan, {"model": made_for(found.bench.checkpoint), "budget": options.budget}
         )
         write_plan_file(options.output / f"{name}.json", plan, record, force=True)
         densities = ", ".join(f"{plan.density(n):.3f} at {n}" for n in found.lengths.planned)

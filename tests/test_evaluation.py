@@ -561,6 +561,12 @@ def test_eval_prints_results_for_machines(tiny_package: Compiled, capsys: Captur
         assert (row["length"], row["n"]) == (640, ours["n"])
     deep = {(r["wording"], r["depth"]) for r in found["results"] if r.get("depth") is not None}
     assert deep == {(wording, depth) for wording in WORDINGS for depth in (0.3, 0.7)}
+    for (task, kind, method, metric), row in rows.items():
+        name = "score" if metric == "exact_match" else "nll"
+        told = [case[name][method] for case in found["cases"]
+                if case["task"] == task and kind in (None, part(case))]  # fmt: skip
+        assert len(told) == row["n"]
+        assert row["value"] == pytest.approx(sum(told) / row["n"])
     assert found["seed"] == 0
     assert found["command"].startswith("moac eval ")
     assert {"machine", "versions", "density", "intervals"} <= set(found)

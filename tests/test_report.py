@@ -399,7 +399,7 @@ def evaluation_of(found: dict[str, Any]) -> dict[str, Any]:
         "package": {"identity": found["provenance"]["identity"]},
     }
     density = {method: {n: plan.density(n) for n in lengths} for method in methods}
-    stated = Evaluation(tuple(results), (), density, record).to_json()
+    stated = Evaluation(tuple(results), (), {}, density, record).to_json()
     return dict(json.loads(json.dumps(stated)))
 
 

@@ -110,11 +110,13 @@ class Difference:
 class Evaluation:
     """`results`, the plan's `differences` to the others, and the `record` of how they came about.
 
+    `outcomes[task, length][method]`: every case, in the same order for every method.
     `density[method][length]`: KV bytes held over dense KV bytes.
     """
 
     results: tuple[Result, ...]
     differences: tuple[Difference, ...]
+    outcomes: Mapping[tuple[str, int], Mapping[str, Sequence[Outcome]]]
     density: Mapping[str, Mapping[int, float]]
     record: Mapping[str, Any]
 
@@ -127,9 +129,29 @@ class Evaluation:
                 method: {str(length): value for length, value in row.items()}
                 for method, row in self.density.items()
             },
+            "cases": [
+                case
+                for (task, length), by_method in self.outcomes.items()
+                for case in _cases_json(task, length, by_method)
+            ],
             "intervals": INTERVALS,
             **self.record,
         }
+
+
+def _cases_json(
+    task: str, length: int, by_method: Mapping[str, Sequence[Outcome]]
+) -> Iterable[dict[str, Any]]:
+    """What every method made of each case: `score` and `nll` by method."""
+    for outcomes in zip(*by_method.values(), strict=True):
+        told = dict(zip(by_method, outcomes, strict=True))
+        asked = outcomes[0]
+        found: dict[str, Any] = {"task": task, "length": length, **_part_json(asked.part)}
+        if asked.depth is not None:
+            found["depth"] = asked.depth
+        if asked.score is not None:
+            found["score"] = {method: outcome.score for method, outcome in told.items()}
+        yield {**found, "nll": {method: outcome.nll for method, outcome in told.items()}}
 
 
 def _part_json(part: str | None) -> dict[str, str]:

@@ -45,6 +45,7 @@ from moac_runtime.package.plan import Plan
 
 Item = TypeVar("Item")
 Text = tuple[int, ...]
+Measured = dict[tuple[str, int], dict[str, list[Outcome]]]
 
 _PREPARED, _RUN = "tokens", "operations"  # what there is to do, for the time left
 
@@ -125,13 +126,20 @@ def evaluate(
         own.eos_token_ids,
         KeptCells.of(workspace, artifact, sessions, batch=request.batch),
     )
-    results, differences, kept = _run(rig, cells, plans, request)
+    measured, kept = _run(rig, cells, plans, request)
+    results: list[Result] = []
+    differences: list[Difference] = []
+    for (task, length), by_method in measured.items():
+        for method, outcomes in by_method.items():
+            results += summarise(task, length, method, outcomes)
+        differences += compare(task, length, by_method)
     if kept:
         total = len(cells) * len(plans)
         click.echo(f"note: {kept} of {total} cells were kept from an earlier run", err=True)
     return Evaluation(
         results=tuple(results),
         differences=tuple(differences),
+        outcomes=measured,
         density={name: {n: plan(n).density(n) for n in lengths} for name, plan in plans.items()},
         record={
             **_record(
@@ -261,10 +269,10 @@ def _run(
     cells: Sequence[_Cell],
     plans: dict[str, PlanAt],
     request: EvalRequest,
-) -> tuple[list[Result], list[Difference], int]:
-    """The figures, the differences, and how many cells were kept from an earlier run."""
+) -> tuple[Measured, int]:
+    """The outcomes, and how many cells were kept from an earlier run."""
     kept = 0
-    measured: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
+    measured: Measured = {}
     work = len(plans) * sum(cell.cost(rig.costs) for cell in cells)
     with stage("evaluate", {_RUN: work}):
         for cell in cells:
@@ -275,13 +283,7 @@ def _run(
                     for name, counted in _counted(task, outcome, request):
                         found = measured.setdefault((name, cell.length), {})
                         found.setdefault(method, []).append(counted)
-    results: list[Result] = []
-    differences: list[Difference] = []
-    for (task, length), by_method in measured.items():
-        for method, outcomes in by_method.items():
-            results += summarise(task, length, method, outcomes)
-        differences += compare(task, length, by_method)
-    return results, differences, kept
+    return measured, kept
 
 
 def _counted(task: str, outcome: Outcome, request: EvalRequest) -> Iterator[tuple[str, Outcome]]:

@@ -1,0 +1,1 @@
+"""The efforts of `moac plan` compared: what is told of them, and the page about it."""
