@@ -442,3 +442,33 @@ def test_hashing_and_builds_of_kernels_take_the_quota(
     monkeypatch.setattr(kernels, "require_kernels", mock.Mock())
     kernels.emit_kernels(tmp_path, mock.Mock(), mock.Mock(), "float16", ["cuda:90"])
     assert found == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "after"),
+    [
+        ("doctor", None, "passive"),
+        ("plan", None, "passive"),
+        ("plan", "active", "active"),
+        ("bench", None, None),
+    ],
+)
+def test_threads_that_wait_leave_the_core_to_others(
+    command: str, before: str | None, after: str | None
+) -> None:
+    """Set before torch loads, which reads it once; a benchmark measures torch as it comes."""
+    code = (
+        "import os, sys\n"
+        "from moac.cli.main import main\n"
+        "try:\n    main([sys.argv[1], '--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment = kept if before is None else {**kept, "OMP_WAIT_POLICY": before}
+    done = subprocess.run(
+        [sys.executable, "-c", code, command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == str(after)

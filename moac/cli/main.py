@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from moac_runtime.errors import UsageError
+from moac_runtime.host.cores import sleep_while_waiting
 from moac_runtime.host.process import run_process
 
 
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from moac_runtime.command import main as run_main
 
         sys.exit(run_main(arguments[1:]))
+    if arguments[:1] != ["bench"]:  # which measures torch as it comes
+        sleep_while_waiting()
     sys.exit(_invoke(arguments))
 
 

@@ -66,6 +66,15 @@ def default_threads() -> int:
     return usable_cores().threads
 
 
+def sleep_while_waiting() -> None:
+    """Have torch's threads sleep, not spin, until the others have done their part.
+
+    On a busy machine a thread that spins holds the core that the others wait for. OpenMP reads it
+    once, when torch loads; a policy that is set already stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def set_torch_threads(threads: int | None = None) -> None:
     """Have torch use so many threads; None: no more than this process has cores for.
 
