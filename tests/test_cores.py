@@ -30,6 +30,7 @@ from moac.pipeline import planner
 from moac.pipeline.verify import verify
 from moac_runtime import load
 from moac_runtime.backends.cpu import engine
+from moac_runtime.backends.cpu.library import DONE
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host import cores
 from moac_runtime.host.cgroup import cpu_quota, memory_limit
@@ -294,9 +295,10 @@ class Library:
         self.served: list[int] = []
         self.calls: list[str] = []
 
-    def moac_open(self, model: Any, threads: int) -> int:
+    def moac_open(self, model: Any, threads: int, opened: Any) -> int:
         self.threads.append(threads)
-        return 1
+        opened._obj.value = 1
+        return DONE
 
     def moac_serve(self, handle: int, index: int) -> None:
         self.served.append(index)

@@ -454,8 +454,9 @@ def test_a_session_never_allocates_more_than_the_cap(
     assert told["max_bytes"] == most
     kind = torch.bfloat16
     decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
-    session = Session(decoder, artifact.plan, artifact.head_order, batch=batch, capacity=length)
-    held = session.kv_bytes()
+    session = Session(decoder, artifact.plan, artifact.head_order)
+    held = sum(session.kv_bytes(session.admit(length)) for _ in range(batch))
+    assert session.kv_bytes() == held
     assert held == told["held_bytes"] <= most
     shorter = [artifact.plan.held_tokens(n) * token * batch for n in range(1, length + 1)]
     assert max(shorter) == held
