@@ -74,9 +74,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--lengths", type=numbers, default=(1024, 2048, 4096), metavar="N,...",
         help="tokens (1024,2048,4096)")  # fmt: skip
     add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the cases (0,1)")
-    add("--cases", type=int, default=20, metavar="N", help="unseen, of each length and seed (20)")
-    add("--seen", type=int, default=6, metavar="N", help="cases in calibration's wordings (6)")
-    add("--texts", type=int, default=4, metavar="N", help="windows of each kind and length (4)")
+    add("--cases", type=int, default=24, metavar="N", help="unseen, of each length and seed (24)")
+    add("--seen", type=int, default=4, metavar="N", help="cases in calibration's wordings (4)")
+    add("--texts", type=int, default=3, metavar="N", help="windows of each kind and length (3)")
     add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR",
         help="where everything is kept (.cache/efforts)")  # fmt: skip
     add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")

@@ -73,7 +73,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--stretch", type=shares, default=(1.125, 1.25, 1.5), metavar="X,...",
         help="times --span: shorter lengths of uniform spans (1.125,1.25,1.5)")  # fmt: skip
     add("--seeds", type=numbers, default=(0, 1), metavar="N,...", help="of the pass keys (0,1)")
-    add("--cases", type=int, default=20, metavar="N", help="pass keys, a length and seed (20)")
+    add("--cases", type=int, default=24, metavar="N", help="pass keys, a length and seed (24)")
     add("--suite-lengths", type=numbers, default=(2048,), metavar="N,...",
         help="of the suite, tokens (2048)")  # fmt: skip
     add("--suite-cases", type=int, default=16, metavar="N", help="of the other tasks (16)")
