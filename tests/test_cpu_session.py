@@ -303,7 +303,7 @@ def test_a_full_session_takes_no_more_and_loses_nothing(kernels: str) -> None:
 
 
 def test_what_the_kernels_do_not_serve_has_its_sentence() -> None:
-    from moac.checkpoint.model_spec import model_spec
+    from moac.checkpoint.families import model_spec
 
     spec = model_spec(model().config)
     assert obstacle(spec, "bfloat16") is None

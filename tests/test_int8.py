@@ -20,7 +20,7 @@ from tiny import CONTEXT, Compiled, moac_command, options, request
 from moac import compile_model
 from moac.bench.floor import weight_bytes_read
 from moac.checkpoint import open_checkpoint
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.quantise import disturb_weights, quantise, quantised, round_weights
 from moac.packaging.writer import write_manifest
@@ -188,21 +188,15 @@ def test_inspect_tells(package: Path, tiny_package: Compiled, capsys: Any) -> No
     assert moac_command("diff", tiny_package.package, package) == 0
 
 
-def test_a_reader_that_knows_no_int8_refuses(
-    package: Path, tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manifest, "SCHEMA_VERSION", 1)
-    open_artifact(tiny_package.package)
-    with pytest.raises(ArtifactError, match=r"version 2, but this moac reads up to 1: upgrade"):
-        open_artifact(package)
-
-
 def test_unknown_weights_in_a_manifest_are_refused(copy: Path) -> None:
     data = json.loads((copy / "moac.json").read_text())
-    data["weights"] = "int4"
+    assert set(data["weight_formats"].values()) == {"int8"}
+    data["weight_formats"]["qkv"] = "int4"
     data["digest"] = manifest.manifest_digest(data)
     (copy / "moac.json").write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match="weights = 'int4', expected one of full, int8"):
+    with pytest.raises(
+        ArtifactError, match=r"formats.qkv = 'int4', expected one of float32, int8"
+    ):
         open_artifact(copy)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import moac_runtime
 from moac import compile_model
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.export import target
 from moac.export.write import write_onnx
 from moac.packaging.fuse import head_order, pack_weights
@@ -67,7 +67,7 @@ def export(
     choices = {"dtype": dtype, "capacity": 512, "weights": "shared", **changes}
     write_onnx(folder, spec=spec, plan=plan, head_order=order, **choices)
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
-    return OnnxGraph(folder / ONNX_MODEL, layout, spec.rope, threads=1)
+    return OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes[0], threads=1)
 
 
 def close(found: Any, wanted: torch.Tensor, atol: float = ATOL) -> None:
@@ -217,8 +217,8 @@ def test_rounding_errs_as_the_model_so_rounded(
 @pytest.mark.parametrize("capacity", [40, 64, 65, 300])
 def test_dynamic_frequencies_are_the_decoders(capacity: int) -> None:
     spec = model_spec(tiny_model("llama", rope="dynamic").config)
-    wanted = rope_frequencies(spec.rope, spec.head_dim, capacity)
-    close(numpy_frequencies(spec.rope, spec.head_dim, capacity), wanted, atol=1e-7)
+    wanted = rope_frequencies(spec.ropes[0], spec.head_dim, capacity)
+    close(numpy_frequencies(spec.ropes[0], spec.head_dim, capacity), wanted, atol=1e-7)
 
 
 def test_layout_survives_json() -> None:

@@ -18,6 +18,7 @@ from moac.doctor.command import doctor_command
 from moac.extras import require
 from moac_runtime.errors import CheckFailed, UsageError
 from moac_runtime.host.process import run_process
+from moac_runtime.package.weight_formats import WEIGHTS
 
 if TYPE_CHECKING:
     from moac.pipeline.estimate import StageEstimate
@@ -149,7 +150,7 @@ def plan_command(
 )
 @click.option(
     "--weights",
-    type=click.Choice(("full", "int8")),
+    type=click.Choice(WEIGHTS),
     default="full",
     show_default=True,
     help="how weights are stored: full (as --dtype says), or int8, every matrix in 8 bits "

@@ -26,14 +26,19 @@ CPU_TARGETS = tuple(f"cpu:{name}" for name in INSTRUCTION_SETS)
 
 
 class LayerStruct(Structure):
-    """Addresses of one layer's weights, null where the model has none."""
+    """Addresses of one layer's weights, null where it has none, and its options."""
 
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            *("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-            *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias"),
-        )
+        *(
+            (name, c_void_p)
+            for name in (
+                *("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
+                *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias"),
+                *("attn_post_norm", "mlp_post_norm"),
+            )
+        ),
+        *((name, c_int64) for name in ("inner", "activation", "rope", "plus_one", "wide_qk_norm")),
+        *((name, c_double) for name in ("norm_eps", "query_scale", "logit_cap")),
     ]
 
 
@@ -48,12 +53,16 @@ class ModelStruct(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads")),
-        *((name, c_int64) for name in ("head_dim", "vocab", "bf16", "activation")),
-        *((name, c_double) for name in ("norm_eps", "rope_scaling")),
+        *((name, c_int64) for name in ("head_dim", "vocab", "bf16")),
+        ("norm_eps", c_double),
         *((name, c_void_p) for name in ("embed", "norm", "head")),
         ("layers", POINTER(LayerStruct)),
         *((name, c_void_p) for name in ("embed_scale", "head_scale")),
         ("scales", POINTER(ScalesStruct)),
+        *((name, c_int64) for name in ("num_ropes", "plus_one")),
+        ("rope_scalings", POINTER(c_double)),
+        *((name, c_double) for name in ("embedding_scale", "residual_scale", "logit_scale")),
+        ("logit_cap", c_double),
     ]
 
 

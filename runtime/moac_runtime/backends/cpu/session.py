@@ -61,7 +61,7 @@ class CpuSession(Rows):
         self._chunk = chunk
         self._capacity = capacity
         self._lengths = [0] * batch
-        self._frequencies = _floats(rope_frequencies(engine.spec.rope, self._dim, capacity))
+        self._frequencies = self._tables(capacity)
         nothing = (0,) * batch
         self._lay_out(
             [
@@ -123,8 +123,7 @@ class CpuSession(Rows):
         """
         check_growth(self._capacity, capacity)
         self._capacity = capacity
-        frequencies = rope_frequencies(self._engine.spec.rope, self._dim, capacity)
-        self._frequencies = _floats(frequencies)
+        self._frequencies = self._tables(capacity)
         before, arena, base = self._layers, self._arena, self._base
         kept = [list(self._grown(layer, caches)) for layer, caches in enumerate(before)]
         self._lay_out([[new for new, _, _ in caches] for caches in kept])
@@ -152,6 +151,11 @@ class CpuSession(Rows):
         del arena  # held until its content was copied
 
     # ---- memory ----
+
+    def _tables(self, capacity: int) -> Any:
+        """The frequencies `[tables, head_dim / 2]` of a session of `capacity` tokens."""
+        ropes = self._engine.spec.ropes
+        return _floats([f for rope in ropes for f in rope_frequencies(rope, self._dim, capacity)])
 
     @property
     def _dim(self) -> int:

@@ -83,7 +83,8 @@ def open_graph(artifact: Artifact, *, threads: int | None = None) -> OnnxGraph:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    return OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
+    (rope,) = artifact.spec.ropes
+    return OnnxGraph(artifact.path(layout.model), layout, rope, threads=threads)
 
 
 class OnnxSession(Rows):

@@ -82,23 +82,39 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Sequence[Block],
+    scale: float,
+    cap: float | None = None,
 ) -> Tensor:
     """`q` `[R, g, G, T, D]`, `k` and `v` `[R, g, N, D]` under `blocks`; `[R, g, G, T, D]`."""
     shape, group = q.shape, q.shape[2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None]
     parts = [
-        F.scaled_dot_product_attention(
+        _attention(
             q[:, :, block.queries],
             # a stride of nought: the group shares one key head without a copy
             _pick(k, block.keys).expand(-1, group, -1, -1),
             _pick(v, block.keys).expand(-1, group, -1, -1),
-            attn_mask=block.mask,
-            scale=scale,
+            block.mask,
+            scale,
+            cap,
         )
         for block in blocks
     ]
     return torch.cat(parts, dim=2).view(shape)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
+) -> Tensor:
+    """Attention of `q` `[..., T, D]` to `[..., N, D]`; fused where scores have no cap."""
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = capped((q @ k.mT).float() * scale, cap)
+    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
 
 
 def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -146,14 +162,19 @@ def decode_view(
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, view: DecodeView, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: DecodeView,
+    scale: float,
+    cap: float | None = None,
 ) -> Tensor:
     """One query a head: `q` `[B, g, G, D]` over the cache's `[B, g, S, D]`; `[B, g, G, D]`."""
     # the group stands in the query rows, so that each key is read once
-    return F.scaled_dot_product_attention(
-        q,
-        keys[:, :, : view.filled],
-        values[:, :, : view.filled],
-        attn_mask=view.mask,
-        scale=scale,
-    )
+    held = keys[:, :, : view.filled], values[:, :, : view.filled]
+    return _attention(q, *held, view.mask, scale, cap)
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """`cap tanh(x / cap)`, which stays within `cap`; `x` itself where there is none."""
+    return x if cap is None else torch.tanh(x / cap) * cap

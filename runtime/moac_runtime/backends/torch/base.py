@@ -75,8 +75,9 @@ class TorchSession(Rows, ABC):
 
     def _set_capacity(self, capacity: int) -> None:
         self._capacity = capacity
-        frequencies = rope_frequencies(self._spec.rope, self._spec.head_dim, capacity)
-        self._frequencies = frequencies.to(self._device)
+        dim = self._spec.head_dim
+        tables = [rope_frequencies(rope, dim, capacity) for rope in self._spec.ropes]
+        self._frequencies = torch.stack(tables).to(self._device)
 
     def _heads(self, layer: int) -> list[HeadSpan]:
         """The spans of a layer's KV heads in packed order, at the present capacity."""

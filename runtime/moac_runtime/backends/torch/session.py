@@ -195,5 +195,5 @@ class Session(TorchSession):
 
     def _run(self, tokens: Tensor, positions: Sequence[int], attend: Attend) -> Tensor:
         where = torch.tensor(positions, device=self._decoder.device)
-        rotation = self._decoder.rotation(self._frequencies, where)
-        return self._decoder.hidden(tokens.to(self._decoder.device), rotation, attend)
+        rotations = self._decoder.rotations(self._frequencies, where)
+        return self._decoder.hidden(tokens.to(self._decoder.device), rotations, attend)

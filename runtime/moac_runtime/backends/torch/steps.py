@@ -21,7 +21,7 @@ from moac_runtime.backends.torch.attention import (
     query_blocks,
 )
 from moac_runtime.backends.torch.cache import Layout, SpanCache
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,18 @@ class PrefillStep:
             by_row = (segment.rows.stop - segment.rows.start, segment.count)
             parts = [x[segment.flat].view(*by_row, *x.shape[1:]) for x in (q, k, v, out)]
             for group in self._layers[layer]:
-                self._attend(segment, group, *parts)
+                self._attend(self._spec.layer(layer), segment, group, *parts)
         return out
 
     def _attend(
-        self, segment: Segment, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+        self,
+        layer: LayerSpec,
+        segment: Segment,
+        group: Group,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
     ) -> None:
         """One cache's heads, `[rows, T, heads, D]`; what they attend to goes into `out`."""
         cache, share = group.cache, self._spec.group_size
@@ -89,7 +96,8 @@ class PrefillStep:
             torch.cat((old_k, k), dim=2),
             torch.cat((old_v, v), dim=2),
             self._query_blocks(cache, segment, positions),
-            self._spec.head_dim**-0.5,
+            layer.query_scale,
+            layer.logit_cap,
         )
         out[:, :, group.queries] = found.permute(0, 3, 1, 2, 4).flatten(2, 3)
         cache.write(segment.rows, segment.start, k, v)
@@ -122,10 +130,11 @@ class DecodeStep:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[B, H, D]`, `k` and `v` `[B, K, D]`, rotated; returns `[B, H, D]`."""
-        parts = [self._attend(group, q, k, v) for group in self._layers[layer]]
+        kind = self._spec.layer(layer)
+        parts = [self._attend(kind, group, q, k, v) for group in self._layers[layer]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layer: LayerSpec, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache, view = group.cache, self._view(group.cache)
         cache.put(view.slots, k[:, group.heads], v[:, group.heads])
         return decode_attention(
@@ -133,7 +142,8 @@ class DecodeStep:
             cache.keys,
             cache.values,
             view,
-            self._spec.head_dim**-0.5,
+            layer.query_scale,
+            layer.logit_cap,
         ).flatten(1, 2)
 
     def _view(self, cache: SpanCache) -> DecodeView:
