@@ -37,7 +37,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
 }
 
-_BASE: dict[str, Any] = {
+# What every tiny config has.
+BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -58,16 +59,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {
         "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.4,
-        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
         "logits_scaling": 2.0,
     },
     "gemma3_text": {
         "head_dim": 16,
-        "query_pre_attn_scalar": 24,
+        "query_pre_attn_scalar": 2,
         "sliding_window": 48,
         "layer_types": ["sliding_attention", "full_attention"],
-        "final_logit_softcapping": 4.0,
+        "final_logit_softcapping": 8.0,
         "tie_word_embeddings": True,
     },
 }
@@ -83,7 +84,7 @@ def tiny_model(
 
     `rope` names an entry of `ROPES`; "dynamic" comes with 64 positions unless overridden.
     """
-    values = {**_BASE, **_FAMILY[family], "rope_parameters": _rope(family, rope)}
+    values = {**BASE, **_FAMILY[family], "rope_parameters": _rope(family, rope)}
     if rope == "dynamic":
         values["max_position_embeddings"] = 64
     config = CONFIG_MAPPING[family](**{**values, **overrides})
@@ -91,7 +92,7 @@ def tiny_model(
         torch.manual_seed(seed)
         classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
         model: Any = classes[type(config)](config)
-        _randomise(model)
+        randomise(model)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 
@@ -106,7 +107,8 @@ def _rope(family: str, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel) -> None:
+    """Give every parameter numbers of its own, so that none can be dropped unseen."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if name.endswith("norm.weight"):

@@ -80,6 +80,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"rope": "yarn", "num_attention_heads": 8},
     "qwen2": {"rope": "dynamic", "num_attention_heads": 2},
     "qwen3": {"rope": "linear"},
+    "smollm3": {},
+    "granite": {},
 }
 
 
