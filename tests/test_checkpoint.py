@@ -385,6 +385,33 @@ def test_options_not_served(
     assert found == sentence if sentence else "head_dim" in found
 
 
+def test_what_a_family_never_had_is_not_refused(copy: Callable[..., Path]) -> None:
+    assert open_checkpoint(str(copy("smollm3", pretraining_tp=2))).spec.num_layers == 2
+
+
+def test_a_family_reads_one_cap_and_refuses_the_other(copy: Callable[..., Path]) -> None:
+    folder = copy("gemma3_text")
+    assert open_checkpoint(str(folder)).spec.logit_cap == 8.0
+    for name, value in (("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True)):
+        edit_json(folder / "config.json", **{name: value})
+        assert f"{name} {value} is not served" in refusal(folder)
+        edit_json(folder / "config.json", **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, "lists 1 no_rope_layers for 2 layers"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier 0 where a positive number"),
+        ("granite", {"logits_scaling": -1.0}, "logits_scaling -1.0 where a positive number"),
+    ],
+)
+def test_wrong_values_of_a_family_s_own_fields(
+    copy: Callable[..., Path], family: str, changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(copy(family, **changes))
+
+
 def test_layer_kinds_not_served(copy: Callable[..., Path]) -> None:
     folder = copy("qwen3", layer_types=["chunked_attention", "full_attention"])
     assert refusal(folder).startswith("layer type 'chunked_attention' is not served")

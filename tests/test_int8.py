@@ -188,6 +188,37 @@ def test_inspect_tells(package: Path, tiny_package: Compiled, capsys: Any) -> No
     assert moac_command("diff", tiny_package.package, package) == 0
 
 
+def mixed(package: Path) -> Artifact:
+    """The package with one kind of matrix multiplied out, the others in 8 bits."""
+    index = json.loads((package / WEIGHT_INDEX).read_text())
+
+    def widened(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".down.weight")]:
+            scale = name.replace("weight", "scale")
+            tensors[name] = dequantised(tensors[name], tensors.pop(scale), torch.float32)
+            del index["weight_map"][scale]
+        (package / WEIGHT_INDEX).write_text(json.dumps(index))
+
+    rewritten(package, widened)
+    data = json.loads((package / "moac.json").read_text())
+    data["weight_formats"]["down"] = "float32"
+    data["digest"] = manifest.manifest_digest(data)
+    (package / "moac.json").write_text(json.dumps(data))
+    return open_artifact(package)
+
+
+def test_each_kind_of_matrix_has_a_format_of_its_own(
+    package: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, artifact = load_weights(open_artifact(package), torch.float32), mixed(copy)
+    assert artifact.weights == "mixed"
+    found = load_weights(artifact, torch.float32)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+    assert moac_command("inspect", copy) == 0
+    assert "MiB, int8 and float32" in capsys.readouterr().out
+
+
 def test_unknown_weights_in_a_manifest_are_refused(copy: Path) -> None:
     data = json.loads((copy / "moac.json").read_text())
     assert set(data["weight_formats"].values()) == {"int8"}
@@ -310,14 +341,19 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> CpuSession:
-    """A native session of 64 tokens on `model` in 8 bits."""
+def native(
+    model: Any, kernels: str, dtype: torch.dtype, *, wide: str = "none", **options: Any
+) -> CpuSession:
+    """A native session of 64 tokens on `model` in 8 bits, but for the matrices named `wide`."""
     spec, order, weights = model_spec(model.config), head_order(PLAN), model.state_dict()
     narrow = (
         (name, weight if is_matrix(weight.shape) else weight.to(dtype))
         for name, weight in pack_weights(weights.__getitem__, spec, order)
     )
     tensors = dict(quantised(narrow))
+    for name in [name for name in tensors if name.endswith(f"{wide}.weight")]:
+        scales = tensors.pop(name.replace("weight", "scale"))
+        tensors[name] = dequantised(tensors[name], scales, dtype)
     engine = CpuEngine(
         library(kernels),
         spec,
@@ -352,6 +388,16 @@ def test_native_equals_the_rounded_model(kernels: str, family: str, width: int) 
     session = native(model, kernels, torch.float32)
     steps = torch.stack([torch.as_tensor(session.decode([token]))[0] for token in tokens])
     torch.testing.assert_close(steps, wanted, rtol=0, atol=2e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wide", ["embed", "qkv", "o", "gate_up", "down", "lm_head"])
+def test_native_kernels_take_each_matrix_in_its_own_format(kernels: str, wide: str) -> None:
+    model, tokens = tiny_model("llama"), text(40)
+    wanted = oracle_logits(rounded_model("llama"), tokens, PLAN, 64)
+    session = native(model, kernels, torch.float32, wide=wide)
+    found = torch.as_tensor(session.extend_all([tokens])[0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
 
 @needs_compiler

@@ -5,12 +5,15 @@ Families that are not served yet stand here whole: that each is one file's worth
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cpu_kernels import library as kernels_of
 from cpu_kernels import needs_compiler, open_cpu_session
 from families import BASE, VOCAB, randomise, tiny_model
 from oracle import open_session
@@ -19,9 +22,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from moac.checkpoint.families import FAMILIES, Family, Names, gemma3, model_spec, reading
+from moac.export.write import write_onnx
+from moac.packaging.fuse import head_order, pack_weights
+from moac.packaging.writer import write_weights
 from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
+from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
-from moac_runtime.backends.onnx.session import OnnxSession
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout
+from moac_runtime.backends.onnx.session import OnnxGraph, OnnxSession
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import Session
 from moac_runtime.errors import MoacError
 from moac_runtime.package.plan import Plan, dense_plan
 from moac_runtime.package.spec import ModelSpec, NormSpec
@@ -174,6 +185,60 @@ def test_the_onnx_graph_equals_the_library(family: str, tmp_path: Path) -> None:
     plan, wanted = whole(model_spec(model.config)), library(model, tokens)
     session = OnnxSession(export(model, plan, tmp_path), batch=1, capacity=LENGTH, chunk=16)
     torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
+
+
+def narrowed(width: int) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
+    """A Llama whose second layer's MLP is worth `width`, and a decoder that holds just that."""
+    model: Any = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight[width:] = 0
+    spec = model_spec(model.config)
+    own = replace(spec.kinds[0], intermediate_size=width)
+    spec = replace(spec, kinds=(*spec.kinds, own), layers=(0, 1))
+    weights = dict(model.state_dict())
+    for name in ("gate_proj", "up_proj"):
+        weights[f"model.layers.1.mlp.{name}.weight"] = getattr(mlp, name).weight[:width]
+    weights["model.layers.1.mlp.down_proj.weight"] = mlp.down_proj.weight[:, :width]
+    packed = pack_weights(weights.__getitem__, spec, head_order(whole(spec)))
+    tensors = {name: tensor.contiguous() for name, tensor in packed}
+    return model, Decoder(spec, tensors), tensors
+
+
+def test_layers_of_different_widths_equal_the_library() -> None:
+    model, decoder, _ = narrowed(48)
+    plan, tokens = whole(decoder.spec), text()
+    session = Session(decoder, plan, head_order(plan), batch=1, capacity=LENGTH)
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+def test_native_layers_of_different_widths_equal_the_library(kernels: str) -> None:
+    model, decoder, tensors = narrowed(48)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    engine = CpuEngine(
+        kernels_of(kernels), decoder.spec, addresses, dtype="float32", threads=2, memory=tensors
+    )
+    plan, tokens = whole(decoder.spec), text()
+    session = CpuSession(engine, plan, head_order(plan), batch=1, capacity=LENGTH, chunk=40)
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+def test_a_graph_of_layers_of_different_widths_equals_the_library(tmp_path: Path) -> None:
+    model, decoder, tensors = narrowed(48)
+    spec, tokens = decoder.spec, text()
+    plan = whole(spec)
+    write_weights(tmp_path, tensors.items(), dtype=torch.float32)
+    order = head_order(plan)
+    choices: Any = {"dtype": "float32", "capacity": LENGTH, "weights": "shared"}
+    write_onnx(tmp_path, spec=spec, plan=plan, head_order=order, **choices)
+    layout = OnnxLayout.from_json(json.loads((tmp_path / ONNX_LAYOUT).read_text()))
+    graph = OnnxGraph(tmp_path / ONNX_MODEL, layout, spec.ropes[0], threads=1)
+    session = OnnxSession(graph, batch=1, capacity=LENGTH)
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
 
 
 def _without_cap(model: Any) -> None:

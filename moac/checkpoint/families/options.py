@@ -50,7 +50,7 @@ def check_config_file(config: Mapping[str, Any], family: Family) -> None:
     for key, served in _OPTIONS.items():
         if config.get(key) and key not in family.options:
             raise refuse(key, config[key], served)
-    if config.get("pretraining_tp") not in (None, 1):
+    if config.get("pretraining_tp") not in (None, 1) and "pretraining_tp" not in family.options:
         raise refuse("pretraining_tp", config["pretraining_tp"], "1 (undivided projections)")
     _check_ropes(config, family)
 

@@ -37,4 +37,5 @@ def _rotating(config: Any) -> list[bool]:
     return [bool(rotates) for rotates in found[:layers]]
 
 
-FAMILY = Family(model_type="smollm3", spec=_spec)
+# pretraining_tp tells how it was trained: the library never divided the products of this family
+FAMILY = Family(model_type="smollm3", spec=_spec, options=frozenset({"pretraining_tp"}))
