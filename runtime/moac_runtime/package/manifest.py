@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
-from moac_runtime.package.records import fields_of, is_neutral, record_in, records_in
+from moac_runtime.package.records import has_neutral, record_in, records_in
 from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec
 from moac_runtime.package.weight_formats import matrix_kinds
 
@@ -162,7 +162,7 @@ def _check_sizes(name: str, record: Any) -> None:
             raise _wrong(f"{name}.{field.name}", value, "a positive number")
 
 
-def _check_fields(name: str, data: Any, kind: type) -> None:
+def _check_fields(name: str, data: Any, kind: Any) -> None:
     """Every field of the dataclass `kind` without a neutral value is there, all have their types,
     and nothing else is."""
     if not isinstance(data, dict):
@@ -170,8 +170,8 @@ def _check_fields(name: str, data: Any, kind: type) -> None:
     hints = get_type_hints(kind)
     if unknown := sorted(data.keys() - hints.keys()):
         raise _wrong(f"{name}.{unknown[0]}", data[unknown[0]], "no such field")
-    for field in fields_of(kind):
-        if is_neutral(field) and field.name not in data:
+    for field in fields(kind):
+        if has_neutral(field) and field.name not in data:
             continue
         hint = hints[field.name]
         inner = record_in(hint)

@@ -24,17 +24,12 @@ def from_json(kind: type[T], data: Mapping[str, Any]) -> T:
     hints = get_type_hints(kind)
     if unknown := sorted(data.keys() - hints.keys()):
         raise TypeError(f"{kind.__name__} has no field {unknown[0]!r}")
-    given = (field for field in fields_of(kind) if field.name in data or not is_neutral(field))
-    return kind(**{field.name: _typed(hints[field.name], data[field.name]) for field in given})
+    asked: Any = kind
+    given = [f.name for f in fields(asked) if f.name in data or not has_neutral(f)]
+    return kind(**{name: _typed(hints[name], data[name]) for name in given})
 
 
-def fields_of(kind: type) -> tuple[Field[Any], ...]:
-    """The fields of a dataclass."""
-    found: tuple[Field[Any], ...] = fields(kind)
-    return found
-
-
-def is_neutral(field: Field[Any]) -> bool:
+def has_neutral(field: Field[Any]) -> bool:
     """Whether a field has a neutral value, which it holds where it is left out."""
     return field.default is not MISSING
 
