@@ -13,7 +13,7 @@ from told import origin
 
 from moac.checkpoint import Checkpoint
 from moac.pipeline.plan_file import made_for, sealed, write_plan_file
-from moac.planning import Layout, uniform_plan
+from moac.planning import HeadLayout, uniform_plan
 from moac.store.atomic import write_whole
 from moac.store.kept import RESULTS, parse_name
 from moac_runtime.errors import MoacError
@@ -101,7 +101,7 @@ def made_uniform(
 
     `like`: a plan of the same sink, block and smallest span.
     """
-    plan = uniform_plan(Layout.of(like), budget=budget, lengths=lengths)
+    plan = uniform_plan(HeadLayout.of(like), budget=budget, lengths=lengths)
     record = sealed(plan, {"model": made_for(checkpoint), "budget": budget})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_plan_file(path, plan, record, force=True)
