@@ -410,7 +410,7 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MoacError, match=r"needs onnxruntime, .*pip install 'moac\[onnx\]'"):
         choose_backend("onnx", ["torch", "onnx"])
     with pytest.raises(UsageError, match=r"target onnx needs onnx, .*pip install 'moac\[onnx\]'"):
-        target.require_onnx()
+        target.require_onnx(model_spec(tiny_model("llama").config))
 
 
 def test_a_host_without_torch_takes_onnx(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,8 +144,7 @@ class Session(Rows[TorchRow]):
     def _frequencies(self, capacity: int) -> Tensor:
         spec = self._decoder.spec
         tables = rope_tables(spec.ropes, spec.head_dim, capacity)
-        found = torch.tensor(tables, dtype=torch.float32, device=self._decoder.device)
-        return found.view(-1, spec.head_dim // 2)  # of a model without positions, too
+        return torch.tensor(tables, dtype=torch.float32, device=self._decoder.device)
 
     def _run(
         self, feeds: Sequence[Feed], pieces: Sequence[Piece], rows: Sequence[TorchRow]
