@@ -16,7 +16,8 @@ from moac.packaging.kernels import CUDA_TARGETS
 from moac.packaging.writer import DEFAULT_SHARD_SIZE
 from moac.typed import Default, check_seed, check_types
 from moac_runtime.errors import UsageError
-from moac_runtime.package.manifest import DTYPES, WEIGHTS
+from moac_runtime.package.dtypes import DTYPES
+from moac_runtime.package.weight_formats import WEIGHTS
 
 TARGETS = ("torch", "onnx", *CPU_NAMES, *CUDA_TARGETS)
 ONNX_DTYPES = ("float32", "float16")

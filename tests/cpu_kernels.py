@@ -12,7 +12,7 @@ import torch
 from batches import Batch
 from transformers import PreTrainedModel
 
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.cpu_build import build_cpu, build_obstacle
 from moac_runtime.backends.cpu.engine import CpuEngine

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 from transformers.modeling_utils import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 320
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -38,7 +37,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
 }
 
-_BASE: dict[str, Any] = {
+# What every tiny config has.
+BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -56,7 +56,25 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 2,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "final_logit_softcapping": 8.0,
+        "tie_word_embeddings": True,
+    },
 }
+FAMILIES = tuple(_FAMILY)
+ONE_ROPE = tuple(name for name in FAMILIES if name != "gemma3_text")
+"""Those with one rotary table, of any kind of `ROPES`."""
 
 
 def tiny_model(
@@ -66,11 +84,7 @@ def tiny_model(
 
     `rope` names an entry of `ROPES`; "dynamic" comes with 64 positions unless overridden.
     """
-    values = {
-        **_BASE,
-        **_FAMILY[family],
-        "rope_parameters": {"rope_theta": 10000.0, **ROPES[rope]},
-    }
+    values = {**BASE, **_FAMILY[family], "rope_parameters": _rope(family, rope)}
     if rope == "dynamic":
         values["max_position_embeddings"] = 64
     config = CONFIG_MAPPING[family](**{**values, **overrides})
@@ -78,17 +92,28 @@ def tiny_model(
         torch.manual_seed(seed)
         classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
         model: Any = classes[type(config)](config)
-        _randomise(model)
+        randomise(model)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 
 
+def _rope(family: str, name: str) -> dict[str, Any]:
+    if family in ONE_ROPE:
+        return {"rope_theta": 10000.0, **ROPES[name]}
+    return {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {"rope_theta": 10000.0, **ROPES[name]},
+    }
+
+
 @torch.no_grad()
-def _randomise(model: PreTrainedModel) -> None:
+def randomise(model: PreTrainedModel) -> None:
+    """Give every parameter numbers of its own, so that none can be dropped unseen."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if name.endswith("norm.weight"):
-            parameter.copy_(1 + 0.2 * noise)
+            # about one: what multiplies is one more than the weight where that starts as zero
+            parameter.copy_(float(bool(parameter.any())) + 0.2 * noise)
         elif name.endswith(".bias") or "embed_tokens" in name or "lm_head" in name:
             parameter.copy_(0.3 * noise)
         else:

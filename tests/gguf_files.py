@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from families import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
-from moac.checkpoint.gguf import _NAMES
+from moac.checkpoint.families import Names
+from moac.checkpoint.gguf import library_names
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -136,7 +137,7 @@ def _stored(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
 
 def gguf_name(name: str) -> str:
     """The file's name of a tensor that transformers calls `name`."""
-    theirs = {ours: short for short, ours in _NAMES.items()}
+    theirs = {ours: short for short, ours in library_names(Names()).items()}
     stem, kind = name.rsplit(".", 1)
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     return f"blk.{block[1]}.{theirs[block[2]]}.{kind}" if block else f"{theirs[stem]}.{kind}"

@@ -19,7 +19,7 @@ import torch
 from batches import Batch
 from transformers import PreTrainedModel
 
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.kernels import require_kernels
 from moac_kernels.uncompiled import write_uncompiled

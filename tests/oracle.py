@@ -13,7 +13,7 @@ from batches import Batch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.backends.torch.decoder import Decoder

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from specs import plain_spec
 from torch import Tensor
 
 from moac.packaging import writer
@@ -35,11 +36,10 @@ from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.manifest import manifest_digest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
-from moac_runtime.package.spec import ModelSpec, RopeSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from moac_runtime.package.weights import expected_tensors, load_weights
 
-SPEC = ModelSpec(
-    family="llama",
+SPEC = plain_spec(
     num_layers=2,
     hidden_size=16,
     intermediate_size=24,
@@ -49,11 +49,10 @@ SPEC = ModelSpec(
     vocab_size=32,
     context=64,
     norm_eps=1e-5,
-    activation="silu",
     qkv_bias=True,
     o_bias=False,
     mlp_bias=False,
-    qk_norm=True,
+    qk_norm="head",
     tied_embeddings=False,
     windows=(None, 8),
     rope=RopeSpec("default", 1e4, (1.0, 0.1)),
@@ -66,6 +65,9 @@ PLAN = Plan(
     windows=SPEC.windows,
 )
 ORDER = ((1, 0), (0, 1))
+SHAPE = (
+    *("family", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "context"),
+)
 SHARD = "weights/model-00001-of-00003.safetensors"
 
 
@@ -320,7 +322,18 @@ def test_a_changed_manifest_is_refused(package: Path) -> None:
 @pytest.mark.parametrize("field", ["schema_version", "minimum_reader"])
 def test_a_newer_package_is_refused(package: Path, field: str) -> None:
     edit(package, lambda data: data.update({field: 7}), sign=False)  # newer rules of signing, too
-    refused(package, f"{field} 7", "reads up to 2", "upgrade moac")
+    refused(package, f"{field} 7", "reads up to 3", "upgrade moac")
+
+
+@pytest.mark.parametrize("field", ["schema_version", "minimum_reader"])
+def test_an_older_package_is_refused_with_what_to_do(package: Path, field: str) -> None:
+    edit(package, lambda data: data.update({field: 2}), sign=False)  # and signed otherwise
+    refused(
+        package,
+        f"{field} 2, but this moac reads 3",
+        "moac compile CHECKPOINT -o",
+        "python PACKAGE",
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,14 +368,22 @@ def test_wrong_fields_are_refused(package: Path, change: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_layers": "2"}, ["model.num_layers = '2'", "an integer"]),
-        ({"num_layers": 0}, ["model.num_layers = 0", "a positive number"]),
+        ({"hidden_size": "2"}, ["model.hidden_size = '2'", "an integer"]),
+        ({"hidden_size": 0}, ["model.hidden_size = 0", "a positive number"]),
         ({"num_heads": 3}, ["model.num_heads = 3", "a multiple of 2"]),
-        ({"qkv_bias": 1}, ["model.qkv_bias = 1", "true or false"]),
-        ({"norm_eps": "small"}, ["model.norm_eps", "a number"]),
-        ({"windows": [None]}, ["model.windows", "2 entries"]),
-        ({"windows": [None, "8"]}, ["model.windows", "an integer or null"]),
-        ({"rope": None}, ["model.rope = None", "an object"]),
+        ({"tied_embeddings": 1}, ["model.tied_embeddings = 1", "true or false"]),
+        ({"norm": {"eps": "small"}}, ["model.norm.eps", "a number"]),
+        ({"norm": 1e-5}, ["model.norm = 1e-05", "an object"]),
+        ({"norm": {}}, ["lacks the field 'model.norm.eps'"]),
+        ({"embedding_scale": 0}, ["model.embedding_scale = 0", "a positive number"]),
+        ({"logit_cap": -1.0}, ["model.logit_cap = -1.0", "a positive number"]),
+        ({"layers": []}, ["model.layers = []", "indices into 2 kinds"]),
+        ({"layers": [0, 2]}, ["model.layers = [0, 2]", "indices into 2 kinds"]),
+        ({"layers": [0, "1"]}, ["model.layers", "each item an integer"]),
+        ({"kinds": {}}, ["model.kinds = {}", "an array"]),
+        ({"kinds": [3]}, ["model.kinds[0] = 3", "an object"]),
+        ({"ropes": []}, ["model.ropes = []", "at least one rotary table"]),
+        ({"ropes": None}, ["model.ropes = None", "an array"]),
         ({"extra": 1}, ["model.extra", "no such field"]),
     ],
 )
@@ -371,14 +392,52 @@ def test_a_wrong_model_is_refused(package: Path, change: dict[str, Any], words: 
     refused(package, *words)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"intermediate_size": 0}, [".intermediate_size = 0", "a positive number"]),
+        ({"qkv_bias": 1}, [".qkv_bias = 1", "true or false"]),
+        ({"window": "8"}, [".window = '8'", "an integer or null"]),
+        ({"window": 0}, [".window = 0", "a positive number"]),
+        ({"rope": 1}, [".rope = 1", "an index into 1 ropes, or null"]),
+        ({"qk_norm": "all"}, [".qk_norm = 'all'", "one of head, width, or null"]),
+        ({"query_scale": -0.5}, [".query_scale = -0.5", "a positive number"]),
+        ({"extra": 1}, [".extra = 1", "no such field"]),
+    ],
+)
+def test_a_wrong_layer_is_refused(package: Path, change: dict[str, Any], words: list[str]) -> None:
+    edit(package, lambda data: data["model"]["kinds"][1].update(change))
+    refused(package, f"model.kinds[1]{words[0]}", words[1])
+
+
 def test_a_wrong_rope_is_refused(package: Path) -> None:
-    edit(package, lambda data: data["model"]["rope"].update(inv_freq=[1.0]))
-    refused(package, "model.rope.inv_freq", "2 values")
+    edit(package, lambda data: data["model"]["ropes"][0].update(inv_freq=[1.0]))
+    refused(package, "model.ropes[0].inv_freq", "2 values")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kv_format": "int8"}, ["kv_format = 'int8'", "one of float32"]),
+        ({"weight_formats": {}}, ["weight_formats = {}", "each of embed, qkv, o, gate_up, down"]),
+        ({"weight_formats": ["int8"]}, ["weight_formats = ['int8']", "an object"]),
+    ],
+)
+def test_wrong_formats_are_refused(
+    package: Path, change: dict[str, Any], words: list[str]
+) -> None:
+    edit(package, lambda data: data.update(change))
+    refused(package, *words)
+
+
+def test_an_unknown_weight_format_is_refused(package: Path) -> None:
+    edit(package, lambda data: data["weight_formats"].update(down="int4"))
+    refused(package, "weight_formats.down = 'int4'", "one of float32, int8")
 
 
 FIELDS = """
-    schema_version minimum_reader digest model dtype capacity head_order targets files
-    provenance verification
+    schema_version minimum_reader digest model dtype kv_format weight_formats capacity head_order
+    targets files provenance verification
 """
 
 
@@ -867,7 +926,34 @@ def test_a_living_writer_keeps_its_folder(package: Path, halfway: subprocess.Pop
 
 def test_specs_of_every_option_pass_the_manifest(tmp_path: Path) -> None:
     rope = RopeSpec("yarn", 5e5, (1.0, 0.25), scaling=1.2, factor=4.0, original_context=32)
-    spec = replace(SPEC, tied_embeddings=True, rope=rope, windows=(4, None))
+    norm = NormSpec(1e-6, plus_one=True)
+    first = LayerSpec(
+        norm=norm,
+        query_scale=0.3,
+        intermediate_size=8,
+        activation="gelu",
+        window=4,
+        rope=1,
+        qk_norm="width",
+        logit_cap=50.0,
+        pre_norm=False,
+        post_norm=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+    )
+    spec = ModelSpec.of_layers(
+        [first, replace(first, window=None, rope=None)],
+        **{name: getattr(SPEC, name) for name in SHAPE},
+        tied_embeddings=True,
+        norm=norm,
+        ropes=(*SPEC.ropes, rope),
+        embedding_scale=2.0,
+        residual_scale=0.5,
+        logit_scale=0.25,
+        logit_cap=30.0,
+    )
+    assert all(getattr(first, field.name) != field.default for field in fields(first))
     weights = random_weights(spec)
     with staged(tmp_path / "out") as folder:
         writer.write_weights(folder, weights.items(), dtype=torch.bfloat16)

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import CHAT_TEMPLATE, FAMILIES, ROPES, save_checkpoint, tiny_model
+from families import CHAT_TEMPLATE, FAMILIES, ONE_ROPE, ROPES, save_checkpoint, tiny_model
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moac.checkpoint import open_checkpoint
-from moac.checkpoint.model_spec import model_spec, parse_config
+from moac.checkpoint.families import model_spec, parse_config
 from moac_runtime.errors import CheckpointError, UsageError
 from moac_runtime.package.spec import ModelSpec
 
@@ -60,25 +60,36 @@ def refusal(source: Path | str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_ROPE)
 def test_rope_is_the_librarys_own(tiny_checkpoint: Make, family: str, rope: str) -> None:
     folder = tiny_checkpoint(family, rope=rope)
     spec = open_checkpoint(str(folder)).spec
     rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
-    assert spec.rope.kind == rope
-    assert torch.equal(torch.tensor(spec.rope.inv_freq), rotary.inv_freq)
-    assert spec.rope.scaling == rotary.attention_scaling
-    assert len(spec.rope.inv_freq) == spec.head_dim // 2
+    assert spec.ropes[0].kind == rope
+    assert torch.equal(torch.tensor(spec.ropes[0].inv_freq), rotary.inv_freq)
+    assert spec.ropes[0].scaling == rotary.attention_scaling
+    assert len(spec.ropes[0].inv_freq) == spec.head_dim // 2
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_each_kind_of_layer_has_the_librarys_own_rope(tiny_checkpoint: Make) -> None:
+    folder = tiny_checkpoint("gemma3_text", rope="linear")
+    spec = open_checkpoint(str(folder)).spec
+    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    for index, kind in enumerate(("sliding_attention", "full_attention")):
+        rope = spec.ropes[spec.layer(index).rope or 0]
+        assert torch.equal(torch.tensor(rope.inv_freq), getattr(rotary, f"{kind}_inv_freq"))
+    assert [rope.kind for rope in spec.ropes] == ["default", "linear"]
+    assert spec.ropes[0] != spec.ropes[1]
 
 
 def test_yarn_scales_cos_and_sin(tiny_checkpoint: Make) -> None:
     spec = open_checkpoint(str(tiny_checkpoint("llama", rope="yarn"))).spec
-    assert spec.rope.scaling == pytest.approx(1.1386, abs=1e-4)
+    assert spec.ropes[0].scaling == pytest.approx(1.1386, abs=1e-4)
 
 
 def test_dynamic_rope_carries_what_a_session_needs(tiny_checkpoint: Make) -> None:
-    rope = open_checkpoint(str(tiny_checkpoint("qwen2", rope="dynamic"))).spec.rope
+    rope = open_checkpoint(str(tiny_checkpoint("qwen2", rope="dynamic"))).spec.ropes[0]
     assert (rope.theta, rope.factor, rope.original_context) == (10000.0, 4.0, 64)
 
 
@@ -121,7 +132,9 @@ def test_biases_norms_and_ties(
     tiny_checkpoint: Make, family: str, options: dict[str, Any], expected: tuple[bool, ...]
 ) -> None:
     spec = open_checkpoint(str(tiny_checkpoint(family, **options))).spec
-    found = (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.tied_embeddings)
+    (own,) = spec.kinds
+    assert own.qk_norm in (None, "head")
+    found = (own.qkv_bias, own.o_bias, own.mlp_bias, bool(own.qk_norm), spec.tied_embeddings)
     assert found == expected
     assert spec.family == family
 
@@ -290,17 +303,19 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
 
 # ---- what is not served
 
+SERVED = "llama, mistral, qwen2, qwen3, smollm3, granite, gemma3_text"
+
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         (
             {"model_type": "gemma2"},
-            "model_type 'gemma2' is not served; served is llama, mistral, qwen2, qwen3",
+            f"model_type 'gemma2' is not served; served is {SERVED}",
         ),
         (
             {"model_type": "DROP"},
-            "model_type None is not served; served is llama, mistral, qwen2, qwen3",
+            f"model_type None is not served; served is {SERVED}",
         ),
         (
             {"hidden_act": "gelu_fast"},
@@ -368,6 +383,33 @@ def test_options_not_served(
 ) -> None:
     found = refusal(copy(**changes))
     assert found == sentence if sentence else "head_dim" in found
+
+
+def test_what_a_family_never_had_is_not_refused(copy: Callable[..., Path]) -> None:
+    assert open_checkpoint(str(copy("smollm3", pretraining_tp=2))).spec.num_layers == 2
+
+
+def test_a_family_reads_one_cap_and_refuses_the_other(copy: Callable[..., Path]) -> None:
+    folder = copy("gemma3_text")
+    assert open_checkpoint(str(folder)).spec.logit_cap == 8.0
+    for name, value in (("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True)):
+        edit_json(folder / "config.json", **{name: value})
+        assert f"{name} {value} is not served" in refusal(folder)
+        edit_json(folder / "config.json", **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, "lists 1 no_rope_layers for 2 layers"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier 0 where a positive number"),
+        ("granite", {"logits_scaling": -1.0}, "logits_scaling -1.0 where a positive number"),
+    ],
+)
+def test_wrong_values_of_a_family_s_own_fields(
+    copy: Callable[..., Path], family: str, changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(copy(family, **changes))
 
 
 def test_layer_kinds_not_served(copy: Callable[..., Path]) -> None:
@@ -475,7 +517,8 @@ def test_no_config_value_ends_in_a_traceback(
             continue
         assert spec.num_layers >= 1, changed
         assert spec.context >= 1, changed
-        assert all(math.isfinite(value) for value in spec.rope.inv_freq), changed
+        values_of = (value for rope in spec.ropes for value in rope.inv_freq)
+        assert all(math.isfinite(value) for value in values_of), changed
         assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert refused > 100
 
@@ -568,8 +611,8 @@ def test_a_gguf_is_the_same_checkpoint(tiny_checkpoint: Make, tmp_path: Path) ->
     state = write_gguf(path)
     checkpoint = open_checkpoint(str(path))
     directory = open_checkpoint(str(tiny_checkpoint("llama")))
-    assert checkpoint.spec.rope == directory.spec.rope
-    assert checkpoint.spec.norm_eps == pytest.approx(directory.spec.norm_eps)
+    assert checkpoint.spec.ropes == directory.spec.ropes
+    assert checkpoint.spec.norm.eps == pytest.approx(directory.spec.norm.eps)
     assert (checkpoint.dtype, checkpoint.eos_token_ids) == ("float32", (2, 0))
     assert checkpoint.tokenizer_files["chat_template.jinja"] == CHAT_TEMPLATE
     assert set(checkpoint.names()) == set(state)

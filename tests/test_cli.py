@@ -205,7 +205,7 @@ def edit_config(model: Path, **changes: Any) -> None:
         (emptied, "holds no config.json"),
         (no_config, "holds no config.json"),
         (broken_config, "config.json is not readable JSON"),
-        (another_architecture, "'gpt2' is not served; served is llama, mistral, qwen2, qwen3"),
+        (another_architecture, "'gpt2' is not served; served is llama, mistral, qwen2, qwen3, "),
         (contradicting_config, "where its config.json calls for"),
         (more_layers, "that its config.json calls for"),
         (no_weights, "model.safetensors"),
@@ -361,7 +361,7 @@ def edit_manifest(package: Path, **changes: Any) -> None:
 DAMAGES = [
     (altered, "was altered"),
     (missing_file, "tokenizer.json is missing"),
-    (newer_schema, "schema_version 99, but this moac reads up to 2"),
+    (newer_schema, "schema_version 99, but this moac reads up to 3"),
     (leaving_path, "names the file '../plan.json'"),
 ]
 NO_PACKAGES = [(no_manifest, "holds no moac.json"), (gone, "does not exist")]

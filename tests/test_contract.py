@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,10 +39,12 @@ MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
 
 @pytest.fixture(params=[pytest.param("cpu", marks=needs_compiler), "torch"])
 def open_empty(request: pytest.FixtureRequest) -> Open:
-    """`open_empty(plan, rope=...)`: a session without rows on the tiny model."""
+    """`open_empty(plan, family=..., rope=...)`: a session without rows on a tiny model."""
 
-    def opened(plan: Plan = MIXED, *, chunk: int = 512, rope: str = "default") -> Session:
-        model = tiny_model("llama", rope=rope)
+    def opened(
+        plan: Plan = MIXED, *, chunk: int = 512, family: str = "llama", rope: str = "default"
+    ) -> Session:
+        model = tiny_model(family, rope=rope)
         options: dict[str, Any] = {"batch": 0, "capacity": 1, "chunk": chunk}
         if request.param == "torch":
             return open_session(model, plan, **options).session
@@ -112,16 +115,23 @@ def test_rows_come_and_go_while_others_decode(open_empty: Open) -> None:
     assert session.admit(8) not in numbers  # a number is never given again
 
 
-def test_rows_of_different_capacities_in_a_step_equal_each_alone(open_empty: Open) -> None:
-    """Spans, and with dynamic RoPE frequencies too, follow from a row's own capacity."""
-    session, capacities = open_empty(chunk=24, rope="dynamic"), (40, 64, 100, 300)
+@pytest.mark.parametrize(
+    ("family", "windows"), [("llama", (None, None)), ("gemma3_text", (48, None))]
+)
+def test_rows_of_different_capacities_in_a_step_equal_each_alone(
+    open_empty: Open, family: str, windows: tuple[int | None, ...]
+) -> None:
+    """Spans, and with dynamic RoPE frequencies too, follow from a row's own capacity.
+
+    Of the two rotary tables of a Gemma the second alone is dynamic.
+    """
+    model, plan = tiny_model(family, rope="dynamic"), replace(MIXED, windows=windows)
+    asked: Any = {"family": family, "rope": "dynamic"}
+    session, capacities = open_empty(plan, chunk=24, **asked), (40, 64, 100, 300)
     rows = [session.admit(capacity) for capacity in capacities]
     texts = [text(capacity, seed=capacity) for capacity in capacities]
     # the library's frequencies follow from the tokens fed: as many as a row may hold
-    wanted = [
-        oracle_logits(tiny_model("llama", rope="dynamic"), tokens, MIXED, len(tokens))
-        for tokens in texts
-    ]
+    wanted = [oracle_logits(model, tokens, plan, len(tokens)) for tokens in texts]
     cuts = (31, 5, 38, 17)
     feeds = [Feed(row, t[:n], range(n)) for row, t, n in zip(rows, texts, cuts, strict=True)]
     for found, expected, n in zip(by_feed(session.step(feeds), feeds), wanted, cuts, strict=True):
@@ -132,7 +142,7 @@ def test_rows_of_different_capacities_in_a_step_equal_each_alone(open_empty: Ope
             session.step(feeds),
             torch.stack([w[n + step] for w, n in zip(wanted, cuts, strict=True)]),
         )
-    alone = open_empty(rope="dynamic")
+    alone = open_empty(plan, **asked)
     other = alone.step([Feed(alone.admit(300), texts[2][:38])])
     assert (torch.as_tensor(other)[0] - wanted[2][37]).abs().max() > 10 * ATOL
 

@@ -23,7 +23,7 @@ from moac import plan_model
 from moac.bench import runner, worker
 from moac.bench.request import BenchRequest
 from moac.bench.runner import run_bench
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.evaluation.sessions import open_sessions
 from moac.packaging import kernels
 from moac.pipeline import planner

@@ -196,9 +196,10 @@ def test_own_sliding_windows_equal_the_oracle(
     close(open_one().by_decode([tokens])[0], wanted)
 
 
-def test_bfloat16_is_as_near_as_the_librarys_own(kernels: str) -> None:
-    exact, tokens = tiny_model("llama"), text(64)
-    rounded = tiny_model("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3_text"])
+def test_bfloat16_is_as_near_as_the_librarys_own(kernels: str, family: str) -> None:
+    exact, tokens = tiny_model(family), text(64)
+    rounded = tiny_model(family).to(torch.bfloat16)
     exact.load_state_dict(rounded.state_dict())
     wanted = oracle_logits(exact, tokens, MIXED, 64)
     # the same weights and roundings in transformers, but for attention, which is exact there
@@ -300,7 +301,7 @@ def test_a_full_session_takes_no_more_and_loses_nothing(kernels: str) -> None:
 
 
 def test_what_the_kernels_do_not_serve_has_its_sentence() -> None:
-    from moac.checkpoint.model_spec import model_spec
+    from moac.checkpoint.families import model_spec
 
     spec = model_spec(model().config)
     assert obstacle(spec, "bfloat16") is None

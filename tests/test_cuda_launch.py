@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import plain_spec
 
 from moac_runtime.backends.cuda import device, source
 from moac_runtime.backends.cuda.binaries import Binary, choose
@@ -337,8 +338,7 @@ def test_no_gpu_is_one_sentence() -> None:
 
 
 def llama_8b() -> ModelSpec:
-    return ModelSpec(
-        family="llama",
+    return plain_spec(
         num_layers=32,
         hidden_size=4096,
         intermediate_size=14336,
@@ -348,13 +348,10 @@ def llama_8b() -> ModelSpec:
         vocab_size=128256,
         context=131072,
         norm_eps=1e-5,
-        activation="silu",
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
         tied_embeddings=False,
-        windows=(None,) * 32,
         rope=RopeSpec("default", 500000.0, (1.0,) * 64),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from batches import WRONG_FEEDS, Batch
-from families import FAMILIES, VOCAB, tiny_model
+from families import VOCAB, tiny_model
 from interpreted_cuda import interpreter, open_session
 from oracle import grown_masks, masked_logits, oracle_logits
 from oracle import open_session as open_torch_session
@@ -73,7 +73,8 @@ def family(name: str) -> None:
     assert session.kv_bytes() == torch_session.kv_bytes()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# what the templates compute; the others are refused before any work (test_kernels_package.py)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_family_equals_the_oracle(interpreted: Run, name: str) -> None:
     interpreted(family, name)
 

@@ -39,6 +39,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"rope": "yarn", "max_position_embeddings": CONTEXT, "sliding_window": 640},
     "qwen2": {"rope": "dynamic", "max_position_embeddings": CONTEXT // 4},
     "qwen3": {"rope": "linear", "max_position_embeddings": CONTEXT},
+    "smollm3": {"max_position_embeddings": CONTEXT},
+    "granite": {"max_position_embeddings": CONTEXT},
+    "gemma3_text": {"max_position_embeddings": CONTEXT, "sliding_window": 640},
 }
 INSPECTED = (
     *("density", "kv_bytes", "rules", "sink", "block", "lengths", "capacity", "targets"),
@@ -110,7 +113,13 @@ def decoder_of(artifact: Artifact, dtype: torch.dtype) -> Decoder:
 # ---- every family
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("smollm3", "granite") else ())
+        for name in MODELS
+    ],
+)
 def test_a_checkpoint_becomes_a_package_that_does_what_the_original_does(
     tiny_checkpoint: Make, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from specs import plain_spec
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -22,8 +23,7 @@ HIDDEN, INNER, DIM, VOCAB, LAYERS, LENGTH = 24, 20, 8, 32, 2, 12
 
 
 def make_spec(kv_heads: int, group: int, *, bias: bool, qk_norm: bool = False) -> ModelSpec:
-    return ModelSpec(
-        family="llama",
+    return plain_spec(
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         intermediate_size=INNER,
@@ -33,28 +33,26 @@ def make_spec(kv_heads: int, group: int, *, bias: bool, qk_norm: bool = False) -
         vocab_size=VOCAB,
         context=64,
         norm_eps=1e-6,
-        activation="silu",
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bias,
-        qk_norm=qk_norm,
+        qk_norm="head" if qk_norm else None,
         tied_embeddings=not bias,
-        windows=(None,) * LAYERS,
         rope=RopeSpec("default", 1e4, tuple(1e4 ** (-2 * i / DIM) for i in range(DIM // 2))),
     )
 
 
 def checkpoint(spec: ModelSpec) -> dict[str, Tensor]:
     """Random weights under the checkpoint's names, written out apart from the code under test."""
-    wide, narrow = spec.num_heads * DIM, spec.num_kv_heads * DIM
+    wide, narrow, own = spec.num_heads * DIM, spec.num_kv_heads * DIM, spec.kinds[0]
     linears = {
-        "self_attn.q_proj": (wide, HIDDEN, spec.qkv_bias),
-        "self_attn.k_proj": (narrow, HIDDEN, spec.qkv_bias),
-        "self_attn.v_proj": (narrow, HIDDEN, spec.qkv_bias),
-        "self_attn.o_proj": (HIDDEN, wide, spec.o_bias),
-        "mlp.gate_proj": (INNER, HIDDEN, spec.mlp_bias),
-        "mlp.up_proj": (INNER, HIDDEN, spec.mlp_bias),
-        "mlp.down_proj": (HIDDEN, INNER, spec.mlp_bias),
+        "self_attn.q_proj": (wide, HIDDEN, own.qkv_bias),
+        "self_attn.k_proj": (narrow, HIDDEN, own.qkv_bias),
+        "self_attn.v_proj": (narrow, HIDDEN, own.qkv_bias),
+        "self_attn.o_proj": (HIDDEN, wide, own.o_bias),
+        "mlp.gate_proj": (INNER, HIDDEN, own.mlp_bias),
+        "mlp.up_proj": (INNER, HIDDEN, own.mlp_bias),
+        "mlp.down_proj": (HIDDEN, INNER, own.mlp_bias),
     }
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),
@@ -69,7 +67,7 @@ def checkpoint(spec: ModelSpec) -> dict[str, Tensor]:
                 shapes[f"{prefix}.{name}.bias"] = (rows,)
         shapes[f"{prefix}.input_layernorm.weight"] = (HIDDEN,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (HIDDEN,)
-        if spec.qk_norm:
+        if own.qk_norm:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (DIM,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (DIM,)
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +217,7 @@ def drain(source: Callable[[str], Tensor], spec: ModelSpec, order: list[list[int
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     spec = make_spec(3, 2, bias=False)
-    wider = replace(spec, intermediate_size=INNER + 4)
+    wider = replace(spec, kinds=(replace(spec.kinds[0], intermediate_size=INNER + 4),))
     with pytest.raises(
         CheckpointError, match=r"gate_proj.weight has shape \[20, 24\].*\[24, 24\]"
     ):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import plain_spec
 from test_text import byte_tokenizer
 
 from moac_runtime.backends.open import choose_backend
@@ -24,7 +25,6 @@ LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 
 def tiny_spec(**changes: Any) -> ModelSpec:
     values: dict[str, Any] = dict(
-        family="llama",
         num_layers=LAYERS,
         hidden_size=8,
         intermediate_size=8,
@@ -34,16 +34,13 @@ def tiny_spec(**changes: Any) -> ModelSpec:
         vocab_size=VOCAB,
         context=1000,
         norm_eps=1e-5,
-        activation="silu",
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
         tied_embeddings=True,
-        windows=(None,) * LAYERS,
         rope=RopeSpec("default", 10000.0, (1.0, 0.1)),
     )
-    return ModelSpec(**values | changes)
+    return plain_spec(**values | changes)
 
 
 Script = Callable[[list[int]], list[int]]

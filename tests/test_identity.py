@@ -149,8 +149,9 @@ def test_scaled_frequencies_count_and_their_rounding_does_not(tiny_checkpoint: M
     files: Any = checkpoint.weights
     found = []
     for factor in (1.0, 1.0 + 2**-23, 1.01):  # one unit in the last place; a changed setting
-        given = tuple(f * factor for f in checkpoint.spec.rope.inv_freq)
-        spec = replace(checkpoint.spec, rope=replace(checkpoint.spec.rope, inv_freq=given))
+        (rope,) = checkpoint.spec.ropes
+        given = tuple(f * factor for f in rope.inv_freq)
+        spec = replace(checkpoint.spec, ropes=(replace(rope, inv_freq=given),))
         found.append(safetensors_identity(spec, files.files, checkpoint.names()))
     assert found[0] == found[1] == checkpoint.identity
     assert found[2] != found[0]

@@ -21,7 +21,7 @@ from tiny import CONTEXT, Compiled, moac_command, options, request
 from moac import compile_model
 from moac.bench.floor import weight_bytes_read
 from moac.checkpoint import open_checkpoint
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.quantise import disturb_weights, quantise, quantised, round_weights
 from moac.packaging.writer import write_manifest
@@ -189,21 +189,46 @@ def test_inspect_tells(package: Path, tiny_package: Compiled, capsys: Any) -> No
     assert moac_command("diff", tiny_package.package, package) == 0
 
 
-def test_a_reader_that_knows_no_int8_refuses(
-    package: Path, tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch
+def mixed(package: Path) -> Artifact:
+    """The package with one kind of matrix multiplied out, the others in 8 bits."""
+    index = json.loads((package / WEIGHT_INDEX).read_text())
+
+    def widened(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".down.weight")]:
+            scale = name.replace("weight", "scale")
+            tensors[name] = dequantised(tensors[name], tensors.pop(scale), torch.float32)
+            del index["weight_map"][scale]
+        (package / WEIGHT_INDEX).write_text(json.dumps(index))
+
+    rewritten(package, widened)
+    data = json.loads((package / "moac.json").read_text())
+    data["weight_formats"]["down"] = "float32"
+    data["digest"] = manifest.manifest_digest(data)
+    (package / "moac.json").write_text(json.dumps(data))
+    return open_artifact(package)
+
+
+def test_each_kind_of_matrix_has_a_format_of_its_own(
+    package: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(manifest, "SCHEMA_VERSION", 1)
-    open_artifact(tiny_package.package)
-    with pytest.raises(ArtifactError, match=r"version 2, but this moac reads up to 1: upgrade"):
-        open_artifact(package)
+    whole, artifact = load_weights(open_artifact(package), torch.float32), mixed(copy)
+    assert artifact.weights == "mixed"
+    found = load_weights(artifact, torch.float32)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+    assert moac_command("inspect", copy) == 0
+    assert "MiB, int8 and float32" in capsys.readouterr().out
 
 
 def test_unknown_weights_in_a_manifest_are_refused(copy: Path) -> None:
     data = json.loads((copy / "moac.json").read_text())
-    data["weights"] = "int4"
+    assert set(data["weight_formats"].values()) == {"int8"}
+    data["weight_formats"]["qkv"] = "int4"
     data["digest"] = manifest.manifest_digest(data)
     (copy / "moac.json").write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match="weights = 'int4', expected one of full, int8"):
+    with pytest.raises(
+        ArtifactError, match=r"formats.qkv = 'int4', expected one of float32, int8"
+    ):
         open_artifact(copy)
 
 
@@ -317,14 +342,19 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> Batch:
-    """Rows of 64 tokens of a native session on `model` in 8 bits."""
+def native(
+    model: Any, kernels: str, dtype: torch.dtype, *, wide: str = "none", **options: Any
+) -> Batch:
+    """Rows of 64 tokens of a native session on `model` in 8 bits, but for the matrices `wide`."""
     spec, order, weights = model_spec(model.config), head_order(PLAN), model.state_dict()
     narrow = (
         (name, weight if is_matrix(weight.shape) else weight.to(dtype))
         for name, weight in pack_weights(weights.__getitem__, spec, order)
     )
     tensors = dict(quantised(narrow))
+    for name in [name for name in tensors if name.endswith(f"{wide}.weight")]:
+        scales = tensors.pop(name.replace("weight", "scale"))
+        tensors[name] = dequantised(tensors[name], scales, dtype)
     engine = CpuEngine(
         library(kernels),
         spec,
@@ -359,6 +389,16 @@ def test_native_equals_the_rounded_model(kernels: str, family: str, width: int) 
     session = native(model, kernels, torch.float32)
     steps = session.by_decode([tokens])[0]
     torch.testing.assert_close(steps, wanted, rtol=0, atol=2e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wide", ["embed", "qkv", "o", "gate_up", "down", "lm_head"])
+def test_native_kernels_take_each_matrix_in_its_own_format(kernels: str, wide: str) -> None:
+    model, tokens = tiny_model("llama"), text(40)
+    wanted = oracle_logits(rounded_model("llama"), tokens, PLAN, 64)
+    session = native(model, kernels, torch.float32, wide=wide)
+    found = session.each([tokens])[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
 
 @needs_compiler

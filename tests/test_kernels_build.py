@@ -48,7 +48,7 @@ UNLIKE = replace(
     SMOLLM2,
     head_dim=48,
     norm_eps=1e-6,
-    activation="gelu_new",
+    activation="gelu_tanh",
     qk_norm=True,
     windowed=True,
     dtype="float16",
@@ -72,7 +72,7 @@ def test_generated_source_is_the_golden_one(source: str) -> None:
 
 
 def test_generated_sources_follow_the_model(tmp_path: Path) -> None:
-    write_sources(tmp_path, shape(3, 3, 80, windowed=True, activation="gelu_new"))
+    write_sources(tmp_path, shape(3, 3, 80, windowed=True, activation="gelu_tanh"))
     decode = (tmp_path / "decode.py").read_text(encoding="utf-8")
     for line in ("GROUP = tl.constexpr(3)", "HEAD_DIM = tl.constexpr(80)",
                  "DIM_TILE = tl.constexpr(128)", "WINDOWED = tl.constexpr(True)"):  # fmt: skip

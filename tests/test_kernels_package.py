@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import Compiled, moac_command, options, request
+from specs import plain_spec
+from tiny import CONTEXT, Compiled, moac_command, options, plan_options, request
 
 from moac import compile_model
 from moac.packaging.kernels import cuda_archs, plan_digest, require_kernels
@@ -19,6 +22,7 @@ from moac.show.inspection import inspect_package
 from moac_kernels.catalog import KERNELS
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.spec import NormSpec, RopeSpec
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +199,68 @@ def test_a_model_no_kernel_serves_is_one_sentence(tiny_package: Compiled) -> Non
     spec = open_artifact(tiny_package.package).spec
     with pytest.raises(UsageError, match="no kernel serves this model"):
         require_kernels(spec, None, "int4")
+
+
+NORM = NormSpec(1e-5)
+PLAIN = plain_spec(
+    num_layers=2,
+    rope=RopeSpec("default", 1e4, (1.0,) * 16),
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=320,
+    context=512,
+    tied_embeddings=True,
+)
+
+
+def one_layer(**changes: Any) -> dict[str, Any]:
+    """The second layer alone with other options."""
+    return {"kinds": (PLAIN.kinds[0], replace(PLAIN.kinds[0], **changes)), "layers": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ropes": PLAIN.ropes * 2}, "several rotary tables"),
+        (one_layer(rope=None), "layers without rotary embedding"),
+        (one_layer(norm=replace(NORM, plus_one=True)), "norms by 1 \\+ weight"),
+        ({"norm": replace(NORM, plus_one=True)}, "norms by 1 \\+ weight"),
+        ({"norm": NormSpec(1e-6)}, "norms of different epsilons"),
+        (one_layer(pre_norm=False), "layers without norms before them"),
+        (one_layer(post_norm=True), "norms after a sublayer"),
+        (one_layer(query_scale=1.0), "a query scale other than head_dim"),
+        (one_layer(logit_cap=50.0), "a cap on attention's scores"),
+        (one_layer(intermediate_size=64), "layers of different MLPs"),
+        (one_layer(qk_norm="head"), "layers of different MLPs or query and key norms"),
+        (
+            {"kinds": (replace(PLAIN.kinds[0], qk_norm="width"),)},
+            "norms of queries and keys across all heads",
+        ),
+        ({"embedding_scale": 2.0}, "an embedding scale"),
+        ({"residual_scale": 0.5}, "a residual scale"),
+        ({"logit_scale": 0.5}, "a logit scale"),
+        ({"logit_cap": 30.0}, "a cap on logits"),
+    ],
+)
+def test_what_the_templates_lack_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    assert require_kernels(PLAIN, None, "float32").hidden_size == 64
+    with pytest.raises(UsageError, match=f"the templates lack {words}.*leave cuda out"):
+        require_kernels(replace(PLAIN, **changes), None, "float32")
+
+
+def test_a_model_that_kernels_lack_is_refused_before_any_work(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    for target, words in (
+        ("torch,cuda:90", "the templates lack several rotary tables); leave cuda out of --target"),
+        ("torch,onnx", "the ONNX graph has no second rotary table"),
+    ):
+        asked = (*plan_options(), "--target", target, "--work-dir", work)
+        source = tiny_checkpoint("gemma3_text", max_position_embeddings=CONTEXT)
+        assert moac_command("compile", source, "-o", tmp_path / "out", *asked) == 2
+        assert words in capsys.readouterr().err
+    assert not work.exists()

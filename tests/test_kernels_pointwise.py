@@ -95,13 +95,13 @@ def test_rms_norm_with_and_without_residual(run: Interpreter, hidden: int) -> No
     torch.testing.assert_close(out, F.rms_norm(total, (hidden,), weight, kernels.norm_eps))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_gated_unit(run: Interpreter, activation: str) -> None:
     torch.manual_seed(0)
     functions = {
         "silu": F.silu,
         "gelu": F.gelu,
-        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
     }
     gate_up, out = 3 * torch.randn(2, 160), torch.empty(2, 80)

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import moac_runtime
 from moac import compile_model
-from moac.checkpoint.model_spec import model_spec
+from moac.checkpoint.families import model_spec
 from moac.export import target
 from moac.export.write import write_onnx
 from moac.packaging.fuse import head_order, pack_weights
@@ -70,7 +70,7 @@ def export(
     choices = {"dtype": dtype, "capacity": 512, "weights": "shared", **changes}
     write_onnx(folder, spec=spec, plan=plan, head_order=order, **choices)
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
-    return OnnxGraph(folder / ONNX_MODEL, layout, spec.rope, threads=1)
+    return OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes[0], threads=1)
 
 
 def open_session(graph: OnnxGraph, *, capacity: int, batch: int = 1, chunk: int = CHUNK) -> Batch:
@@ -89,6 +89,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"rope": "yarn", "num_attention_heads": 8},
     "qwen2": {"rope": "dynamic", "num_attention_heads": 2},
     "qwen3": {"rope": "linear"},
+    "smollm3": {},
+    "granite": {},
 }
 
 
@@ -299,7 +301,9 @@ def test_dynamic_frequencies_are_the_librarys(capacity: int) -> None:
     config = tiny_model("llama", rope="dynamic").config
     spec = model_spec(config)
     wanted, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=capacity)
-    close(torch.tensor(rope_frequencies(spec.rope, spec.head_dim, capacity)), wanted, atol=1e-7)
+    close(
+        torch.tensor(rope_frequencies(spec.ropes[0], spec.head_dim, capacity)), wanted, atol=1e-7
+    )
 
 
 def test_layout_survives_json() -> None:
@@ -406,7 +410,7 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MoacError, match=r"needs onnxruntime, .*pip install 'moac\[onnx\]'"):
         choose_backend("onnx", ["torch", "onnx"])
     with pytest.raises(UsageError, match=r"target onnx needs onnx, .*pip install 'moac\[onnx\]'"):
-        target.require_onnx()
+        target.require_onnx(model_spec(tiny_model("llama").config))
 
 
 def test_a_host_without_torch_takes_onnx(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def _sample(length: int, domain: str = "retrieval") -> CalibrationSample:
 
 
 def _spec(model: object) -> object:
-    from moac.checkpoint.model_spec import model_spec
+    from moac.checkpoint.families import model_spec
 
     return model_spec(model.config)  # type: ignore[attr-defined]
 

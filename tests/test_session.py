@@ -184,10 +184,11 @@ def test_the_checkpoints_own_window_is_its_own_mask() -> None:
     assert open_session(built, plan, capacity=64).kv_bytes() == 2 * 2 * 24 * 2 * 16 * 4
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_near_as_the_librarys_own(dtype: torch.dtype) -> None:
-    exact, tokens = tiny_model("llama"), text(64)
-    rounded = tiny_model("llama").to(dtype)
+def test_low_precision_is_as_near_as_the_librarys_own(dtype: torch.dtype, family: str) -> None:
+    exact, tokens = tiny_model(family), text(64)
+    rounded = tiny_model(family).to(dtype)
     exact.load_state_dict(rounded.state_dict())
     wanted = oracle_logits(exact, tokens, MIXED, 64)
     # the same weights and roundings in transformers, but for attention, which is exact there

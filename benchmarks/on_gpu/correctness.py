@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from moac.bench.ours import random_weights
-from moac.checkpoint.model_spec import model_spec, parse_config
+from moac.checkpoint.families import model_spec, parse_config
 from moac.packaging.fuse import head_order
 from moac.packaging.kernels import require_kernels
 from moac.pipeline.verify import FLOAT32_LIMIT

@@ -23,7 +23,7 @@ class Kernel:
 
     def signature(self, shape: KernelShape) -> dict[str, str]:
         """`{argument: Triton type}`, such as `*bf16`."""
-        dtype = DTYPES[shape.dtype]
+        dtype = DTYPES[shape.dtype][0]
         return {
             name: f"*{dtype if kind == 'x' else kind}" for name, kind in self.arguments.items()
         }

@@ -5,16 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
+# Triton's name, and bytes of an element.
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +54,7 @@ class KernelShape:
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return ITEMSIZE[self.dtype]
+        return DTYPES[self.dtype][1]
 
     @property
     def dim_tile(self) -> int:
@@ -88,7 +81,7 @@ class KernelShape:
             "HIDDEN": self.hidden_size,
             "HIDDEN_TILE": padded(self.hidden_size),
             "INNER": self.intermediate_size,
-            "ACTIVATION": ACTIVATIONS[self.activation],
+            "ACTIVATION": self.activation,
         }
 
 

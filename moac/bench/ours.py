@@ -63,13 +63,15 @@ class OurSystem:
 def random_weights(
     spec: ModelSpec, *, dtype: torch.dtype, device: str, seed: int
 ) -> dict[str, Tensor]:
-    """A package's weights by name, random numbers made in place; norms are one."""
+    """A package's weights by name, random numbers made in place; norms multiply by one."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in expected_tensors(spec).items():
         weight = torch.empty(shape, dtype=dtype, device=device)
-        norm = name.endswith("norm.weight")
-        weights[name] = weight.fill_(1) if norm else weight.normal_(0, 0.02, generator=generator)
+        if name.endswith("norm.weight"):
+            weights[name] = weight.fill_(0 if spec.norm.plus_one else 1)
+        else:
+            weights[name] = weight.normal_(0, 0.02, generator=generator)
     return weights
 
 

@@ -75,13 +75,13 @@ def shape_config(name: str) -> Any:
     """The transformers config of a shape. Raises UsageError for an unknown name."""
     if name not in SHAPES:
         raise UsageError(f"there is no shape {name!r}; choose from {', '.join(SHAPES)}")
-    from moac.checkpoint.model_spec import parse_config
+    from moac.checkpoint.families import parse_config
 
     return parse_config(SHAPES[name], f"the shape {name}")
 
 
 def shape_spec(name: str) -> ModelSpec:
     """The spec of a shape. Raises UsageError for an unknown name."""
-    from moac.checkpoint.model_spec import model_spec
+    from moac.checkpoint.families import model_spec
 
     return model_spec(shape_config(name))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moac.checkpoint.families import family_of, model_spec, parse_config
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.folders import check_whole_model, no_config
 from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
 from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
 from moac.checkpoint.library import quiet_library
-from moac.checkpoint.model_spec import model_spec, parse_config
-from moac.checkpoint.served import DTYPES, refuse
 from moac.checkpoint.source import (
     download_settings,
     download_weights,
@@ -30,6 +30,7 @@ from moac.checkpoint.tokenizer_sources import check_installed
 from moac.checkpoint.vocabulary import vocabulary_notes
 from moac.checkpoint.weights import SafetensorsWeights, open_weights
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _open_directory(source: str, revision: str | None, folder: Path) -> Checkpoi
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() or path.is_symlink() else {}
     texts = _read_texts(load_tokenizer(folder), config, generation, folder)
-    dtype = _dtype(config, weights.dtypes["model.embed_tokens.weight"])
+    dtype = _dtype(config, weights.dtypes[f"{family_of(spec.family).names.embed}.weight"])
     return Checkpoint(
         source, revision, folder, spec, dtype, texts.eos, texts.files, weights, *texts.told()
     )
@@ -255,13 +256,15 @@ def _dtype(config: Any, stored: str) -> str:
 
 def _check_tied(spec: ModelSpec, weights: SafetensorsWeights) -> None:
     """Refuse an output matrix that differs from the embedding it is said to be tied to."""
-    if not spec.tied_embeddings or "lm_head.weight" not in weights.files:
+    names = family_of(spec.family).names
+    first, second = f"{names.lm_head}.weight", f"{names.embed}.weight"
+    if not spec.tied_embeddings or first not in weights.files:
         return
-    head, embedding = weights.tensor("lm_head.weight"), weights.tensor("model.embed_tokens.weight")
+    head, embedding = weights.tensor(first), weights.tensor(second)
     if head.shape != embedding.shape or not bool((head == embedding).all()):
         raise CheckpointError(
-            "config.json says tie_word_embeddings, but lm_head.weight differs from "
-            "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
+            f"config.json says tie_word_embeddings, but {first} differs from {second}; set "
+            "tie_word_embeddings to false to use both"
         )
 
 

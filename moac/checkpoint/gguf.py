@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moac.checkpoint.families import Names, family_of, model_spec
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
-from moac.checkpoint.served import refuse
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ModelSpec
@@ -18,22 +19,6 @@ from moac_runtime.package.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _END_IDS = ("eos", "eot", "eom")
 
 
@@ -56,20 +41,43 @@ class GgufFile:
         return gguf_config(self.fields, self.shapes)
 
 
+def library_names(names: Names) -> dict[str, str]:
+    """The library's names of a family's modules by those that llama.cpp gives them."""
+    query, key, value = names.qkv
+    gate, up = names.gate_up
+    return {
+        "token_embd": names.embed,
+        "output_norm": names.norm,
+        "output": names.lm_head,
+        "attn_norm": names.attn_norm,
+        "ffn_norm": names.mlp_norm,
+        "attn_q": query,
+        "attn_k": key,
+        "attn_v": value,
+        "attn_output": names.o,
+        "attn_q_norm": names.q_norm,
+        "attn_k_norm": names.k_norm,
+        "ffn_gate": gate,
+        "ffn_up": up,
+        "ffn_down": names.down,
+    }
+
+
 def open_gguf(path: Path) -> GgufFile:
     """Read the header. Raises CheckpointError for a damaged file or something not served."""
     _check_start(path)
     try:
         reader = _reader(path)
         values = {name: value.contents() for name, value in reader.fields.items()}
-        shapes = {_hf_name(tensor.name): _shape(tensor) for tensor in reader.tensors}
+        found = {tensor.name: _shape(tensor) for tensor in reader.tensors}
         kinds = {tensor.tensor_type.name: tensor for tensor in reader.tensors if tensor.data.size}
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is not a whole GGUF file ({' '.join(str(error).split())}); download it again"
         ) from None
     fields = Fields(path, values)
-    check_fields(fields)
+    names = check_fields(fields).names
+    shapes = {_hf_name(name, names): shape for name, shape in found.items()}
     check_tokenizer_fields(fields)
     _check_kinds(kinds)
     return GgufFile(path, fields, shapes, _dtype(set(kinds)))
@@ -101,11 +109,11 @@ def _shape(tensor: Any) -> Shape:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _hf_name(name: str) -> str:
-    parts = name.split(".")
-    prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
+def _hf_name(name: str, names: Names) -> str:
+    parts, known = name.split("."), library_names(names)
+    prefix = f"{names.layers}.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
     stem, kind = parts[-2:] if len(parts) > 1 else (name, "")
-    return f"{prefix}{_NAMES[stem]}.{kind}" if stem in _NAMES else name
+    return f"{prefix}{known[stem]}.{kind}" if stem in known else name
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -132,8 +140,6 @@ def load_gguf_model(path: Path, dtype: Any) -> Any:
     """The dequantised model in `dtype`, with scaled-dot-product attention."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from moac.checkpoint.model_spec import model_spec
 
     config = open_gguf(path).config()
     weights = GgufWeights(path, model_spec(config))
@@ -166,21 +172,24 @@ class GgufWeights:
             raise CheckpointError(f"the checkpoint holds no tensor named {name}")
         if not self._stored:
             reader = _reader(self.path)
-            self._stored.update({_hf_name(tensor.name): tensor for tensor in reader.tensors})
+            names = family_of(self.spec.family).names
+            self._stored.update({_hf_name(found.name, names): found for found in reader.tensors})
         stored = self._stored[name]
         values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
         return self._in_halves(name, values.reshape(_shape(stored)))
 
     def _in_halves(self, name: str, values: Tensor) -> Tensor:
-        """Rows of a Llama's queries and keys as transformers rotates them.
+        """Rows of queries and keys as transformers rotates them.
 
-        The file has the two numbers that rotate together beside each other, in every head;
-        transformers has them half a head apart. Other families are stored as they are.
+        Of some families the file has the two numbers that rotate together beside each other, in
+        every head; transformers has them half a head apart.
         """
-        heads = {"q_proj": self.spec.num_heads, "k_proj": self.spec.num_kv_heads}
-        kind = name.split(".")[-2]
-        if self.spec.family != "llama" or kind not in heads:
+        family = family_of(self.spec.family)
+        query, key, _ = family.names.qkv
+        heads = {query: self.spec.num_heads, key: self.spec.num_kv_heads}
+        own = next((count for kind, count in heads.items() if f".{kind}." in name), None)
+        if not family.gguf_pairs or own is None:
             return values
         half = self.spec.head_dim // 2
-        pairs = values.reshape(heads[kind], half, 2, *values.shape[1:])
+        pairs = values.reshape(own, half, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape)

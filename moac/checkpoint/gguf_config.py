@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from moac.checkpoint.families import Family, gguf_family, parse_config
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_fields import Fields
-from moac.checkpoint.model_spec import parse_config
-from moac.checkpoint.served import refuse
 from moac_runtime.errors import CheckpointError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ORIGINAL = "use the original checkpoint"
 # After `ARCH.`: fields that the config is made of, or that say nothing about the function.
 _READ = (
@@ -38,14 +37,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NONE: tuple[Any, ...] = (0, False, "", [])
 
 
-def check_fields(fields: Fields) -> None:
-    """Refuse a file that is no model of a served kind, or a field that would be dropped."""
+def check_fields(fields: Fields) -> Family:
+    """The model's family; refuses a file of none, or with a field that would be dropped."""
     kind = fields.text("general.type", "model")
     if kind != "model":
         raise refuse("GGUF file of type", kind, "a model; give the model's own file")
     arch = fields.text("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise refuse("GGUF architecture", arch, ", ".join(ARCHITECTURES))
+    family = gguf_family(arch)
     parts = fields.whole("split.count", 0)
     if parts > 1:
         raise CheckpointError(
@@ -59,6 +57,7 @@ def check_fields(fields: Fields) -> None:
             continue
         if value not in _NEUTRAL.get(short, _NONE):
             raise refuse(f"{name} =", value, f"a GGUF file without it; {_ORIGINAL}")
+    return family
 
 
 def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
@@ -71,17 +70,20 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
             "the scaling of RoPE by", "rope_freqs.weight", f"a GGUF file without it; {_ORIGINAL}"
         )
     arch = fields.text("general.architecture")
+    family = gguf_family(arch)
+    names = family.names
+    first = f"{names.layers}.0"
     values = {
-        "model_type": arch,
+        "model_type": family.model_type,
         **_sizes(fields, arch),
         "rms_norm_eps": fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": fields.number(f"{arch}.rope.freq_base", 10000.0),
         },
-        "attention_bias": "model.layers.0.self_attn.o_proj.bias" in tensors,
-        "mlp_bias": "model.layers.0.mlp.down_proj.bias" in tensors,
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "attention_bias": f"{first}.{names.o}.bias" in tensors,
+        "mlp_bias": f"{first}.{names.down}.bias" in tensors,
+        "tie_word_embeddings": f"{names.lm_head}.weight" not in tensors,
         **{f"{name}_token_id": token_id(fields, name) for name in ("bos", "eos")},
         "pad_token_id": token_id(fields, "padding"),
     }

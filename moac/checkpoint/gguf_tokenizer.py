@@ -21,9 +21,9 @@ from tokenizers import (
     processors,
 )
 
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import token_id
 from moac.checkpoint.gguf_fields import Fields
-from moac.checkpoint.served import refuse
 from moac_runtime.errors import CheckpointError
 
 _SPACE = "▁"

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.records import to_json
+from moac_runtime.package.spec import ModelSpec, RopeSpec
 
-_SCHEME = "moac model 1"
+_SCHEME = "moac model 2"
 _CHUNK = 1 << 20
 _FOLLOWS_FROM_THETA = ("default", "dynamic")  # RoPE kinds
 
@@ -54,12 +55,17 @@ def _identity(spec: ModelSpec, digests: Mapping[str, str]) -> str:
 
 
 def _described(spec: ModelSpec) -> dict[str, Any]:
-    """The spec without what a library's or a processor's rounding may change."""
-    rope = spec.rope
+    """The spec without what a library's or a processor's rounding may change.
+
+    Options that are neutral are not told, so one that is added later changes no identity.
+    """
+    return spec.to_json() | {"ropes": [_rounded(rope) for rope in spec.ropes]}
+
+
+def _rounded(rope: RopeSpec) -> dict[str, Any]:
     given = () if rope.kind in _FOLLOWS_FROM_THETA else rope.inv_freq
     rounded = {"inv_freq": [f"{f:.4g}" for f in given], "scaling": f"{rope.scaling:.6g}"}
-    told = spec.to_json()
-    return told | {"rope": told["rope"] | rounded}
+    return to_json(rope) | rounded
 
 
 @dataclass(frozen=True, slots=True)

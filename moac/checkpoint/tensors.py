@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 Shape = tuple[int, ...]
 
@@ -14,34 +15,42 @@ _COMPUTED = (".rotary_emb.inv_freq",)
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
-    """Name and shape of every tensor of a checkpoint of `spec`."""
-    hidden = spec.hidden_size
+    """Name and shape of every tensor of a checkpoint of `spec`, as its family names them."""
+    hidden, names = spec.hidden_size, family_of(spec.family).names
     shapes: dict[str, Shape] = {
-        "model.embed_tokens.weight": (spec.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        f"{names.embed}.weight": (spec.vocab_size, hidden),
+        f"{names.norm}.weight": (hidden,),
     }
-    for layer in range(spec.num_layers):
-        shapes.update((f"model.layers.{layer}.{name}", shape) for name, shape in _layer(spec))
+    for index in range(spec.num_layers):
+        prefix, own = f"{names.layers}.{index}", _layer(spec, spec.layer(index), names)
+        shapes.update((f"{prefix}.{name}", shape) for name, shape in own)
     if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+        shapes[f"{names.lm_head}.weight"] = (spec.vocab_size, hidden)
     return shapes
 
 
-def _layer(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    hidden, mlp = spec.hidden_size, spec.intermediate_size
+def _layer(spec: ModelSpec, layer: LayerSpec, names: Names) -> Iterator[tuple[str, Shape]]:
+    hidden, mlp = spec.hidden_size, layer.intermediate_size
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield "input_layernorm.weight", (hidden,)
-    yield "post_attention_layernorm.weight", (hidden,)
-    if spec.qk_norm:
-        yield "self_attn.q_norm.weight", (spec.head_dim,)
-        yield "self_attn.k_norm.weight", (spec.head_dim,)
-    yield from _linear("self_attn.q_proj", queries, hidden, spec.qkv_bias)
-    yield from _linear("self_attn.k_proj", keys, hidden, spec.qkv_bias)
-    yield from _linear("self_attn.v_proj", keys, hidden, spec.qkv_bias)
-    yield from _linear("self_attn.o_proj", hidden, queries, spec.o_bias)
-    yield from _linear("mlp.gate_proj", mlp, hidden, spec.mlp_bias)
-    yield from _linear("mlp.up_proj", mlp, hidden, spec.mlp_bias)
-    yield from _linear("mlp.down_proj", hidden, mlp, spec.mlp_bias)
+    before, after = (names.attn_norm, names.mlp_norm), (names.attn_post_norm, names.mlp_post_norm)
+    for name in (*(before if layer.pre_norm else ()), *(after if layer.post_norm else ())):
+        yield f"{name}.weight", (hidden,)
+    if layer.qk_norm is not None:
+        wide = layer.qk_norm == "width"
+        yield f"{names.q_norm}.weight", (queries if wide else spec.head_dim,)
+        yield f"{names.k_norm}.weight", (keys if wide else spec.head_dim,)
+    yield from _stacked(names.qkv, (queries, keys, keys), hidden, layer.qkv_bias)
+    yield from _linear(names.o, hidden, queries, layer.o_bias)
+    yield from _stacked(names.gate_up, (mlp, mlp), hidden, layer.mlp_bias)
+    yield from _linear(names.down, hidden, mlp, layer.mlp_bias)
+
+
+def _stacked(
+    names: Sequence[str], rows: Sequence[int], columns: int, bias: bool
+) -> Iterator[tuple[str, Shape]]:
+    """A matrix of several parts: each under its name, or all of it under one."""
+    for name, count in zip(names, rows if len(names) > 1 else [sum(rows)], strict=True):
+        yield from _linear(name, count, columns, bias)
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
@@ -65,7 +74,7 @@ def check_tensors(
             f"{where} lacks {_count(missing)} that {config} calls for; the checkpoint is "
             f"incomplete or {config} belongs to another model"
         )
-    allowed = {*expected, "lm_head.weight"}
+    allowed = {*expected, f"{family_of(spec.family).names.lm_head}.weight"}
     surplus = [n for n in found if n not in allowed and not n.endswith(_COMPUTED)]
     if surplus:
         raise CheckpointError(

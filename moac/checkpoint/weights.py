@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.folders import no_weights
 from moac.checkpoint.quantised import check_plain_weights
-from moac.checkpoint.served import refuse
 from moac.checkpoint.source import read_json
 from moac.checkpoint.stand_ins import check_file
 from moac.checkpoint.tensors import Shape
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

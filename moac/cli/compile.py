@@ -11,6 +11,7 @@ import click
 from moac.cli.dry_run import show_estimate
 from moac.cli.options import given, planning_options, size, words
 from moac.extras import require
+from moac_runtime.package.weight_formats import WEIGHTS
 
 
 @click.command("compile")
@@ -40,7 +41,7 @@ from moac.extras import require
 )
 @click.option(
     "--weights",
-    type=click.Choice(("full", "int8")),
+    type=click.Choice(WEIGHTS),
     default="full",
     show_default=True,
     help="how weights are stored: full (as --dtype says), or int8, every matrix in 8 bits "

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Dim = int | str
+ELEMENTS = {
+    "float32": TensorProto.FLOAT,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+}
 
 
 class Builder:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 from onnx import GraphProto, TensorProto
 
-from moac.export.builder import Builder
+from moac.export.builder import ELEMENTS, Builder
 from moac.export.step import Step
 from moac_runtime.backends.onnx.layout import CacheLayout, OnnxLayout
-from moac_runtime.errors import UsageError
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.activations import ACTIVATIONS
+from moac_runtime.package.spec import ModelSpec, NormSpec
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
-KINDS = {"float32": FLOAT, "float16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +46,20 @@ class _Graph:
         self._spec = spec
         self._layout = layout
         self._weights = weights
-        self._kind = KINDS[layout.dtype]
+        self._kind = ELEMENTS[layout.dtype]
 
     def build(self) -> GraphProto:
         b = self._b
         self._declare()
         self._step = Step(b, self._spec, self._layout, self._kind)
         x = self._weights.rows(b, "embed.weight", b.op("Reshape", "tokens", b.ints(-1)))
+        x = self._scaled(x, self._spec.embedding_scale)
         new = []
         for layer in range(self._spec.num_layers):
             with b.scope(f"layers.{layer}"):
                 attended, k, v = self._attention(layer, x)
-                x = b.op("Add", x, attended)
-                x = b.op("Add", x, self._mlp(layer, x))
+                x = self._added(layer, x, attended, "attn_post_norm")
+                x = self._added(layer, x, self._mlp(layer, x), "mlp_post_norm")
                 new.append((k, v))
         self._write(new, x)
         self._logits(x)
@@ -85,9 +85,11 @@ class _Graph:
     def _logits(self, x: str) -> None:
         b = self._b
         with b.scope("head"):
-            x = self._norm(b.op("Gather", x, "wanted", axis=0), "norm.weight")
+            x = self._norm(b.op("Gather", x, "wanted", axis=0), "norm.weight", self._spec.norm)
             head = "embed.weight" if self._spec.tied_embeddings else "lm_head.weight"
             logits = self._as(FLOAT, self._weights.linear(b, x, head, None))
+            logits = self._scaled(logits, self._spec.logit_scale, FLOAT)
+            logits = self._capped(logits, self._spec.logit_cap)
         b.op("Identity", logits, name="logits")
         b.output("logits", FLOAT, ["wanted", self._spec.vocab_size])
 
@@ -95,19 +97,24 @@ class _Graph:
 
     def _attention(self, layer: int, x: str) -> tuple[str, str, str]:
         """What `x` `[M, hidden]` attends to, and its keys and values `[B, K, T, D]`."""
-        b, spec, name = self._b, self._spec, f"layers.{layer}"
+        b, spec, name, own = self._b, self._spec, f"layers.{layer}", self._spec.layer(layer)
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        qkv = self._linear(f"{name}.qkv", self._norm(x, f"{name}.attn_norm.weight"), spec.qkv_bias)
+        if own.pre_norm:
+            x = self._norm(x, f"{name}.attn_norm.weight", own.norm)
+        qkv = self._linear(f"{name}.qkv", x, own.qkv_bias)
+        if own.qk_norm == "width":
+            qkv = self._wide_qk_norm(layer, qkv)
         qkv = b.op("Reshape", qkv, self._step.by_row(heads + 2 * kv_heads, spec.head_dim))
         qkv = b.op("Transpose", qkv, perm=[0, 2, 1, 3])
         qk, v = b.ops("Split", qkv, b.ints(heads + kv_heads, kv_heads), outputs=2, axis=1)
-        qk = self._rotated(self._qk_norm(layer, qk) if spec.qk_norm else qk)
+        qk = self._qk_norm(layer, qk) if own.qk_norm == "head" else qk
+        qk = qk if own.rope is None else self._rotated(qk)
         q, k = b.ops("Split", qk, b.ints(heads, kv_heads), outputs=2, axis=1)
-        q = b.op("Mul", q, b.number(spec.head_dim**-0.5, self._kind))
+        q = b.op("Mul", q, b.number(own.query_scale, self._kind))
         caches = self._layout.of_layer(layer)
         parts = [
-            self._attend(cache, *own)
-            for cache, *own in zip(
+            self._attend(cache, *cut, cap=own.logit_cap)
+            for cache, *cut in zip(
                 caches,
                 self._cut(q, caches, spec.group_size),
                 self._cut(k, caches),
@@ -118,7 +125,7 @@ class _Graph:
         out = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=1)
         out = b.op("Transpose", out, perm=[0, 2, 1, 3])
         out = b.op("Reshape", out, b.ints(-1, heads * spec.head_dim))
-        return self._linear(f"{name}.o", out, spec.o_bias), k, v
+        return self._linear(f"{name}.o", out, own.o_bias), k, v
 
     def _cut(self, x: str, caches: Sequence[CacheLayout], share: int = 1) -> list[str]:
         """`x` `[B, heads, ...]` cut into each cache's heads, `share` of them for a KV head."""
@@ -135,13 +142,21 @@ class _Graph:
         return b.op("Add", b.op("Mul", x, step.cos), turned)
 
     def _qk_norm(self, layer: int, qk: str) -> str:
-        b, spec = self._b, self._spec
+        b, spec, norm = self._b, self._spec, self._spec.layer(layer).norm
         sizes = b.ints(spec.num_heads, spec.num_kv_heads)
         q, k = b.ops("Split", qk, sizes, outputs=2, axis=1)
-        q = self._norm(q, f"layers.{layer}.q_norm.weight")
-        return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight"), axis=1)
+        q = self._norm(q, f"layers.{layer}.q_norm.weight", norm)
+        return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight", norm), axis=1)
 
-    def _attend(self, cache: CacheLayout, q: str, k: str, v: str) -> str:
+    def _wide_qk_norm(self, layer: int, qkv: str) -> str:
+        """Queries and keys of `[M, (H + 2K) D]` normed across all of their heads."""
+        b, spec, norm = self._b, self._spec, self._spec.layer(layer).norm
+        widths = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads)]
+        q, k, v = b.ops("Split", qkv, b.ints(*widths, widths[1]), outputs=3, axis=1)
+        q = self._norm(q, f"layers.{layer}.q_norm.weight", norm)
+        return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight", norm), v, axis=1)
+
+    def _attend(self, cache: CacheLayout, q: str, k: str, v: str, *, cap: float | None) -> str:
         """What one cache's heads attend to, `[B, n * G, T, D]`.
 
         Held and own keys are scored apart, so that no cache is copied. A group's queries stand
@@ -156,7 +171,7 @@ class _Graph:
                 b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
                 for keys in (held_k, k)
             ]
-            scored = self._as(FLOAT, b.op("Concat", *scores, axis=-1))
+            scored = self._capped(self._as(FLOAT, b.op("Concat", *scores, axis=-1)), cap)
             scored = b.op("Reshape", scored, step.split_group(n))
             shares = b.op("Softmax", b.op("Add", scored, step.mask(cache.span)), axis=-1)
             shares = self._as(self._kind, b.op("Reshape", shares, step.join_group(cache.span)))
@@ -165,37 +180,49 @@ class _Graph:
             return b.op("Reshape", out, b.ints(0, n * group, -1, dim))
 
     def _mlp(self, layer: int, x: str) -> str:
-        b, spec, name = self._b, self._spec, f"layers.{layer}"
-        x = self._norm(x, f"{name}.mlp_norm.weight")
-        both = self._linear(f"{name}.gate_up", x, spec.mlp_bias)
+        b, own, name = self._b, self._spec.layer(layer), f"layers.{layer}"
+        if own.pre_norm:
+            x = self._norm(x, f"{name}.mlp_norm.weight", own.norm)
+        both = self._linear(f"{name}.gate_up", x, own.mlp_bias)
         gate, up = b.ops("Split", both, outputs=2, num_outputs=2, axis=-1)
-        return self._linear(f"{name}.down", b.op("Mul", self._activated(gate), up), spec.mlp_bias)
+        gated = b.op("Mul", self._activated(own.activation, gate), up)
+        return self._linear(f"{name}.down", gated, own.mlp_bias)
 
-    def _activated(self, x: str) -> str:
-        b, kind = self._b, self._spec.activation
-        if kind in ("silu", "swish"):
-            return b.op("Mul", x, b.op("Sigmoid", x))
-        if kind == "gelu":
-            return b.op("Gelu", x)
-        if kind in ("gelu_new", "gelu_pytorch_tanh"):
-            return b.op("Gelu", x, approximate="tanh")
-        if kind == "relu":
-            return b.op("Relu", x)
-        raise UsageError(
-            f"the activation {kind!r} has no ONNX graph here, expected silu, gelu or relu; "
-            "leave onnx out of --target"
-        )
+    def _activated(self, name: str, x: str) -> str:
+        kind = ACTIVATIONS[name]
+        found = self._b.op(str(kind.onnx), x, **kind.options)
+        return self._b.op("Mul", x, found) if kind.gate else found
+
+    def _added(self, layer: int, x: str, out: str, post_norm: str) -> str:
+        """The residual `x` and what a sublayer adds to it."""
+        own = self._spec.layer(layer)
+        if own.post_norm:
+            out = self._norm(out, f"layers.{layer}.{post_norm}.weight", own.norm)
+        return self._b.op("Add", x, self._scaled(out, self._spec.residual_scale))
+
+    def _scaled(self, x: str, scale: float, kind: int | None = None) -> str:
+        return x if scale == 1 else self._b.op("Mul", x, self._b.number(scale, kind or self._kind))
+
+    def _capped(self, x: str, cap: float | None) -> str:
+        """Float32 `x` as `cap tanh(x / cap)`."""
+        if cap is None:
+            return x
+        b = self._b
+        return b.op("Mul", b.op("Tanh", b.op("Div", x, b.number(cap))), b.number(cap))
 
     def _linear(self, name: str, x: str, bias: bool) -> str:
         return self._weights.linear(self._b, x, f"{name}.weight", f"{name}.bias" if bias else None)
 
-    def _norm(self, x: str, name: str) -> str:
+    def _norm(self, x: str, name: str, norm: NormSpec) -> str:
         """RMS norm; these very operations are what runtimes fuse into one."""
         b, wide = self._b, self._as(FLOAT, x)
         mean = b.op("ReduceMean", b.op("Pow", wide, b.number(2.0)), b.ints(-1), keepdims=1)
-        root = b.op("Sqrt", b.op("Add", mean, b.number(self._spec.norm_eps)))
-        scaled = self._as(self._kind, b.op("Div", wide, root))
-        return b.op("Mul", scaled, self._weights.tensor(b, name))
+        root = b.op("Sqrt", b.op("Add", mean, b.number(norm.eps)))
+        scaled, weight = b.op("Div", wide, root), self._weights.tensor(b, name)
+        if norm.plus_one:
+            weight = b.op("Add", self._as(FLOAT, weight), b.number(1.0))
+            return self._as(self._kind, b.op("Mul", scaled, weight))
+        return b.op("Mul", self._as(self._kind, scaled), weight)
 
     def _as(self, kind: int, x: str) -> str:
         """`x`, which is float32 or of the graph's dtype, as element type `kind`."""

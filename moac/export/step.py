@@ -97,7 +97,8 @@ class Step:
         return b.op("Range", b.number(0, INT32), scalar, b.number(1, INT32))
 
     def _rotation(self, kind: int) -> tuple[str, str]:
-        b, scaling = self._b, self._spec.rope.scaling
+        (rope,) = self._spec.ropes
+        b, scaling = self._b, rope.scaling
         position = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 3)), to=FLOAT)
         angle = b.op("Mul", position, "inv_freq")
         cos, sin = b.op("Cos", angle), b.op("Sin", angle)

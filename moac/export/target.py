@@ -14,15 +14,28 @@ from moac.packaging.golden import reference_logits
 from moac.request import CompileRequest
 from moac_runtime.errors import UsageError
 from moac_runtime.host.extras import missing
+from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.golden import GoldenPrompt
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 
-def require_onnx() -> None:
-    """Raise UsageError where a package that compiling for onnx needs is not installed."""
+def require_onnx(spec: ModelSpec) -> None:
+    """Raise UsageError where compiling for onnx lacks a library, or the graph an option."""
     for name in ("onnx", "onnx_ir", "onnxruntime"):
         if find_spec(name) is None:
             raise UsageError(f"the target onnx needs {missing(name)}")
+    if (lacking := _lacking(spec)) is not None:
+        raise UsageError(f"the ONNX graph has no {lacking}; leave onnx out of --target")
+
+
+def _lacking(spec: ModelSpec) -> str | None:
+    """The first option of the model that the graph does not compute."""
+    if len(spec.ropes) > 1:
+        return "second rotary table: inv_freq is one input"
+    known = {name for name, one in ACTIVATIONS.items() if one.onnx is not None}
+    unknown = next((x.activation for x in spec.kinds if x.activation not in known), None)
+    return None if unknown is None else f"activation {unknown!r}"
 
 
 def emit_onnx(

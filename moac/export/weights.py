@@ -12,10 +12,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 
-from moac.export.builder import Builder
-from moac.export.graph import KINDS, GraphWeights
+from moac.export.builder import ELEMENTS, Builder
+from moac.export.graph import GraphWeights
+from moac_runtime.package.dtypes import DTYPES
 
-_STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+_STORED = {DTYPES[name].safetensors: element for name, element in ELEMENTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def _tensors(package: Path, shard: Path) -> Iterator[tuple[str, Stored]]:
 
 def shared_weights(package: Path, dtype: str) -> GraphWeights:
     """Weights read where they lie; the graph casts those that are not stored in `dtype`."""
-    source = _Shared(stored_tensors(package), KINDS[dtype])
+    source = _Shared(stored_tensors(package), ELEMENTS[dtype])
     return GraphWeights(source.tensor, source.rows, source.linear)
 
 
@@ -91,7 +92,7 @@ class _Shared:
 
 def readable_weights(package: Path, dtype: str) -> GraphWeights:
     """Weights as `shared_weights`, but linear ones by value, for a quantizer to read."""
-    shared = _Shared(stored_tensors(package), KINDS[dtype])
+    shared = _Shared(stored_tensors(package), ELEMENTS[dtype])
     linear = _Readable(package, shared, dtype).linear
     return GraphWeights(shared.tensor, shared.rows, linear)
 

@@ -45,7 +45,7 @@ def write_onnx(
 ) -> None:
     """Write the graph over the weights that stand in `staging` already, checked.
 
-    Raises UsageError for an activation without a graph, OSError.
+    Raises OSError.
     """
     spans, caches = cache_layouts(plan, head_order)
     layout = OnnxLayout(

@@ -6,13 +6,15 @@ Heads under equal rules stand side by side, so that a runtime serves them as one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 Source = Callable[[str], Tensor]
 
@@ -34,24 +36,26 @@ def pack_weights(
     """Yield `(package name, tensor)` for every weight, one layer in memory at a time.
 
     `tensor`: the checkpoint's weight by its name (`model.layers.0.self_attn.q_proj.weight`), as
-    Llama, Mistral, Qwen2 and Qwen3 name them. Raises ValueError where an order is no permutation,
+    the spec's family names it. Raises ValueError where an order is no permutation,
     CheckpointError where a weight's shape contradicts `spec`.
     """
     _check_order(spec, head_order)
-    read = _checked(tensor)
-    yield "embed.weight", read("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-    for layer, order in enumerate(head_order):
-        yield from _attention(read, spec, layer, order)
-        yield from _mlp(read, spec, layer)
-    yield "norm.weight", read("model.norm.weight", (spec.hidden_size,))
+    names, read = family_of(spec.family).names, _checked(tensor)
+    table = (spec.vocab_size, spec.hidden_size)
+    yield "embed.weight", read(f"{names.embed}.weight", table)
+    for index, order in enumerate(head_order):
+        layer = _Layer(read, names, spec, spec.layer(index), index)
+        yield from layer.attention(order)
+        yield from layer.mlp()
+    yield "norm.weight", read(f"{names.norm}.weight", (spec.hidden_size,))
     if not spec.tied_embeddings:
-        yield "lm_head.weight", read("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        yield "lm_head.weight", read(f"{names.lm_head}.weight", table)
 
 
-_Read = Callable[[str, tuple[int, ...]], Tensor]
+Read = Callable[[str, tuple[int, ...]], Tensor]
 
 
-def _checked(tensor: Source) -> _Read:
+def _checked(tensor: Source) -> Read:
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         found = tensor(name)
         if tuple(found.shape) != shape:
@@ -78,33 +82,83 @@ def _check_order(spec: ModelSpec, head_order: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _attention(
-    read: _Read, spec: ModelSpec, layer: int, order: Sequence[int]
-) -> Iterator[tuple[str, Tensor]]:
-    old, new = f"model.layers.{layer}", f"layers.{layer}"
-    hidden, width = spec.hidden_size, spec.num_heads * spec.head_dim
-    yield f"{new}.attn_norm.weight", read(f"{old}.input_layernorm.weight", (hidden,))
-    yield f"{new}.qkv.weight", _qkv(read, spec, f"{old}.self_attn", "weight", order)
-    if spec.qkv_bias:
-        yield f"{new}.qkv.bias", _qkv(read, spec, f"{old}.self_attn", "bias", order)
-    if spec.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            weight = read(f"{old}.self_attn.{name}.weight", (spec.head_dim,))
-            yield f"{new}.{name}.weight", weight
-    out = read(f"{old}.self_attn.o_proj.weight", (hidden, width))
-    yield f"{new}.o.weight", _permuted(out, 1, order, spec.num_kv_heads)
-    if spec.o_bias:
-        yield f"{new}.o.bias", read(f"{old}.self_attn.o_proj.bias", (hidden,))
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of the checkpoint, read part by part and told as the package has it."""
+
+    read: Read
+    names: Names
+    spec: ModelSpec
+    layer: LayerSpec
+    index: int
+
+    def attention(self, order: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        spec, layer, names, kv_heads = self.spec, self.layer, self.names, self.spec.num_kv_heads
+        hidden, dim = spec.hidden_size, spec.head_dim
+        heads = (spec.num_heads, kv_heads, kv_heads)
+        if layer.pre_norm:
+            yield self._norm("attn_norm", names.attn_norm)
+        for kind in _kinds(layer.qkv_bias):
+            whole = self._stacked(names.qkv, kind, [count * dim for count in heads])
+            parts = whole.split([count * dim for count in heads])
+            permuted = [_permuted(part, 0, order, kv_heads) for part in parts]
+            yield self._name(f"qkv.{kind}"), torch.cat(permuted)
+        if layer.qk_norm is not None:
+            yield self._head_norm("q_norm", names.q_norm, spec.num_heads, order)
+            yield self._head_norm("k_norm", names.k_norm, kv_heads, order)
+        out = self._read(f"{names.o}.weight", (hidden, spec.num_heads * dim))
+        yield self._name("o.weight"), _permuted(out, 1, order, kv_heads)
+        if layer.o_bias:
+            yield self._name("o.bias"), self._read(f"{names.o}.bias", (hidden,))
+        if layer.post_norm:
+            yield self._norm("attn_post_norm", names.attn_post_norm)
+
+    def mlp(self) -> Iterator[tuple[str, Tensor]]:
+        layer, names = self.layer, self.names
+        hidden, inner = self.spec.hidden_size, layer.intermediate_size
+        if layer.pre_norm:
+            yield self._norm("mlp_norm", names.mlp_norm)
+        for kind in _kinds(layer.mlp_bias):
+            stacked = self._stacked(names.gate_up, kind, [inner, inner])
+            yield self._name(f"gate_up.{kind}"), stacked
+        yield self._name("down.weight"), self._read(f"{names.down}.weight", (hidden, inner))
+        if layer.mlp_bias:
+            yield self._name("down.bias"), self._read(f"{names.down}.bias", (hidden,))
+        if layer.post_norm:
+            yield self._norm("mlp_post_norm", names.mlp_post_norm)
+
+    def _name(self, name: str) -> str:
+        return f"layers.{self.index}.{name}"
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.read(f"{self.names.layers}.{self.index}.{name}", shape)
+
+    def _norm(self, ours: str, theirs: str) -> tuple[str, Tensor]:
+        weight = self._read(f"{theirs}.weight", (self.spec.hidden_size,))
+        return self._name(f"{ours}.weight"), weight
+
+    def _head_norm(
+        self, ours: str, theirs: str, heads: int, order: Sequence[int]
+    ) -> tuple[str, Tensor]:
+        wide, dim = self.layer.qk_norm == "width", self.spec.head_dim
+        weight = self._read(f"{theirs}.weight", (heads * dim if wide else dim,))
+        if wide:
+            weight = _permuted(weight, 0, order, self.spec.num_kv_heads)
+        return self._name(f"{ours}.weight"), weight
+
+    def _stacked(self, names: Sequence[str], kind: str, rows: Sequence[int]) -> Tensor:
+        """Parts one under the other, which the checkpoint may hold so already."""
+        columns = (self.spec.hidden_size,) if kind == "weight" else ()
+        held = rows if len(names) > 1 else [sum(rows)]
+        parts = [
+            self._read(f"{name}.{kind}", (count, *columns))
+            for name, count in zip(names, held, strict=True)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _qkv(read: _Read, spec: ModelSpec, prefix: str, kind: str, order: Sequence[int]) -> Tensor:
-    columns = (spec.hidden_size,) if kind == "weight" else ()
-    rows = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
-    parts = (
-        read(f"{prefix}.{letter}_proj.{kind}", (heads * spec.head_dim, *columns))
-        for letter, heads in rows.items()
-    )
-    return torch.cat([_permuted(part, 0, order, spec.num_kv_heads) for part in parts])
+def _kinds(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
 
 
 def _permuted(weight: Tensor, dim: int, order: Sequence[int], num_kv_heads: int) -> Tensor:
@@ -112,17 +166,3 @@ def _permuted(weight: Tensor, dim: int, order: Sequence[int], num_kv_heads: int)
     before, after = weight.shape[:dim], weight.shape[dim + 1 :]
     groups = weight.reshape(*before, num_kv_heads, -1, *after)
     return groups.index_select(dim, torch.tensor(order)).reshape(weight.shape)
-
-
-def _mlp(read: _Read, spec: ModelSpec, layer: int) -> Iterator[tuple[str, Tensor]]:
-    old, new = f"model.layers.{layer}", f"layers.{layer}"
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    yield f"{new}.mlp_norm.weight", read(f"{old}.post_attention_layernorm.weight", (hidden,))
-    gate_up = [read(f"{old}.mlp.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")]
-    yield f"{new}.gate_up.weight", torch.cat(gate_up)
-    if spec.mlp_bias:
-        biases = [read(f"{old}.mlp.{part}_proj.bias", (inner,)) for part in ("gate", "up")]
-        yield f"{new}.gate_up.bias", torch.cat(biases)
-    yield f"{new}.down.weight", read(f"{old}.mlp.down_proj.weight", (hidden, inner))
-    if spec.mlp_bias:
-        yield f"{new}.down.bias", read(f"{old}.mlp.down_proj.bias", (hidden,))

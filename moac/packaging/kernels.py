@@ -15,9 +15,10 @@ from moac_kernels.tiles import ARCHS
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.host.extras import missing
+from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import ModelSpec, NormSpec
 
 CUDA_TARGETS = ("cuda", *(f"cuda:{arch}" for arch in ARCHS))
 _LISTED = ("name", "arch", "registers", "shared", "spills", "cubin", "ptx")
@@ -34,16 +35,19 @@ def require_kernels(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelSha
     """The shape to build for. Raises UsageError where Triton is missing or no kernel serves it."""
     if find_spec("triton") is None:
         raise UsageError(f"the target cuda needs {missing('triton')} (on Linux)")
+    layer = spec.kinds[0]
     try:
+        if (lacking := _lacking(spec)) is not None:
+            raise ValueError(f"the templates lack {lacking}")
         return KernelShape(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            norm_eps=spec.norm_eps,
-            activation=spec.activation,
-            qk_norm=spec.qk_norm,
+            intermediate_size=layer.intermediate_size,
+            norm_eps=layer.norm.eps,
+            activation=ACTIVATIONS[layer.activation].triton or layer.activation,
+            qk_norm=layer.qk_norm is not None,
             windowed=any(window is not None for window in spec.windows),
             dtype=dtype,
             plan="" if plan is None else plan_digest(plan),
@@ -52,6 +56,37 @@ def require_kernels(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelSha
         raise UsageError(
             f"no kernel serves this model ({error}); leave cuda out of --target"
         ) from error
+
+
+def _lacking(spec: ModelSpec) -> str | None:
+    """The first option of the model that no template computes."""
+    layers, whole = spec.kinds, spec.head_dim**-0.5
+    first = layers[0]
+    lacking = {
+        "several rotary tables": len(spec.ropes) != 1,
+        "layers without rotary embedding": any(layer.rope is None for layer in layers),
+        "norms by 1 + weight": any(norm.plus_one for norm in _norms(spec)),
+        "norms of different epsilons": len({norm.eps for norm in _norms(spec)}) > 1,
+        "layers without norms before them": not all(layer.pre_norm for layer in layers),
+        "norms after a sublayer": any(layer.post_norm for layer in layers),
+        "norms of queries and keys across all heads": first.qk_norm == "width",
+        "a query scale other than head_dim ** -0.5": any(x.query_scale != whole for x in layers),
+        "a cap on attention's scores": any(layer.logit_cap is not None for layer in layers),
+        "layers of different MLPs or query and key norms": any(
+            (x.intermediate_size, x.activation, x.qk_norm)
+            != (first.intermediate_size, first.activation, first.qk_norm)
+            for x in layers
+        ),
+        "an embedding scale": spec.embedding_scale != 1,
+        "a residual scale": spec.residual_scale != 1,
+        "a logit scale": spec.logit_scale != 1,
+        "a cap on logits": spec.logit_cap is not None,
+    }
+    return next((name for name, found in lacking.items() if found), None)
+
+
+def _norms(spec: ModelSpec) -> list[NormSpec]:
+    return [spec.norm, *(layer.norm for layer in spec.kinds)]
 
 
 def plan_digest(plan: Plan) -> str:

@@ -25,6 +25,7 @@ from moac_runtime.package.integrity import MANIFEST, hash_files, package_files
 from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION, manifest_digest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weight_formats import weight_formats
 
 DEFAULT_SHARD_SIZE = 10**9
 
@@ -115,17 +116,17 @@ def write_manifest(
 ) -> None:
     """Write `moac.json` over everything the folder holds; writing it again replaces it.
 
-    Only int8 `weights` need a reader of schema 2, so that older ones go on reading all others.
-    Raises ValueError for a NaN in the records, OSError.
+    `weights`: "full" or "int8". Raises ValueError for a NaN in the records, OSError.
     """
     names = [name for name in package_files(staging) if name != MANIFEST]
     content = {
         "format": FORMAT,
-        "schema_version": 1 if weights == "full" else SCHEMA_VERSION,
-        "minimum_reader": 1 if weights == "full" else SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        "minimum_reader": SCHEMA_VERSION,
         "model": model.to_json(),
         "dtype": dtype,
-        **({} if weights == "full" else {"weights": weights}),
+        "kv_format": dtype,
+        "weight_formats": weight_formats(model, weights, dtype),
         "capacity": capacity,
         "head_order": head_order,
         "targets": targets,

@@ -171,7 +171,7 @@ def check_packaging(checkpoint: Checkpoint, request: CompileRequest) -> CompileR
     if request.targets is None:
         return replace(request, targets=default_targets(spec, dtype))
     if "onnx" in request.targets:
-        require_onnx()
+        require_onnx(spec)
     if cuda_archs(request.targets):
         require_kernels(spec, None, dtype)
     require_cpu(spec, dtype, request.targets)

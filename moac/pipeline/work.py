@@ -231,11 +231,12 @@ def measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:
     """Operations a second of this model's largest product, at 512 rows."""
     kind: torch.dtype = getattr(torch, dtype)
     x = torch.ones(512, spec.hidden_size, dtype=kind, device=device)
-    weight = torch.ones(spec.intermediate_size, spec.hidden_size, dtype=kind, device=device)
+    width = max(spec.mlp_widths)
+    weight = torch.ones(width, spec.hidden_size, dtype=kind, device=device)
     float((x @ weight.T).float().sum())
     started, count = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < 0.5:
         float((x @ weight.T)[0, 0])
         count += 1
     # A model's passes reach about half the rate of one product.
-    return 2 * x.numel() * spec.intermediate_size * count / seconds / 2
+    return 2 * x.numel() * width * count / seconds / 2

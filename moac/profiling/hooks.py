@@ -6,7 +6,7 @@ transformers hands down to the attention function: no global state, safe under r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from moac.profiling.attention import InfluenceRecorder, influence_attention
 from moac_kernels.reference import layer_mask, masked_attention
+from moac_runtime.errors import MoacError
 from moac_runtime.package.span import HeadSpan, visible
 
 INFLUENCE = "moac_influence"  # measures what spans would cost, on the way back
 REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float32: for checking
 
 _QUERY_ROWS = 256
+# What transformers hands to attention of some models, and what changes the outcome.
+_CHANGING = ("softcap", "s_aux", "head_mask")
 
 
 @contextmanager
@@ -44,8 +47,9 @@ def _influence(
     scaling: float,
     *,
     moac_recorder: InfluenceRecorder,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    _check_options(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = influence_attention(
         query, key, value, scale=scaling, layer=layer, recorder=moac_recorder
@@ -62,8 +66,9 @@ def _reference(
     scaling: float,
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    _check_options(options)
     heads = moac_spans[int(module.layer_idx)]  # type: ignore[arg-type]
     place = torch.arange(query.shape[2], device=query.device)
     parts = []
@@ -71,6 +76,16 @@ def _reference(
         mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), rows, place, len(heads))
         parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise MoacError for an option of attention that these functions would drop."""
+    found = next((name for name in _CHANGING if options.get(name) is not None), None)
+    if found is not None:
+        raise MoacError(
+            f"the model's attention takes {found}, which is neither profiled nor checked; compile "
+            "a model whose attention does without"
+        )
 
 
 AttentionInterface.register(INFLUENCE, _influence)

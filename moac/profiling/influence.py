@@ -128,7 +128,7 @@ def backward_bytes(
 
     `layers`: whose activations are kept, None is all of them.
     """
-    widths = 8 * spec.hidden_size + 4 * spec.intermediate_size
+    widths = 8 * spec.hidden_size + 4 * max(spec.mlp_widths)
     activations = length * widths * (layers or spec.num_layers) * itemsize
     return activations + scored * spec.vocab_size * 4 * _LOGIT_COPIES
 

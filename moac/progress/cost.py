@@ -40,7 +40,7 @@ class Costs:
     def forward(self, length: int, density: float = 1.0) -> float:
         """Operations of a pass over `length` tokens that attends to a share of all keys."""
         spec = self.spec
-        linear = 2 * spec.num_layers * layer_weights(spec)
+        linear = 2 * layers_weights(spec)
         seen = length * length * density  # of two products, each under a causal mask
         return float(length * linear + 2 * spec.num_layers * seen * spec.num_heads * spec.head_dim)
 
@@ -68,10 +68,10 @@ class Costs:
 def parameters(spec: ModelSpec) -> int:
     """Weights of the whole model."""
     table = spec.vocab_size * spec.hidden_size
-    return table * (1 if spec.tied_embeddings else 2) + spec.num_layers * layer_weights(spec)
+    return table * (1 if spec.tied_embeddings else 2) + layers_weights(spec)
 
 
-def layer_weights(spec: ModelSpec) -> int:
-    """Weights of one layer."""
+def layers_weights(spec: ModelSpec) -> int:
+    """Weights of all layers."""
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
-    return attention + 3 * spec.hidden_size * spec.intermediate_size
+    return spec.num_layers * attention + 3 * spec.hidden_size * sum(spec.mlp_widths)

@@ -32,7 +32,11 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     plan = artifact.plan
     return {
         "path": str(artifact.root),
-        "model": artifact.spec.to_json(),
+        "model": {
+            **artifact.spec.to_json(),
+            "num_layers": artifact.spec.num_layers,
+            "windows": list(artifact.spec.windows),
+        },
         "dtype": artifact.dtype,
         "weights": artifact.weights,
         "capacity": artifact.capacity,

@@ -165,8 +165,9 @@ def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _stored(found: dict[str, Any]) -> str:
-    dtype = found["dtype"]
-    return dtype if found["weights"] == "full" else f"int8, norms and biases {dtype}"
+    dtype: str = found["dtype"]
+    narrow = {"int8": f"int8, norms and biases {dtype}", "mixed": f"int8 and {dtype}"}
+    return narrow.get(found["weights"], dtype)
 
 
 def _cpu(found: dict[str, Any]) -> str:

@@ -23,21 +23,30 @@ struct Matrix {
   int64_t format;
 };
 
-// Weights of one layer; biases and the norms of queries and keys are null where the model has none.
-// They are of the engine's type, whatever the matrices' format.
+// Weights of one layer. Norms and biases are of the engine's type, whatever the matrices' format,
+// and null where the layer has none: a norm that is null leaves what it would norm as it is.
+// Then the layer's options. `inner`: width of its MLP. `activation`: 0 silu, 1 gelu, 2 gelu by
+// tanh, 3 relu. `rope`: which rotary table, -1 none. `plus_one`: norms multiply by 1 + weight.
+// `wide_qk_norm`: queries and keys are normed across all heads, not head by head. `query_scale`
+// multiplies scores, which are then capped by `logit_cap` (0: they are not).
 struct Layer {
-  const void *attn_norm, *q_norm, *k_norm, *mlp_norm;
+  const void *attn_norm, *q_norm, *k_norm, *mlp_norm, *attn_post_norm, *mlp_post_norm;
   Matrix qkv, o, gate_up, down;
   const void *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+  int64_t inner, activation, rope, plus_one, wide_qk_norm;
+  double norm_eps, query_scale, logit_cap;
 };
 
-// `bf16`: the engine's type is bfloat16, else float32. `activation`: 0 silu, 1 gelu, 2 gelu by tanh,
-// 3 relu.
+// `inner`: the widest layer's. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
+// `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
+// embedding, what a sublayer adds, and logits, which are then capped by `logit_cap` (0: not).
+// `rope_scalings`: of each of `num_ropes` rotary tables, the factor on cos and sin.
 struct Model {
-  int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, activation;
-  double norm_eps, rope_scaling;
+  int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, num_ropes, plus_one;
+  double norm_eps, embedding_scale, residual_scale, logit_scale, logit_cap;
   Matrix embed, head;
   const void *norm;
+  const double *rope_scalings;
   const Layer *layers;
 };
 
@@ -50,7 +59,7 @@ struct Cache {
 };
 
 // `count` tokens of a row from position `start` on; a step's tokens lie segment after segment. A row
-// has caches and RoPE frequencies [head_dim / 2] of its own: `first_cache[layer]` to
+// has caches and RoPE frequencies [num_ropes, head_dim / 2] of its own: `first_cache[layer]` to
 // `first_cache[layer + 1]` are the layer's.
 struct Segment {
   const Cache *caches;

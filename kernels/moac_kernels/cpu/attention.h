@@ -181,6 +181,16 @@ static inline void soften(float *scores, int64_t ld, int64_t n, int64_t row, Par
   to.sum[row] += vsum(sum);
 }
 
+// Scores become cap tanh(score / cap), both in powers of two; n of them, padded to whole vectors.
+static inline void cap_scores(float *s, int64_t n, float cap) {
+  const vec slope = vset(2 * 1.44269504f / cap), one = vset(1), most = vset(-60);
+  for (int64_t j = 0; j < n; j += W) {
+    vec x = vmax(vmul(vload(s + j), slope), most);
+    const vec power = vexp2(vsub(vzero(), vmax(vsub(vzero(), x), most)));
+    vstore(s + j, vmul(vset(cap), vdiv(vsub(power, one), vadd(power, one))));
+  }
+}
+
 // Scores of G query rows q [G][D] with n keys: scores[g][j], rows DECODE_BLOCK apart.
 template <int G, class A, class T>
 static inline void score(const A *q, int64_t d, const T *keys, const T *values, int64_t stride,
@@ -193,9 +203,10 @@ static inline void score(const A *q, int64_t d, const T *keys, const T *values, 
 }
 
 // Add n keys, all seen, to the running softmax of `group` rows q [group][D], scaled for 2^x.
+// `cap`: of the scores, 0 for none.
 template <class A, class T>
 static void attend_one(const A *q, int64_t group, int64_t d, const T *keys, const T *values,
-                       int64_t stride, int64_t n, Partial to) {
+                       int64_t stride, int64_t n, Partial to, float cap) {
   alignas(64) float scores[MOST_GROUP * DECODE_BLOCK];
   alignas(64) A weights[MOST_GROUP * DECODE_BLOCK];
   for (int64_t j = 0; j < n; j += DECODE_BLOCK) {
@@ -208,6 +219,7 @@ static void attend_one(const A *q, int64_t group, int64_t d, const T *keys, cons
       else if (group - g == 2) score<2>(q + g * d, d, k, v, stride, block, s), g += 2;
       else score<1>(q + g * d, d, k, v, stride, block, s), g += 1;
     }
+    for (int64_t g = 0; cap && g < group; g++) cap_scores(scores + g * DECODE_BLOCK, block, cap);
     for (int64_t g = 0; g < group; g++) soften(scores, DECODE_BLOCK, block, g, to, d, weights);
     for (int64_t g = 0; g < group;) {
       const A *p = weights + g * DECODE_BLOCK;
@@ -256,10 +268,10 @@ template <class A> struct TileMemory {
 };
 
 // Add a block of keys to the running softmax of a tile: rows are `tokens` queries from position
-// `from` on, times `group`. `ld`: length of a row of out.
+// `from` on, times `group`. `ld`: length of a row of out. `cap`: of the scores, 0 for none.
 template <class A, class T>
 static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
-                         int64_t d, int64_t ld, const Run<T> &run) {
+                         int64_t d, int64_t ld, const Run<T> &run, float cap) {
   const int64_t rows = tokens * group, n = run.count;
   for (int64_t c = 0; c < n; c += TILE_COLUMNS) {
     pack_columns(run.keys + c * run.stride, run.stride, n - c, d, at.pack);
@@ -273,6 +285,7 @@ static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group,
     const int64_t high = larger(0, smaller(n, query + 1 - run.first));
     for (int64_t row = t * group; row < (t + 1) * group; row++) {
       float *s = at.scores + row * KEY_BLOCK;
+      if (cap) cap_scores(s, n, cap);
       if (edge) {
         for (int64_t j = 0; j < low; j++) s[j] = HIDDEN;
         for (int64_t j = high; j < n; j++) s[j] = HIDDEN;
@@ -291,7 +304,7 @@ static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group,
 // Attention of a tile over all runs, clipped to it already.
 template <class A, class T>
 static void attend_tile(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
-                        int64_t d, int64_t ld, const Runs<T> &runs) {
+                        int64_t d, int64_t ld, const Runs<T> &runs, float cap) {
   for (int64_t row = 0; row < tokens * group; row++) {
     at.to.peak[row] = HIDDEN;
     at.to.sum[row] = 0;
@@ -302,6 +315,7 @@ static void attend_tile(const TileMemory<A> &at, int64_t tokens, int64_t group, 
     for (int64_t j = 0; j < run.count; j += KEY_BLOCK)
       attend_block(at, tokens, group, from, d, ld,
                    Run<T>{run.keys + j * run.stride, run.values + j * run.stride, run.stride,
-                          run.first + j, smaller(KEY_BLOCK, run.count - j), run.reach});
+                          run.first + j, smaller(KEY_BLOCK, run.count - j), run.reach},
+                   cap);
   }
 }

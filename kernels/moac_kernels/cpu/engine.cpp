@@ -17,6 +17,7 @@ static void *allocate(int64_t bytes) {
 constexpr int64_t MOST_HEAD_DIM = 256;
 constexpr int64_t LAYER_PHASES = 8;
 constexpr int64_t MOST_TILES = 64;   // of a task of a product
+constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t BLOCK_ROWS = 16;  // tokens of a task that takes them one by one, where many
 
 static inline float power2(float x) {
@@ -54,14 +55,22 @@ struct Split {
   int64_t tasks() const { return (columns + size - 1) / size; }
 };
 
+// RMS norm by a weight [n], of the engine's type; without one nothing is normed.
+struct Norm {
+  const void *weight;
+  float eps, plus;  // what is added to the weight
+};
+
 template <class T> struct Engine {
   typedef operand<T> A;
   Team team;
   Model model;
   Step step;
   int64_t most_tokens = 0, most_items = 0, pairs = 0, group, width, queries;
-  Split by_hidden, by_width, by_inner, by_vocab;
+  Split by_hidden, by_width, by_vocab;
+  Split *by_inner;  // of each layer
   float *x, *qkv, *cosines, *sines, *partial, *peak, *sum;
+  float *output;  // [m][hidden] of a sublayer that is normed before it is added
   A *normed, *q, *attended, *inner;
   T *k, *v;
   int64_t *position, *segment, *done, *piece;
@@ -71,11 +80,14 @@ template <class T> struct Engine {
 
   Engine(const Model &m, int64_t threads)
       : model(m), width((m.heads + 2 * m.kv_heads) * m.head_dim), by_hidden(m.hidden, threads),
-        by_width(width, threads), by_inner(m.inner, threads), by_vocab(m.vocab, threads) {
+        by_width(width, threads), by_vocab(m.vocab, threads) {
     team.threads = (int)threads;
     team.num_phases = 1 + LAYER_PHASES * m.num_layers + 2;
     team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
     piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
+    by_inner = (Split *)allocate(m.num_layers * sizeof(Split));
+    for (int64_t l = 0; by_inner && l < m.num_layers; l++)
+      by_inner[l] = Split(m.layers[l].inner, threads);
     group = m.heads / m.kv_heads;
     queries = m.heads * m.head_dim;
     desks = (Desk<A> *)calloc(threads, sizeof(Desk<A>));
@@ -85,10 +97,17 @@ template <class T> struct Engine {
     release();
     free(desks);
     free(piece);
+    free(by_inner);
     free(team.phases);
   }
 
-  bool whole() const { return team.phases && piece && desks; }
+  bool whole() const { return team.phases && piece && by_inner && desks; }
+
+  bool post_norms() const {
+    for (int64_t l = 0; l < model.num_layers; l++)
+      if (model.layers[l].attn_post_norm || model.layers[l].mlp_post_norm) return true;
+    return false;
+  }
 
   template <class P> bool take(P *&at, int64_t count) {
     at = (P *)(memory[num_memory++] = allocate(count * sizeof(P)));
@@ -111,9 +130,10 @@ template <class T> struct Engine {
     const int64_t m = padded(larger(tokens, most_tokens), TILE_ROWS);
     const int64_t all_items = larger(items, most_items), all_pairs = larger(heads, pairs);
     release();
-    const int64_t d = model.head_dim, kv = model.kv_heads * d;
-    bool ok = take(x, m * model.hidden) && take(qkv, m * width) && take(cosines, m * d / 2) &&
-              take(sines, m * d / 2) && take(normed, m * model.hidden) && take(q, m * queries) &&
+    const int64_t d = model.head_dim, kv = model.kv_heads * d, turns = m * model.num_ropes * d / 2;
+    bool ok = take(x, m * model.hidden) && take(qkv, m * width) && take(cosines, turns) &&
+              take(sines, turns) && take(normed, m * model.hidden) && take(q, m * queries) &&
+              (!post_norms() || take(output, m * model.hidden)) &&
               take(attended, m * queries) && take(inner, m * model.inner) && take(k, m * kv) &&
               take(v, m * kv) && take(position, m) && take(segment, m) && take(done, all_pairs) &&
               take(partial, all_items * group * (d + 2));
@@ -183,52 +203,94 @@ template <class T> struct Engine {
     });
   }
 
+  // Add a sublayer's output to the residual, or put it aside to be normed by `post` first.
   void add_linear(Desk<A> &desk, int64_t task, const A *a, int64_t depth, const Matrix &weights,
-                  const void *bias) {
+                  const void *bias, const void *post) {
     const int64_t hidden = model.hidden;
+    const float share = (float)model.residual_scale;
     linear(desk, task, a, step.num_tokens, depth, weights, bias, by_hidden,
            [&](int64_t r, int64_t n, int64_t count, const float *c) {
+             if (post) {
+               memcpy(output + r * hidden + n, c, count * sizeof(float));
+               return;
+             }
              float *to = x + r * hidden + n;
-             for (int64_t j = 0; j < count; j++) to[j] += c[j];
+             for (int64_t j = 0; j < count; j++) to[j] += share * c[j];
            });
   }
 
-  void gate_up(Desk<A> &desk, int64_t task, const Matrix &weights, const void *biases) {
-    const int64_t n = model.inner, m = step.num_tokens;
-    const T *bias = (const T *)biases;
-    blocks(task, by_inner, [&](int64_t first, int64_t count) {
-      product(desk, normed, m, model.hidden, weights, first, count, desk.columns);
-      product(desk, normed, m, model.hidden, weights, n + first, count, desk.more);
+  void gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split) {
+    const int64_t n = layer.inner, m = step.num_tokens;
+    const T *bias = (const T *)layer.gate_up_bias;
+    blocks(task, split, [&](int64_t first, int64_t count) {
+      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
+      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
           gate[j] += widen(bias[first + j]);
           up[j] += widen(bias[n + first + j]);
         }
-        activate(gate, up, count, inner + r * n + first);
+        activate(layer.activation, gate, up, count, inner + r * n + first);
       }
     });
   }
 
-  void activate(float *gate, const float *up, int64_t count, A *to) {
-    for (int64_t j = 0; j < count && model.activation; j++)
-      gate[j] = model.activation == 1   ? gelu(gate[j])
-                : model.activation == 2 ? gelu_tanh(gate[j])
-                                        : gate[j] > 0 ? gate[j] : 0;
+  static void activate(int64_t kind, float *gate, const float *up, int64_t count, A *to) {
+    for (int64_t j = 0; j < count && kind; j++)
+      gate[j] = kind == 1   ? gelu(gate[j])
+                : kind == 2 ? gelu_tanh(gate[j])
+                            : gate[j] > 0 ? gate[j] : 0;
     for (int64_t j = 0; j < count; j += W) {
       vec g = vload(gate + j);
-      vstore(to + j, vmul(model.activation ? g : silu(g), vload(up + j)));
+      vstore(to + j, vmul(kind ? g : silu(g), vload(up + j)));
     }
   }
 
   // ---- rows ----
 
-  template <class P> void normalise(const float *from, int64_t n, const void *weight, P *to) const {
+  static Norm norm_of(const Layer &layer, const void *weight) {
+    return {weight, (float)layer.norm_eps, (float)layer.plus_one};
+  }
+
+  // What brings n numbers to a mean square of one.
+  static float inverse_root(const float *from, int64_t n, float eps) {
     vec sum = vzero();
     for (int64_t i = 0; i < n; i += W) sum = vfma(vload(from + i), vload(from + i), sum);
-    const vec scale = vset(1 / sqrtf(vsum(sum) / n + (float)model.norm_eps));
+    return 1 / sqrtf(vsum(sum) / n + eps);
+  }
+
+  // n of the numbers that `scale` norms, by as many weights; `from` and `to` may be the same.
+  template <class P>
+  static void apply(Norm norm, float scale, const float *from, int64_t n, P *to) {
+    const vec root = vset(scale), plus = vset(norm.plus);
+    for (int64_t i = 0; i < n; i += W) {
+      const vec weight = vadd(vload((const T *)norm.weight + i), plus);
+      vstore(to + i, vmul(vmul(vload(from + i), root), weight));
+    }
+  }
+
+  template <class P> static void normalise(const float *from, int64_t n, Norm norm, P *to) {
+    if (norm.weight) return apply(norm, inverse_root(from, n, norm.eps), from, n, to);
+    for (int64_t i = 0; i < n; i += W) vstore(to + i, vload(from + i));
+  }
+
+  // Norm the output of a sublayer that stands aside and add it to the residual, where it does.
+  void settle(int64_t m, Norm post) {
+    if (!post.weight) return;
+    const int64_t n = model.hidden;
+    float *to = x + m * n, *from = output + m * n;
+    normalise(from, n, post, from);
+    const vec share = vset((float)model.residual_scale);
     for (int64_t i = 0; i < n; i += W)
-      vstore(to + i, vmul(vmul(vload(from + i), scale), vload((const T *)weight + i)));
+      vstore(to + i, vfma(vload(from + i), share, vload(to + i)));
+  }
+
+  // The norm, if any, that the output of the MLP before layer l is still owed.
+  Norm owed_before(int64_t l) const {
+    if (!l) return Norm{};
+    const Layer &before = model.layers[l - 1];
+    return norm_of(before, before.mlp_post_norm);
   }
 
   int64_t row_tasks(int64_t rows) const {
@@ -241,37 +303,54 @@ template <class T> struct Engine {
     for (int64_t m = task * size; m < smaller(rows, (task + 1) * size); m++) part(m);
   }
 
-  void norm(int64_t task, const void *weight) {
+  void norm(int64_t task, Norm post, Norm norm) {
     const int64_t n = model.hidden;
-    each_row(task, step.num_tokens,
-             [&](int64_t m) { normalise(x + m * n, n, weight, normed + m * n); });
+    each_row(task, step.num_tokens, [&](int64_t m) {
+      settle(m, post);
+      normalise(x + m * n, n, norm, normed + m * n);
+    });
   }
 
   void embed(int64_t m) {
     const int64_t n = model.hidden, half = model.head_dim / 2;
     const int64_t token = step.tokens[m], row = token * n;
     const bool plain = model.embed.format == WEIGHTS_PLAIN;
-    const float scale = plain ? 1 : model.embed.scale[token];
+    const float scale = (plain ? 1 : model.embed.scale[token]) * (float)model.embedding_scale;
     for (int64_t i = row; i < row + n; i += W) {
       const vec stored =
           plain ? vload((const T *)model.embed.at + i) : vload((const int8_t *)model.embed.at + i);
       vstore(x + m * n + i - row, vmul(stored, vset(scale)));
     }
     const float *frequencies = step.segments[segment[m]].frequencies;
-    for (int64_t i = 0; i < half; i++) {
-      const double angle = (float)position[m] * frequencies[i];
-      cosines[m * half + i] = (float)cos(angle) * (float)model.rope_scaling;
-      sines[m * half + i] = (float)sin(angle) * (float)model.rope_scaling;
-    }
+    for (int64_t t = 0; t < model.num_ropes; t++)
+      for (int64_t i = 0; i < half; i++) {
+        const double angle = (float)position[m] * frequencies[t * half + i];
+        const int64_t at = turn(m, t) + i;
+        cosines[at] = (float)cos(angle) * (float)model.rope_scalings[t];
+        sines[at] = (float)sin(angle) * (float)model.rope_scalings[t];
+      }
   }
 
-  // A head's row [D], normed where the model does, rotated, scaled.
+  // Where the cosines and sines of a token by a rotary table begin.
+  int64_t turn(int64_t m, int64_t table) const {
+    return (m * model.num_ropes + table) * (model.head_dim / 2);
+  }
+
+  // A head's row [D], normed where the layer does by `root`, rotated where it does, scaled.
   template <class P>
-  void rotate(const float *from, const void *weight, int64_t m, float scale, P *to) {
+  void rotate(const Layer &layer, const float *from, Norm norm, float root, int64_t m, float scale,
+              P *to) {
     const int64_t d = model.head_dim, half = d / 2;
     float normal[MOST_HEAD_DIM];
-    if (weight) normalise(from, d, weight, normal), from = normal;
-    const float *c = cosines + m * half, *s = sines + m * half;
+    if (norm.weight) {
+      apply(norm, layer.wide_qk_norm ? root : inverse_root(from, d, norm.eps), from, d, normal);
+      from = normal;
+    }
+    if (layer.rope < 0) {
+      for (int64_t i = 0; i < d; i += W) vstore(to + i, vmul(vload(from + i), vset(scale)));
+      return;
+    }
+    const float *c = cosines + turn(m, layer.rope), *s = sines + turn(m, layer.rope);
     for (int64_t i = 0; i < half; i += W) {
       if (half - i < W) return rotate_rest(from, i, c, s, scale, to);
       vec low = vload(from + i), high = vload(from + half + i);
@@ -302,14 +381,28 @@ template <class T> struct Engine {
     return *cache;
   }
 
+  // The norm of a query or key head: across all heads each has its own part of the weight.
+  Norm head_norm(const Layer &layer, const void *weight, int64_t head) const {
+    const int64_t own = layer.wide_qk_norm ? head * model.head_dim : 0;
+    return norm_of(layer, weight ? (const T *)weight + own : nullptr);
+  }
+
+  // What attention's scores in powers of two are capped by, 0 for nothing.
+  float cap_of(int64_t layer) const { return LOG2_E * (float)model.layers[layer].logit_cap; }
+
   // Queries, key and value of one token and KV head; a row's single token goes straight into its
   // cache.
   void project(int64_t index, const Layer &layer, int64_t m, int64_t head) {
     const int64_t d = model.head_dim, kv = model.kv_heads;
-    const float scale = 1.44269504f / sqrtf((float)d);  // softmax in powers of two
+    const float scale = LOG2_E * (float)layer.query_scale;  // softmax in powers of two
     const float *from = qkv + m * width;
+    const bool wide = layer.q_norm && layer.wide_qk_norm;
+    const float eps = (float)layer.norm_eps;
+    const float q_root = wide ? inverse_root(from, queries, eps) : 0;
+    const float k_root = wide ? inverse_root(from + queries, kv * d, eps) : 0;
     for (int64_t g = head * group; g < (head + 1) * group; g++)
-      rotate(from + g * d, layer.q_norm, m, scale, q + m * queries + g * d);
+      rotate(layer, from + g * d, head_norm(layer, layer.q_norm, g), q_root, m, scale,
+             q + m * queries + g * d);
     T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
     const Segment &s = step.segments[segment[m]];
     if (s.count == 1) {
@@ -318,7 +411,8 @@ template <class T> struct Engine {
       const int64_t at = (head - cache.first) * cache.size + slot;
       key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
     }
-    rotate(from + queries + head * d, layer.k_norm, m, 1, key);
+    rotate(layer, from + queries + head * d, head_norm(layer, layer.k_norm, head), k_root, m, 1.0f,
+           key);
     for (int64_t i = 0; i < d; i += W)
       vstore(value + i, vload(from + queries + (kv + head) * d + i));
   }
@@ -375,7 +469,7 @@ template <class T> struct Engine {
           const int64_t pieces = (runs.tokens() + size - 1) / size;
           for (int64_t p = 0; p < pieces; p++)
             if (ours()) {
-              decode_item(runs, i * kv + head, first, head, item, p, pieces, size);
+              decode_item(runs, i * kv + head, first, head, item, p, pieces, size, cap_of(layer));
               if (on() == NONE) return;
             }
           item += pieces;
@@ -399,7 +493,7 @@ template <class T> struct Engine {
 
   // The tokens from p * size on of all that one query token sees; the last to end adds them up.
   void decode_item(const Runs<T> &runs, int64_t pair, int64_t m, int64_t head, int64_t item,
-                   int64_t p, int64_t pieces, int64_t size) {
+                   int64_t p, int64_t pieces, int64_t size, float cap) {
     const int64_t d = model.head_dim;
     const Partial to = partial_of(item + p);
     for (int64_t g = 0; g < group; g++) to.peak[g] = HIDDEN, to.sum[g] = 0;
@@ -410,7 +504,7 @@ template <class T> struct Engine {
       const int64_t n = smaller(run.count - skip, left);
       if (n > 0) {
         attend_one(q + m * queries + head * group * d, group, d, run.keys + skip * run.stride,
-                   run.values + skip * run.stride, run.stride, n, to);
+                   run.values + skip * run.stride, run.stride, n, to, cap);
         left -= n;
       }
       skip = larger(0, skip - run.count);
@@ -449,7 +543,7 @@ template <class T> struct Engine {
     for (int64_t i = 0; i < tokens; i++)
       memcpy(desk.tile.q + i * group * d, q + (first + t + i) * queries + head * group * d,
              group * d * sizeof(A));
-    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs);
+    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs, cap_of(layer));
     for (int64_t i = 0; i < tokens; i++)
       for (int64_t g = 0; g < group; g++) {
         const int64_t row = i * group + g;
@@ -493,7 +587,7 @@ template <class T> struct Engine {
       team.prepare(p++, attention_tasks(l));
       team.prepare(p++, store_tasks() + by_hidden.tasks());
       team.prepare(p++, row_tasks(m));
-      team.prepare(p++, by_inner.tasks());
+      team.prepare(p++, by_inner[l].tasks());
       team.prepare(p++, by_hidden.tasks());
     }
     team.prepare(p++, larger(1, step.num_wanted));
@@ -508,22 +602,30 @@ template <class T> struct Engine {
     });
     for (int64_t l = 0; l < model.num_layers; l++) run_layer(walk, desk, l);
     walk.share([&](int64_t i) {
-      if (i < step.num_wanted)
-        normalise(x + step.wanted[i] * model.hidden, model.hidden, model.norm,
-                  normed + i * model.hidden);
+      if (i >= step.num_wanted) return;
+      const Norm last = {model.norm, (float)model.norm_eps, (float)model.plus_one};
+      settle(step.wanted[i], owed_before(model.num_layers));
+      normalise(x + step.wanted[i] * model.hidden, model.hidden, last, normed + i * model.hidden);
     });
     walk.share([&](int64_t task) {
       linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr,
              by_vocab,
-             [&](int64_t r, int64_t first, int64_t count, const float *c) {
+             [&](int64_t r, int64_t first, int64_t count, float *c) {
+               finish_logits(c, count);
                memcpy(step.logits + step.places[r] * model.vocab + first, c, count * sizeof(float));
              });
     });
   }
 
+  void finish_logits(float *c, int64_t count) const {
+    const float scale = (float)model.logit_scale, cap = (float)model.logit_cap;
+    for (int64_t j = 0; scale != 1 && j < count; j++) c[j] *= scale;
+    for (int64_t j = 0; cap && j < count; j++) c[j] = cap * tanhf(c[j] / cap);
+  }
+
   void run_layer(Walk &walk, Desk<A> &desk, int64_t l) {
     const Layer &layer = model.layers[l];
-    walk.share([&](int64_t task) { norm(task, layer.attn_norm); });
+    walk.share([&](int64_t task) { norm(task, owed_before(l), norm_of(layer, layer.attn_norm)); });
     walk.share([&](int64_t task) {
       linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
@@ -539,12 +641,16 @@ template <class T> struct Engine {
     walk.share([&](int64_t task) {
       const int64_t stores = store_tasks(), kv = model.kv_heads;
       if (task < stores) store(l, step.segments[task / kv], task % kv);
-      else add_linear(desk, task - stores, attended, queries, layer.o, layer.o_bias);
+      else add_linear(desk, task - stores, attended, queries, layer.o, layer.o_bias,
+                      layer.attn_post_norm);
     });
-    walk.share([&](int64_t task) { norm(task, layer.mlp_norm); });
-    walk.share([&](int64_t task) { gate_up(desk, task, layer.gate_up, layer.gate_up_bias); });
     walk.share([&](int64_t task) {
-      add_linear(desk, task, inner, model.inner, layer.down, layer.down_bias);
+      norm(task, norm_of(layer, layer.attn_post_norm), norm_of(layer, layer.mlp_norm));
+    });
+    walk.share([&](int64_t task) { gate_up(desk, task, layer, by_inner[l]); });
+    walk.share([&](int64_t task) {
+      add_linear(desk, task, inner, layer.inner, layer.down, layer.down_bias,
+                 layer.mlp_post_norm);
     });
   }
 

@@ -169,8 +169,13 @@ def grown_runs(runs: Sequence[HeadRun], heads: Sequence[HeadSpan], length: int) 
     return found
 
 
+def rope_tables(ropes: Sequence[RopeSpec], head_dim: int, capacity: int) -> list[list[float]]:
+    """The frequencies `[tables, head_dim / 2]` of a row of `capacity` tokens."""
+    return [rope_frequencies(rope, head_dim, capacity) for rope in ropes]
+
+
 def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> list[float]:
-    """The frequencies `[head_dim / 2]` of a row of `capacity` tokens.
+    """The frequencies `[head_dim / 2]` of one rotary table for a row of `capacity` tokens.
 
     They stay the same from the first token to the last, so that prefill and decode agree. Of
     the kinds of RoPE, `dynamic` alone depends on the capacity.

@@ -19,6 +19,7 @@ from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord, Integri
 from moac_runtime.package.manifest import Manifest, parse_manifest, read_json
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weight_formats import described
 
 PLAN = "plan.json"
 WEIGHT_INDEX = "weights/model.safetensors.index.json"
@@ -30,7 +31,8 @@ CheckLevel = Literal["full", "sizes"]
 class Artifact:
     """A checked package. `capacity`: most tokens a session may hold.
 
-    `dtype`: of norms, biases and computing; of the matrices too, unless `weights` is "int8".
+    `dtype`: of norms, biases and computing; `weight_formats`: of each kind of matrix.
+    `kv_format`: of keys and values.
     `head_order[layer][position]`: the checkpoint's KV head packed at that position. `plan` stays
     in checkpoint order. `files`: what the manifest lists, by path inside `root`.
     """
@@ -39,13 +41,19 @@ class Artifact:
     spec: ModelSpec
     plan: Plan
     dtype: str
-    weights: str
+    kv_format: str
+    weight_formats: Mapping[str, str]
     capacity: int
     head_order: tuple[tuple[int, ...], ...]
     targets: tuple[str, ...]
     provenance: Mapping[str, Any]
     verification: Mapping[str, Any]
     files: Mapping[str, FileRecord]
+
+    @property
+    def weights(self) -> str:
+        """How the matrices are stored: "full" (in `dtype`), "int8", or "mixed" by their kinds."""
+        return described(self.weight_formats)
 
     def path(self, name: str) -> Path:
         """The path of a listed file. Raises ArtifactError for one the manifest does not list."""
@@ -97,7 +105,8 @@ class Opening:
             spec=manifest.model,
             plan=_read_plan(self._root, manifest.model),
             dtype=manifest.dtype,
-            weights=manifest.weights,
+            kv_format=manifest.kv_format,
+            weight_formats=manifest.weight_formats,
             capacity=manifest.capacity,
             head_order=manifest.head_order,
             targets=manifest.targets,

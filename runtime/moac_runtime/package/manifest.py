@@ -6,33 +6,36 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moac_runtime.errors import ArtifactError
+from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.records import has_neutral, record_in, records_in
+from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec
+from moac_runtime.package.weight_formats import matrix_kinds
 
 FORMAT = "moac"
-SCHEMA_VERSION = 2
-"""The newest that is read: 1, and 2 for packages whose weights are int8."""
-
-DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTS = ("full", "int8")
+SCHEMA_VERSION = 3
+"""The one that is read and written. An option left out of a spec holds its neutral value, so a
+new option needs another version only where packages use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
 
-    `weights`: "full" (matrices in `dtype`, as everything else) or "int8".
+    `kv_format`: how keys and values are held, `dtype` so far. `weight_formats`: of each kind of
+    matrix (see `weight_formats.py`), `dtype` or "int8".
     """
 
     model: ModelSpec
     dtype: str
-    weights: str
+    kv_format: str
+    weight_formats: dict[str, str]
     capacity: int
     head_order: tuple[tuple[int, ...], ...]
     targets: tuple[str, ...]
@@ -70,10 +73,12 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     _check_versions(data)
     _check_whole(data)
     spec = _parse_spec(_field(data, "model", dict[str, Any]))
+    dtype = _choice(data, "dtype", tuple(DTYPES))
     return Manifest(
         model=spec,
-        dtype=_choice(data, "dtype", DTYPES),
-        weights=_choice({"weights": "full", **data}, "weights", WEIGHTS),
+        dtype=dtype,
+        kv_format=_choice(data, "kv_format", (dtype,)),
+        weight_formats=_weight_formats(data, spec, dtype),
         capacity=_positive(data, "capacity"),
         head_order=_head_order(data, spec),
         targets=tuple(_field(data, "targets", list[str])),
@@ -104,6 +109,12 @@ def _check_versions(data: Mapping[str, Any]) -> None:
                 f"{MANIFEST} has {name} {found}, but this moac reads up to {SCHEMA_VERSION}: "
                 "upgrade moac (pip install --upgrade moac)"
             )
+        if found < SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{MANIFEST} has {name} {found}, but this moac reads {SCHEMA_VERSION}: compile "
+                "the package again (moac compile CHECKPOINT -o PACKAGE --force), or run it with "
+                "the runtime that it carries (python PACKAGE)"
+            )
 
 
 def _check_whole(data: Mapping[str, Any]) -> None:
@@ -118,35 +129,58 @@ def _check_whole(data: Mapping[str, Any]) -> None:
 def _parse_spec(data: dict[str, Any]) -> ModelSpec:
     _check_fields("model", data, ModelSpec)
     spec = ModelSpec.from_json(data)
-    sizes = {
-        field.name: getattr(spec, field.name)
-        for field in fields(spec)
-        if isinstance(getattr(spec, field.name), int) and getattr(spec, field.name) < 1
-        if not isinstance(getattr(spec, field.name), bool)
-    }
-    if sizes:
-        name, value = next(iter(sizes.items()))
-        raise _wrong(f"model.{name}", value, "a positive number")
+    _check_sizes("model", spec)
     if spec.num_heads % spec.num_kv_heads:
         raise _wrong("model.num_heads", spec.num_heads, f"a multiple of {spec.num_kv_heads}")
-    if len(spec.windows) != spec.num_layers:
-        raise _wrong("model.windows", list(spec.windows), f"{spec.num_layers} entries")
-    if 2 * len(spec.rope.inv_freq) != spec.head_dim:
-        found = f"{len(spec.rope.inv_freq)} values"
-        raise _wrong("model.rope.inv_freq", found, f"{spec.head_dim // 2} values")
+    kinds = range(len(spec.kinds))
+    if not spec.layers or any(kind not in kinds for kind in spec.layers):
+        raise _wrong("model.layers", list(spec.layers), f"indices into {len(kinds)} kinds")
+    if not spec.ropes:
+        raise _wrong("model.ropes", [], "at least one rotary table")
+    for index, layer in enumerate(spec.kinds):
+        _check_layer(f"model.kinds[{index}]", layer, spec)
+    for index, rope in enumerate(spec.ropes):
+        if 2 * len(rope.inv_freq) != spec.head_dim:
+            found = f"{len(rope.inv_freq)} values"
+            raise _wrong(f"model.ropes[{index}].inv_freq", found, f"{spec.head_dim // 2} values")
     return spec
 
 
-def _check_fields(name: str, data: dict[str, Any], kind: type) -> None:
-    """Every field of the dataclass `kind` is there, has its type, and nothing else is."""
+def _check_layer(name: str, layer: LayerSpec, spec: ModelSpec) -> None:
+    _check_sizes(name, layer)
+    if layer.rope is not None and layer.rope not in range(len(spec.ropes)):
+        raise _wrong(f"{name}.rope", layer.rope, f"an index into {len(spec.ropes)} ropes, or null")
+    if layer.qk_norm not in (None, *QK_NORMS):
+        raise _wrong(f"{name}.qk_norm", layer.qk_norm, f"one of {', '.join(QK_NORMS)}, or null")
+
+
+def _check_sizes(name: str, record: Any) -> None:
+    """Sizes, scales and caps of a record are positive; an index may be 0."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if type(value) in (int, float) and value <= 0 and field.name != "rope":
+            raise _wrong(f"{name}.{field.name}", value, "a positive number")
+
+
+def _check_fields(name: str, data: Any, kind: Any) -> None:
+    """Every field of the dataclass `kind` without a neutral value is there, all have their types,
+    and nothing else is."""
+    if not isinstance(data, dict):
+        raise _wrong(name, data, "an object")
     hints = get_type_hints(kind)
     if unknown := sorted(data.keys() - hints.keys()):
         raise _wrong(f"{name}.{unknown[0]}", data[unknown[0]], "no such field")
-    for key, hint in hints.items():
-        if is_dataclass(hint) and isinstance(hint, type):
-            _check_fields(f"{name}.{key}", _field(data, key, dict[str, Any], name), hint)
-        else:
-            _field(data, key, hint, name)
+    for field in fields(kind):
+        if has_neutral(field) and field.name not in data:
+            continue
+        hint = hints[field.name]
+        inner = record_in(hint)
+        if inner is None:
+            _field(data, field.name, hint, name)
+            continue
+        value = _field(data, field.name, list[Any] if get_origin(hint) is tuple else dict, name)
+        for place, record in records_in(hint, value):
+            _check_fields(f"{name}.{field.name}{place}", record, inner)
 
 
 def _field(data: Mapping[str, Any], key: str, kind: Any, parent: str = "") -> Any:
@@ -165,7 +199,9 @@ def _is(value: Any, kind: Any) -> bool:
         return any(_is(value, one) for one in arguments)
     if origin in (list, tuple):
         return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
-    if origin is dict:
+    if kind is Any:
+        return True
+    if origin is dict or kind is dict:
         return isinstance(value, dict)
     if kind is float:
         return type(value) in (int, float)
@@ -179,8 +215,9 @@ def _spell(kind: Any) -> str:
     if origin is UnionType:
         return " or ".join(_spell(one) for one in arguments)
     if origin in (list, tuple):
-        return f"an array, each item {_spell(arguments[0])}"
-    return "an object" if origin is dict else names[kind]
+        items = "" if arguments[0] is Any else f", each item {_spell(arguments[0])}"
+        return f"an array{items}"
+    return "an object" if dict in (origin, kind) else names[kind]
 
 
 def _kind(value: Any) -> str:
@@ -214,6 +251,18 @@ def _head_order(data: Mapping[str, Any], spec: ModelSpec) -> tuple[tuple[int, ..
         expected = f"{spec.num_layers} layers, each a permutation of {heads}"
         raise _wrong("head_order", order, expected)
     return tuple(tuple(layer) for layer in order)
+
+
+def _weight_formats(data: Mapping[str, Any], spec: ModelSpec, dtype: str) -> dict[str, str]:
+    """A format for each kind of matrix that the model has, and for nothing else."""
+    found: dict[str, Any] = _field(data, "weight_formats", dict[str, Any])
+    kinds = matrix_kinds(spec)
+    if sorted(found) != sorted(kinds):
+        raise _wrong("weight_formats", found, f"a format for each of {', '.join(kinds)}")
+    for kind in found:
+        if found[kind] not in (dtype, "int8"):
+            raise _wrong(f"weight_formats.{kind}", found[kind], f"one of {dtype}, int8")
+    return found
 
 
 def _files(data: Mapping[str, Any]) -> dict[str, FileRecord]:

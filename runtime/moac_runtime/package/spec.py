@@ -1,10 +1,18 @@
-"""A decoder described by data: one spec covers Llama, Mistral, Qwen2 and Qwen3."""
+"""A decoder described by data: what each layer computes, and what stands around the layers.
+
+A field with a default holds its neutral value there: the option changes nothing. Written as JSON
+it is then left out (`records.py`), so that options can be added without touching older packages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from moac_runtime.package import records
+
+QK_NORMS = ("head", "width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +33,90 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NormSpec:
+    """RMS norm: `x / sqrt(mean(x^2) + eps)` times the weight, or, with `plus_one`, 1 + weight."""
+
+    eps: float
+    plus_one: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One kind of layer. All its norms are of the kind `norm`.
+
+    `query_scale`: the factor on the products of queries and keys. `window`: its own sliding
+    window in tokens. `rope`: index into the model's tables, None for a layer without positions.
+    `qk_norm`: "head" norms each query and key head alone, "width" all of a token's together.
+    `logit_cap`: scores become `cap tanh(score / cap)`. `pre_norm`, `post_norm`: whether the inputs
+    and the outputs of attention and MLP are normed, the outputs before they are added.
+    """
+
+    norm: NormSpec
+    query_scale: float
+    intermediate_size: int
+    activation: str
+    window: int | None = None
+    rope: int | None = 0
+    qk_norm: str | None = None
+    logit_cap: float | None = None
+    pre_norm: bool = True
+    post_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Shapes and options of one decoder-only model. `context`: the longest sequence in tokens.
 
-    `windows[layer]`: the layer's own sliding window in tokens, None where it attends fully.
+    `kinds`: the distinct kinds of layers; `layers[i]`: the kind of layer `i`. `ropes`: the rotary
+    tables that kinds refer to. `norm`: the last one. `embedding_scale` multiplies the embedding,
+    `residual_scale` what every sublayer adds, `logit_scale` the logits, which then become
+    `cap tanh(logit / cap)` by `logit_cap`.
     """
 
     family: str
-    num_layers: int
     hidden_size: int
-    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     context: int
-    norm_eps: float
-    activation: str
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     tied_embeddings: bool
-    windows: tuple[int | None, ...]
-    rope: RopeSpec
+    norm: NormSpec
+    ropes: tuple[RopeSpec, ...]
+    kinds: tuple[LayerSpec, ...]
+    layers: tuple[int, ...]
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[LayerSpec], **rest: Any) -> ModelSpec:
+        """The spec of these layers, equal ones of one kind; `rest`: its other fields."""
+        kinds = tuple(dict.fromkeys(layers))
+        return cls(kinds=kinds, layers=tuple(kinds.index(layer) for layer in layers), **rest)
+
+    def layer(self, index: int) -> LayerSpec:
+        """What layer `index` is."""
+        return self.kinds[self.layers[index]]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's own sliding window in tokens, None where it attends fully."""
+        return tuple(self.kinds[kind].window for kind in self.layers)
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Each layer's `intermediate_size`."""
+        return tuple(self.kinds[kind].intermediate_size for kind in self.layers)
 
     @property
     def group_size(self) -> int:
@@ -60,15 +128,10 @@ class ModelSpec:
         return 2 * self.head_dim * itemsize
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of JSON values, inverse of `from_json`."""
-        return asdict(self)
+        """A dictionary of JSON values, inverse of `from_json`; neutral options are left out."""
+        return records.to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
         """Raises KeyError or TypeError where a field is missing or of the wrong kind."""
-        values = {field.name: data[field.name] for field in fields(cls)}
-        rope = dict(values["rope"])
-        rope["inv_freq"] = tuple(float(f) for f in rope["inv_freq"])
-        values["rope"] = RopeSpec(**rope)
-        values["windows"] = tuple(values["windows"])
-        return cls(**values)
+        return records.from_json(cls, data)

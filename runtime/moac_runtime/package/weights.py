@@ -1,6 +1,6 @@
 """Tensors of a package: which ones a spec asks for, and reading them memory-mapped.
 
-Packages of int8 weights hold every matrix as whole numbers of -127 to 127 and beside it, under
+A matrix of the format int8 stands there as whole numbers of -127 to 127 and beside it, under
 `scale` in place of `weight`, one float32 for each of its rows: weight = number x scale.
 """
 
@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.artifact import WEIGHT_INDEX, Artifact
+from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec
+from moac_runtime.package.weight_formats import kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +29,14 @@ Shape = tuple[int, ...]
 
 _ROWS = 4096
 
-# How safetensors spells the manifest's dtypes.
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
 
 def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
     """Name and shape of every weight in a package of `spec`, in writing order."""
     table = (spec.vocab_size, spec.hidden_size)
     shapes: dict[str, Shape] = {"embed.weight": table}
     for layer in range(spec.num_layers):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _layer(spec).items()}
+        own = _layer(spec, spec.layer(layer))
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
     shapes["norm.weight"] = (spec.hidden_size,)
     return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": table}
 
@@ -51,9 +51,9 @@ class Entry:
 
 def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
     """Every tensor in a package's files by name, scales among them."""
-    stored, entries = STORED[artifact.dtype], {}
+    stored, entries = DTYPES[artifact.dtype].safetensors, {}
     for name, shape in expected_tensors(artifact.spec).items():
-        if artifact.weights == "int8" and is_matrix(shape):
+        if is_matrix(shape) and artifact.weight_formats[kind_of(name)] == "int8":
             entries[name] = Entry(shape, "I8")
             entries[scale_name(name)] = Entry(shape[:1], "F32")
         else:
@@ -62,7 +62,7 @@ def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape is stored in 8 bits where weights are: norms are not."""
+    """Whether a weight of this shape has a format of its own: norms and biases have none."""
     return len(shape) == 2
 
 
@@ -150,17 +150,31 @@ def missing_tensor(shard: str, name: str) -> ArtifactError:
     return ArtifactError(f"{shard} lacks {name}, expected it as the index says: {REMEDY}")
 
 
-def _layer(spec: ModelSpec) -> dict[str, Shape]:
-    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    fused = (spec.num_heads + 2 * spec.num_kv_heads) * dim
+def _layer(spec: ModelSpec, layer: LayerSpec) -> dict[str, Shape]:
+    hidden, inner, queries = spec.hidden_size, layer.intermediate_size, spec.num_heads
+    keys, dim = spec.num_kv_heads, spec.head_dim
     return {
-        "attn_norm.weight": (hidden,),
-        **_linear("qkv", fused, hidden, spec.qkv_bias),
-        **({"q_norm.weight": (dim,), "k_norm.weight": (dim,)} if spec.qk_norm else {}),
-        **_linear("o", hidden, spec.num_heads * dim, spec.o_bias),
-        "mlp_norm.weight": (hidden,),
-        **_linear("gate_up", 2 * inner, hidden, spec.mlp_bias),
-        **_linear("down", hidden, inner, spec.mlp_bias),
+        **_norm("attn_norm", hidden, layer.pre_norm),
+        **_linear("qkv", (queries + 2 * keys) * dim, hidden, layer.qkv_bias),
+        **_qk_norms(spec, layer.qk_norm),
+        **_linear("o", hidden, queries * dim, layer.o_bias),
+        **_norm("attn_post_norm", hidden, layer.post_norm),
+        **_norm("mlp_norm", hidden, layer.pre_norm),
+        **_linear("gate_up", 2 * inner, hidden, layer.mlp_bias),
+        **_linear("down", hidden, inner, layer.mlp_bias),
+        **_norm("mlp_post_norm", hidden, layer.post_norm),
+    }
+
+
+def _norm(name: str, width: int, there: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,)} if there else {}
+
+
+def _qk_norms(spec: ModelSpec, kind: str | None) -> dict[str, Shape]:
+    queries, keys = (spec.num_heads, spec.num_kv_heads) if kind == "width" else (1, 1)
+    return {
+        **_norm("q_norm", queries * spec.head_dim, kind is not None),
+        **_norm("k_norm", keys * spec.head_dim, kind is not None),
     }
 
 

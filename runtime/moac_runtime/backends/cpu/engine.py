@@ -19,36 +19,37 @@ from moac_runtime.backends.cpu.library import (
 )
 from moac_runtime.errors import MoacError
 from moac_runtime.host.cores import default_threads
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.activations import ACTIVATIONS
+from moac_runtime.package.spec import LayerSpec, ModelSpec
 
-_ACTIVATIONS = {
-    "silu": 0,
-    "swish": 0,
-    "gelu": 1,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-    "relu": 3,
-}
 _MOST_HEAD_DIM, _MOST_GROUP = 256, 64
 _LINEAR = ("qkv", "o", "gate_up", "down")
+_NORMS = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 
 
 def obstacle(spec: ModelSpec, dtype: str) -> str | None:
     """Why the native kernels do not serve a model in a dtype, None where they do."""
     if dtype not in ("bfloat16", "float32"):
         return f"they compute in bfloat16 and float32, not in {dtype}"
-    if spec.activation not in _ACTIVATIONS:
-        return f"they do not know the activation {spec.activation!r}"
+    for layer in spec.kinds:
+        if _activation(layer) is None:
+            return f"they do not know the activation {layer.activation!r}"
     if spec.head_dim > _MOST_HEAD_DIM or spec.group_size > _MOST_GROUP:
         return (
             f"they serve head dims up to {_MOST_HEAD_DIM} and up to {_MOST_GROUP} query heads a "
             f"KV head, and the model has {spec.head_dim} and {spec.group_size}"
         )
-    widths = ("hidden_size", "intermediate_size", "head_dim")
-    odd = next((name for name in widths if getattr(spec, name) % 16), None)
+    widths = [("hidden_size", spec.hidden_size), ("head_dim", spec.head_dim)]
+    widths += [("intermediate_size", width) for width in spec.mlp_widths]
+    odd = next(((name, width) for name, width in widths if width % 16), None)
     if odd is None:
         return None
-    return f"they need a {odd} that is a multiple of 16, and the model has {getattr(spec, odd)}"
+    return f"they need a {odd[0]} that is a multiple of 16, and the model has {odd[1]}"
+
+
+def _activation(layer: LayerSpec) -> int | None:
+    found = ACTIVATIONS.get(layer.activation)
+    return None if found is None else found.cpu
 
 
 class CpuEngine:
@@ -142,24 +143,32 @@ def _check(status: int) -> None:
 
 def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelStruct:
     names = [f"layers.{index}" for index in range(spec.num_layers)]
-    layers = (LayerStruct * spec.num_layers)(*(_layer(addresses, name) for name in names))
+    layers = (LayerStruct * spec.num_layers)(
+        *(_layer(addresses, name, spec.layer(index)) for index, name in enumerate(names))
+    )
+    scalings = [rope.scaling for rope in spec.ropes]
     head = "embed" if spec.tied_embeddings else "lm_head"
     return ModelStruct(
         num_layers=spec.num_layers,
         hidden=spec.hidden_size,
-        inner=spec.intermediate_size,
+        inner=max(spec.mlp_widths),
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         vocab=spec.vocab_size,
         bf16=dtype == "bfloat16",
-        activation=_ACTIVATIONS[spec.activation],
-        norm_eps=spec.norm_eps,
-        rope_scaling=spec.rope.scaling,
+        norm_eps=spec.norm.eps,
+        plus_one=spec.norm.plus_one,
         embed=_matrix(addresses, "embed"),
         head=_matrix(addresses, head),
         norm=addresses["norm.weight"],
         layers=layers,
+        num_ropes=len(scalings),
+        rope_scalings=(ctypes.c_double * len(scalings))(*scalings),
+        embedding_scale=spec.embedding_scale,
+        residual_scale=spec.residual_scale,
+        logit_scale=spec.logit_scale,
+        logit_cap=spec.logit_cap or 0.0,
     )
 
 
@@ -170,10 +179,17 @@ def _matrix(addresses: Mapping[str, int], name: str) -> MatrixStruct:
     return MatrixStruct(addresses[f"{name}.weight"], scale, stored)
 
 
-def _layer(addresses: Mapping[str, int], name: str) -> LayerStruct:
-    norms = ("attn_norm", "q_norm", "k_norm", "mlp_norm")
+def _layer(addresses: Mapping[str, int], name: str, layer: LayerSpec) -> LayerStruct:
     return LayerStruct(
-        **{norm: addresses.get(f"{name}.{norm}.weight") for norm in norms},
+        **{norm: addresses.get(f"{name}.{norm}.weight") for norm in _NORMS},
         **{weight: _matrix(addresses, f"{name}.{weight}") for weight in _LINEAR},
         **{f"{weight}_bias": addresses.get(f"{name}.{weight}.bias") for weight in _LINEAR},
+        inner=layer.intermediate_size,
+        activation=_activation(layer),
+        rope=-1 if layer.rope is None else layer.rope,
+        plus_one=layer.norm.plus_one,
+        wide_qk_norm=layer.qk_norm == "width",
+        norm_eps=layer.norm.eps,
+        query_scale=layer.query_scale,
+        logit_cap=layer.logit_cap or 0.0,
     )

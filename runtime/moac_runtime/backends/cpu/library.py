@@ -37,12 +37,15 @@ class MatrixStruct(Structure):
 
 
 class LayerStruct(Structure):
-    """One layer's weights, addresses null where the model has none."""
+    """One layer's weights, addresses null where it has none, and its options."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, c_void_p) for name in ("attn_post_norm", "mlp_post_norm")),
         *((name, MatrixStruct) for name in ("qkv", "o", "gate_up", "down")),
         *((f"{name}_bias", c_void_p) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_int64) for name in ("inner", "activation", "rope", "plus_one", "wide_qk_norm")),
+        *((name, c_double) for name in ("norm_eps", "query_scale", "logit_cap")),
     ]
 
 
@@ -51,10 +54,12 @@ class ModelStruct(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads")),
-        *((name, c_int64) for name in ("head_dim", "vocab", "bf16", "activation")),
-        *((name, c_double) for name in ("norm_eps", "rope_scaling")),
+        *((name, c_int64) for name in ("head_dim", "vocab", "bf16", "num_ropes", "plus_one")),
+        *((name, c_double) for name in ("norm_eps", "embedding_scale", "residual_scale")),
+        *((name, c_double) for name in ("logit_scale", "logit_cap")),
         *((name, MatrixStruct) for name in ("embed", "head")),
         ("norm", c_void_p),
+        ("rope_scalings", POINTER(c_double)),
         ("layers", POINTER(LayerStruct)),
     ]
 

@@ -26,8 +26,9 @@ class Held(NamedTuple):
 class CpuRow:
     """One row: `layers[layer]` are the runs of heads it has caches of, `memory` holds them all.
 
-    `token`: bytes of one key of one head. `frequencies`: of RoPE, a C array. `caches` and
-    `first_cache` are what a native step reads; they and the memory stay where they are.
+    `token`: bytes of one key of one head. `frequencies` `[tables, head_dim / 2]`: of RoPE, a C
+    array. `caches` and `first_cache` are what a native step reads; they and the memory stay where
+    they are.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from moac_runtime.backends.layout import (
     grown_runs,
     head_runs,
     packed_spans,
-    rope_frequencies,
+    rope_tables,
 )
 from moac_runtime.backends.rows import Rows
 from moac_runtime.backends.session import Feed, Snapshot
@@ -125,7 +125,8 @@ class CpuSession(Rows[CpuRow]):
 
     def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> CpuRow:
         spec = self._engine.spec
-        frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
+        tables = rope_tables(spec.ropes, spec.head_dim, capacity)
+        frequencies = [frequency for table in tables for frequency in table]
         row = CpuRow(
             layers,
             capacity=capacity,

@@ -12,9 +12,9 @@ from typing import Any
 
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.dtypes import DTYPES, STORED_BYTES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.weights import (
-    STORED,
     Entry,
     check_header,
     expected_tensors,
@@ -22,9 +22,6 @@ from moac_runtime.package.weights import (
     shards,
     stored_tensors,
 )
-
-_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}  # as moac_convert numbers them
-_ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,7 @@ def _map_shard(
             raise missing_tensor(shard, name)
         check_header(shard, name, entry, found["shape"], found["dtype"])
         first, stop = found["data_offsets"]
-        size = math.prod(entry.shape) * _ITEMSIZE[entry.stored]
+        size = math.prod(entry.shape) * STORED_BYTES[entry.stored]
         if stop - first != size or first < 0 or start + stop > len(mapped):
             raise ArtifactError(
                 f"{name} in {shard} lies at {first} to {stop}, expected {size} bytes inside the "
@@ -105,14 +102,13 @@ def _converted(
         for name, shape in expected_tensors(artifact.spec).items()
         if entries[name].stored != "I8"
     }
-    memory = mmap.mmap(-1, sum(counts.values()) * _ITEMSIZE[STORED[dtype]])
+    itemsize, stored_as = DTYPES[dtype].bytes, DTYPES[artifact.dtype].number
+    memory = mmap.mmap(-1, sum(counts.values()) * itemsize)
     address, addresses = address_of(memory), {}
     for name, count in counts.items():
         addresses[name] = address
-        library.moac_convert(
-            found.addresses[name], _KINDS[artifact.dtype], address, dtype == "bfloat16", count
-        )
-        address += count * _ITEMSIZE[STORED[dtype]]
+        library.moac_convert(found.addresses[name], stored_as, address, dtype == "bfloat16", count)
+        address += count * itemsize
     if artifact.weights == "full":
         return MappedWeights(addresses, (memory,))
     return MappedWeights({**found.addresses, **addresses}, (*found.memory, memory))

@@ -56,9 +56,13 @@ class CudaDecoder:
         self._head = self._weights[head]
 
     def rotation(self, frequencies: Tensor, positions: Tensor) -> Rotation:
-        """The rotation of tokens at `positions` `[M]`, on the device as `frequencies` are."""
-        angle = positions[:, None].float() * frequencies
-        cos, sin = angle.cos() * self.spec.rope.scaling, angle.sin() * self.spec.rope.scaling
+        """The rotation of tokens at `positions` `[M]`, on the device as `frequencies` are.
+
+        `frequencies` `[1, D / 2]`: of the model's one rotary table.
+        """
+        (rope,) = self.spec.ropes
+        angle = positions[:, None].float() * frequencies[0]
+        cos, sin = angle.cos() * rope.scaling, angle.sin() * rope.scaling
         # through the model's dtype, as transformers rounds them
         return Rotation(cos.to(self.dtype).float(), sin.to(self.dtype).float())
 
@@ -72,7 +76,8 @@ class CudaDecoder:
             layer = f"layers.{index}"
             out = attend(index, self._linear(f"{layer}.qkv", normed))
             self._add(x, self._linear(f"{layer}.o", out), f"{layer}.mlp_norm.weight", normed)
-            gated = self._gated(self._linear(f"{layer}.gate_up", normed))
+            inner = self.spec.layer(index).intermediate_size
+            gated = self._gated(self._linear(f"{layer}.gate_up", normed), inner)
             last = index + 1 == self.spec.num_layers
             after = "norm.weight" if last else f"layers.{index + 1}.attn_norm.weight"
             self._add(x, self._linear(f"{layer}.down", gated), after, normed)
@@ -84,7 +89,7 @@ class CudaDecoder:
 
     def qk_norms(self, layer: int) -> tuple[Tensor, Tensor]:
         """The norms of queries and keys `[D]`; any tensor where the model has none."""
-        if not self.spec.qk_norm:
+        if self.spec.layer(layer).qk_norm is None:
             return self._weights["norm.weight"], self._weights["norm.weight"]
         name = f"layers.{layer}"
         return self._weights[f"{name}.q_norm.weight"], self._weights[f"{name}.k_norm.weight"]
@@ -97,8 +102,7 @@ class CudaDecoder:
         grid = (len(x),)
         self.kernels.launch("add_rms_norm", grid, x, delta, self._weights[norm], normed)
 
-    def _gated(self, gate_up: Tensor) -> Tensor:
-        inner = self.spec.intermediate_size
+    def _gated(self, gate_up: Tensor, inner: int) -> Tensor:
         out = gate_up.new_empty(len(gate_up), inner)
         blocks = ceil_div(inner, self.kernels.constant("act_mul", "BLOCK"))
         self.kernels.launch("act_mul", (len(gate_up), blocks), gate_up, out)

@@ -49,7 +49,7 @@ def session_demand(spec: ModelSpec, plan: Plan, capacity: int, *, itemsize: int)
     """What rows of `capacity` tokens take under `plan`."""
     kv = plan.held_tokens(capacity) * spec.kv_token_bytes(itemsize)
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # and its output
-    feed_forward = 3 * spec.intermediate_size  # gate, up and their product
+    feed_forward = 3 * max(spec.mlp_widths)  # gate, up and their product
     # residual, normalised, and what is added to them
     numbers = 3 * spec.hidden_size + attention + feed_forward
     partial = spec.num_heads * (spec.head_dim + 1) * 4

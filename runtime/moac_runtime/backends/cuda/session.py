@@ -26,7 +26,7 @@ from moac_runtime.backends.feeding import (
     wanted_of,
 )
 from moac_runtime.backends.fixed import FixedRow, FixedRows
-from moac_runtime.backends.layout import Layout, packed_spans, rope_frequencies
+from moac_runtime.backends.layout import Layout, packed_spans, rope_tables
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.package.plan import Plan
 
@@ -170,7 +170,7 @@ class CudaSession(FixedRows):
 
     def _set_frequencies(self, capacity: int) -> None:
         spec = self._decoder.spec
-        found = rope_frequencies(spec.rope, spec.head_dim, capacity)
+        found = rope_tables(spec.ropes, spec.head_dim, capacity)
         self._frequencies = torch.tensor(found, dtype=torch.float32, device=self._decoder.device)
 
     # ---- steps ----

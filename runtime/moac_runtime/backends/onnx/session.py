@@ -106,7 +106,8 @@ def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    graph = OnnxGraph(artifact.path(layout.model), layout, artifact.spec.rope, threads=threads)
+    (rope,) = artifact.spec.ropes
+    graph = OnnxGraph(artifact.path(layout.model), layout, rope, threads=threads)
     return OnnxModel(graph, artifact.head_order)
 
 

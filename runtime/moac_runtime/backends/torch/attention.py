@@ -82,23 +82,39 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Sequence[Block],
+    scale: float,
+    cap: float | None = None,
 ) -> Tensor:
     """`q` `[g, G, T, D]`, `k` and `v` `[g, N, D]` under `blocks`; `[g, G, T, D]`."""
     group = q.shape[1]
     k, v = k[:, None], v[:, None]
     parts = [
-        F.scaled_dot_product_attention(
+        _attention(
             q[:, :, block.queries],
             # a stride of nought: the group shares one key head without a copy
             _pick(k, block.keys).expand(-1, group, -1, -1),
             _pick(v, block.keys).expand(-1, group, -1, -1),
-            attn_mask=block.mask,
-            scale=scale,
+            block.mask,
+            scale,
+            cap,
         )
         for block in blocks
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
+) -> Tensor:
+    """Attention of `q` `[..., T, D]` to `[..., N, D]`; fused where scores have no cap."""
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = capped((q @ k.mT).float() * scale, cap)
+    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
 
 
 def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -144,14 +160,19 @@ def slot_positions(
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, view: DecodeView, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: DecodeView,
+    scale: float,
+    cap: float | None = None,
 ) -> Tensor:
     """One query a head: `q` `[g, G, D]` over the cache's `[g, S, D]`; `[g, G, D]`."""
     # the group stands in the query rows, so that each key is read once
-    return F.scaled_dot_product_attention(
-        q[None],
-        keys[None, :, : view.filled],
-        values[None, :, : view.filled],
-        attn_mask=view.mask,
-        scale=scale,
-    )[0]
+    held = keys[None, :, : view.filled], values[None, :, : view.filled]
+    return _attention(q[None], *held, view.mask, scale, cap)[0]
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """`cap tanh(x / cap)`, which stays within `cap`; `x` itself where there is none."""
+    return x if cap is None else torch.tanh(x / cap) * cap

@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral, Qwen2 and Qwen3 from one spec, number for number as transformers.
+"""The decoder: every served family from one spec, number for number as transformers.
 
 Tokens come flat, `[M]`, whatever rows and lengths they belong to; only attention has to know,
 and it is handed in.
@@ -6,7 +6,7 @@ and it is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,20 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moac_runtime.backends.torch.attention import capped
 from moac_runtime.errors import ArtifactError
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.activations import ACTIVATIONS
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q, k, v)`: `q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; `[M, H, D]`."""
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +33,38 @@ class _Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class _Norm:
+    """RMS norm over the last dimension; sums are float32, as is what `plus_one` multiplies by."""
+
+    weight: Tensor
+    spec: NormSpec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.eps)
+        if self.spec.plus_one:
+            return (wide * (1 + self.weight.float())).to(x.dtype)
+        return self.weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    attn_norm: Tensor
+    spec: LayerSpec
+    activation: Callable[[Tensor], Tensor]
+    attn_norm: Callable[[Tensor], Tensor]
     qkv: _Linear
-    # `[H + K, D]`: the query norm for each query head, the key norm for each key head
-    qk_norm: Tensor | None
+    qk_norm: Callable[[Tensor], Tensor]
     o: _Linear
-    mlp_norm: Tensor
+    attn_post_norm: Callable[[Tensor], Tensor]
+    mlp_norm: Callable[[Tensor], Tensor]
     gate_up: _Linear
     down: _Linear
+    mlp_post_norm: Callable[[Tensor], Tensor]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    """Where a layer has no norm."""
+    return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,62 +100,67 @@ class Decoder:
         self.spec = spec
         self.dtype = dtype or _dtype(tensors)
         self.device = torch.device(device)
-        self._activation = _activation(spec.activation)
         hidden = (spec.hidden_size,)
         self._embed = self._take(tensors, "embed.weight", (spec.vocab_size, *hidden))
-        self._layers = [self._layer(tensors, f"layers.{i}") for i in range(spec.num_layers)]
-        self._norm = self._take(tensors, "norm.weight", hidden)
+        self._layers = [
+            self._layer(tensors, f"layers.{i}", spec.layer(i)) for i in range(spec.num_layers)
+        ]
+        self._norm = _Norm(self._take(tensors, "norm.weight", hidden), spec.norm)
         self._head = (
             self._embed
             if spec.tied_embeddings
             else self._take(tensors, "lm_head.weight", (spec.vocab_size, *hidden))
         )
 
-    def rotation(self, frequencies: Tensor, positions: Tensor) -> Rotation:
-        """The rotation of tokens at `positions` `[M]`.
+    def rotations(self, frequencies: Tensor, positions: Tensor) -> list[Rotation]:
+        """The rotation of tokens at `positions` `[M]` by each of the model's rotary tables.
 
-        `frequencies`: float32, `[D / 2]` from `layout.rope_frequencies`, or `[M, 1, D / 2]` where
-        rows have their own.
+        `frequencies`: float32, `[tables, D / 2]` from `layout.rope_tables`, or
+        `[tables, M, D / 2]` where rows have their own.
         """
-        angle = positions[:, None, None].float() * frequencies.to(positions.device)
-        cos, sin = angle.cos() * self.spec.rope.scaling, angle.sin() * self.spec.rope.scaling
+        return [
+            self._rotation(own, rope.scaling, positions)
+            for rope, own in zip(self.spec.ropes, frequencies.to(positions.device), strict=True)
+        ]
+
+    def hidden(self, tokens: Tensor, rotations: Sequence[Rotation], attend: Attend) -> Tensor:
+        """The last layer's output `[M, hidden]` for `tokens` `[M]`; `logits` takes it."""
+        x = _scaled(F.embedding(tokens, self._embed), self.spec.embedding_scale)
+        for index, layer in enumerate(self._layers):
+            out = layer.attn_post_norm(self._attention(index, layer, x, rotations, attend))
+            x = x + _scaled(out, self.spec.residual_scale)
+            out = layer.mlp_post_norm(self._mlp(layer, x))
+            x = x + _scaled(out, self.spec.residual_scale)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits `[..., V]` of some rows of `hidden` `[..., hidden]`."""
+        logits = F.linear(self._norm(hidden), self._head).float()
+        return capped(_scaled(logits, self.spec.logit_scale), self.spec.logit_cap)
+
+    def _rotation(self, frequencies: Tensor, scaling: float, positions: Tensor) -> Rotation:
+        angle = (positions[:, None].float() * frequencies)[:, None]
+        cos, sin = angle.cos() * scaling, angle.sin() * scaling
         return Rotation(
             torch.cat((cos, cos), dim=-1).to(self.dtype),
             torch.cat((-sin, sin), dim=-1).to(self.dtype),
         )
 
-    def hidden(self, tokens: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """The last layer's output `[M, hidden]` for `tokens` `[M]`; `logits` takes it."""
-        x = F.embedding(tokens, self._embed)
-        for index, layer in enumerate(self._layers):
-            x = x + self._attention(index, layer, x, rotation, attend)
-            x = x + self._mlp(layer, x)
-        return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits `[..., V]` of some rows of `hidden` `[..., hidden]`."""
-        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
-
     def _attention(
-        self, index: int, layer: _Layer, x: Tensor, rotation: Rotation, attend: Attend
+        self, index: int, layer: _Layer, x: Tensor, rotations: Sequence[Rotation], attend: Attend
     ) -> Tensor:
         heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
-        qkv = layer.qkv(self._rms_norm(x, layer.attn_norm)).view(len(x), -1, self.spec.head_dim)
+        qkv = layer.qkv(layer.attn_norm(x)).view(len(x), -1, self.spec.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.qk_norm is not None:
-            qk = self._rms_norm(qk, layer.qk_norm)
-        qk = rotation(qk)
+        qk = layer.qk_norm(qk)
+        if layer.spec.rope is not None:
+            qk = rotations[layer.spec.rope](qk)
         out = attend(index, qk[:, :heads], qk[:, heads:], v)
         return layer.o(out.flatten(1))
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-        return layer.down(self._activation(gate) * up)
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)
-        return weight * wide.to(x.dtype)
+        gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
+        return layer.down(layer.activation(gate) * up)
 
     def _take(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         found = tensors.get(name)
@@ -161,28 +182,59 @@ class Decoder:
         weight = self._take(tensors, f"{name}.weight", (out, into))
         return _Linear(weight, self._take(tensors, f"{name}.bias", (out,)) if bias else None)
 
-    def _layer(self, tensors: Mapping[str, Tensor], name: str) -> _Layer:
-        spec, hidden, inner = self.spec, self.spec.hidden_size, self.spec.intermediate_size
+    def _layer(self, tensors: Mapping[str, Tensor], name: str, layer: LayerSpec) -> _Layer:
+        spec, hidden, inner = self.spec, self.spec.hidden_size, layer.intermediate_size
         queries, keys = spec.num_heads, spec.num_kv_heads
         width = (queries + 2 * keys) * spec.head_dim
         linear = partial(self._linear, tensors)
+
+        def norm(which: str, there: bool) -> Callable[[Tensor], Tensor]:
+            if not there:
+                return _as_it_is
+            weight = self._take(tensors, f"{name}.{which}.weight", (hidden,))
+            return _Norm(weight, layer.norm)
+
         return _Layer(
-            attn_norm=self._take(tensors, f"{name}.attn_norm.weight", (hidden,)),
-            qkv=linear(f"{name}.qkv", width, hidden, spec.qkv_bias),
-            qk_norm=self._qk_norm(tensors, name) if spec.qk_norm else None,
-            o=linear(f"{name}.o", hidden, queries * spec.head_dim, spec.o_bias),
-            mlp_norm=self._take(tensors, f"{name}.mlp_norm.weight", (hidden,)),
-            gate_up=linear(f"{name}.gate_up", 2 * inner, hidden, spec.mlp_bias),
-            down=linear(f"{name}.down", hidden, inner, spec.mlp_bias),
+            spec=layer,
+            activation=_activation(layer.activation),
+            attn_norm=norm("attn_norm", layer.pre_norm),
+            qkv=linear(f"{name}.qkv", width, hidden, layer.qkv_bias),
+            qk_norm=self._qk_norm(tensors, name, layer),
+            o=linear(f"{name}.o", hidden, queries * spec.head_dim, layer.o_bias),
+            attn_post_norm=norm("attn_post_norm", layer.post_norm),
+            mlp_norm=norm("mlp_norm", layer.pre_norm),
+            gate_up=linear(f"{name}.gate_up", 2 * inner, hidden, layer.mlp_bias),
+            down=linear(f"{name}.down", hidden, inner, layer.mlp_bias),
+            mlp_post_norm=norm("mlp_post_norm", layer.post_norm),
         )
 
-    def _qk_norm(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        shape = (self.spec.head_dim,)
-        query = self._take(tensors, f"{name}.q_norm.weight", shape)
-        key = self._take(tensors, f"{name}.k_norm.weight", shape)
-        return torch.cat(
-            [query.expand(self.spec.num_heads, -1), key.expand(self.spec.num_kv_heads, -1)]
+    def _qk_norm(
+        self, tensors: Mapping[str, Tensor], name: str, layer: LayerSpec
+    ) -> Callable[[Tensor], Tensor]:
+        """What norms queries and keys, `[M, H + K, D]`."""
+        counts, dim = (self.spec.num_heads, self.spec.num_kv_heads), self.spec.head_dim
+        if layer.qk_norm is None:
+            return _as_it_is
+        wide = layer.qk_norm == "width"
+        query, key = (
+            self._take(tensors, f"{name}.{which}.weight", (count * dim if wide else dim,))
+            for which, count in zip(("q_norm", "k_norm"), counts, strict=True)
         )
+        if not wide:
+            # one norm for all: the query norm for each query head, the key norm for each key head
+            weight = torch.cat([query.expand(counts[0], -1), key.expand(counts[1], -1)])
+            return _Norm(weight, layer.norm)
+        norms = _Norm(query, layer.norm), _Norm(key, layer.norm)
+
+        def across(qk: Tensor) -> Tensor:
+            parts = zip(norms, qk.split(counts, dim=1), strict=True)
+            return torch.cat([norm(x.flatten(1)).view(x.shape) for norm, x in parts], dim=1)
+
+        return across
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -191,9 +243,10 @@ def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in _ACTIVATIONS:
+    found = ACTIVATIONS.get(name)
+    if found is None:
         raise ArtifactError(
             f"the activation {name!r} is not served, expected one of "
-            f"{', '.join(sorted(_ACTIVATIONS))}; compile a model that uses one of these"
+            f"{', '.join(sorted(ACTIVATIONS))}; compile a model that uses one of these"
         )
-    return _ACTIVATIONS[name]
+    return partial(getattr(F, found.torch), **found.options)

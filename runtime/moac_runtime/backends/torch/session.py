@@ -14,7 +14,7 @@ from moac_runtime.backends.layout import (
     grown_runs,
     head_runs,
     packed_spans,
-    rope_frequencies,
+    rope_tables,
 )
 from moac_runtime.backends.rows import Rows
 from moac_runtime.backends.session import Feed, Snapshot
@@ -28,7 +28,7 @@ CHUNK = 512
 
 @dataclass(slots=True)
 class TorchRow:
-    """One row: `layers[layer]` are its caches; `frequencies` `[D / 2]` of RoPE."""
+    """One row: `layers[layer]` are its caches; `frequencies` `[tables, D / 2]` of RoPE."""
 
     capacity: int
     length: int
@@ -143,8 +143,8 @@ class Session(Rows[TorchRow]):
 
     def _frequencies(self, capacity: int) -> Tensor:
         spec = self._decoder.spec
-        frequencies = rope_frequencies(spec.rope, spec.head_dim, capacity)
-        return torch.tensor(frequencies, dtype=torch.float32, device=self._decoder.device)
+        tables = rope_tables(spec.ropes, spec.head_dim, capacity)
+        return torch.tensor(tables, dtype=torch.float32, device=self._decoder.device)
 
     def _run(
         self, feeds: Sequence[Feed], pieces: Sequence[Piece], rows: Sequence[TorchRow]
@@ -161,19 +161,22 @@ class Session(Rows[TorchRow]):
             positions += range(row.length, row.length + piece.size)
             shares.append(Share(row.layers, row.length, slice(first, len(fed))))
         device = self._decoder.device
-        rotation = self._decoder.rotation(
+        rotations = self._decoder.rotations(
             _frequencies_of([(rows[piece.feed], piece.size) for piece in pieces]),
             torch.tensor(positions, device=device),
         )
         step = Step(shares, self._decoder.spec)
-        hidden = self._decoder.hidden(torch.tensor(fed, device=device), rotation, step)
+        hidden = self._decoder.hidden(torch.tensor(fed, device=device), rotations, step)
         for piece in pieces:
             rows[piece.feed].length += piece.size
         return self._decoder.logits(hidden if len(wanted) == len(fed) else hidden[wanted])
 
 
 def _frequencies_of(parts: Sequence[tuple[TorchRow, int]]) -> Tensor:
-    """The frequencies of some rows' tokens, so many of each: `[D / 2]`, or `[M, 1, D / 2]`."""
+    """The frequencies of some rows' tokens, so many of each.
+
+    `[tables, D / 2]` where all rows share them, else `[tables, M, D / 2]`.
+    """
     if len({row.capacity for row, _ in parts}) == 1:
         return parts[0][0].frequencies
-    return torch.cat([row.frequencies.expand(count, 1, -1) for row, count in parts])
+    return torch.cat([row.frequencies[:, None].expand(-1, n, -1) for row, n in parts], dim=1)

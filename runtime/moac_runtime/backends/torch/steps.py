@@ -23,7 +23,7 @@ from moac_runtime.backends.torch.attention import (
     query_blocks,
 )
 from moac_runtime.backends.torch.cache import SpanCache
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 
 @dataclass(slots=True)
@@ -73,13 +73,13 @@ class Step:
 
     def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
         self._shares = shares
-        self._group = spec.group_size
-        self._scale = spec.head_dim**-0.5
+        self._spec = spec
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grouped = (*k.shape[:2], self._group, k.shape[2])
+        kind = self._spec.layer(layer)
+        grouped = (*k.shape[:2], self._spec.group_size, k.shape[2])
         every = q.view(grouped), k, v, out.view(grouped)
         for share in self._shares:
             if share.count == 1:
@@ -88,19 +88,34 @@ class Step:
                 parts, attend = [x[share.flat].transpose(0, 1) for x in every], self._prefill
             for cache in share.layers[layer]:
                 heads = slice(cache.run.first, cache.run.stop)
-                attend(share, cache, *(part[heads] for part in parts))
+                attend(kind, share, cache, *(part[heads] for part in parts))
         return out
 
     def _decode(
-        self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+        self,
+        kind: LayerSpec,
+        share: Share,
+        cache: SpanCache,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
     ) -> None:
         """One token: `q` `[g, G, D]`, `k` and `v` `[g, D]`; what it attends to goes into `out`."""
         view = share.view(cache)
         cache.put(view.slot, k, v)
-        out.copy_(decode_attention(q, cache.keys, cache.values, view, self._scale))
+        held = cache.keys, cache.values
+        out.copy_(decode_attention(q, *held, view, kind.query_scale, kind.logit_cap))
 
     def _prefill(
-        self, share: Share, cache: SpanCache, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+        self,
+        kind: LayerSpec,
+        share: Share,
+        cache: SpanCache,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
     ) -> None:
         """Many tokens: `q` and `out` `[g, T, G, D]`, `k` and `v` `[g, T, D]`."""
         old_k, old_v, positions = cache.held(share.start)
@@ -109,7 +124,8 @@ class Step:
             torch.cat((old_k, k), dim=1),
             torch.cat((old_v, v), dim=1),
             share.blocks(cache, positions),
-            self._scale,
+            kind.query_scale,
+            kind.logit_cap,
         )
         out.copy_(found.transpose(1, 2))
         cache.write(share.start, k, v)

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moac.checkpoint.families.family import Family
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.activations import ACTIVATIONS
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-DTYPES = ("float32", "bfloat16", "float16")
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# Fields that change the function of models that have them: refused unless the family reads them.
+_OPTIONS = {
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts"),
+        "a dense MLP (no mixture of experts)",
+    ),
+    **dict.fromkeys(
+        ("attn_logit_softcapping", "final_logit_softcapping"), "attention and logits without a cap"
+    ),
+    "use_bidirectional_attention": "attention to earlier tokens alone",
+}
 
 
 def refuse(name: str, found: object, served: str) -> CheckpointError:
@@ -21,9 +29,9 @@ def refuse(name: str, found: object, served: str) -> CheckpointError:
     return CheckpointError(f"{name} {found!r} is not served; served is {served}")
 
 
-def check_config_file(config: Mapping[str, Any]) -> None:
+def check_config_file(config: Mapping[str, Any], family: Family) -> None:
     """Refuse a raw config.json that asks for something not served, before a library reads it."""
-    _check_kind(config)
+    _check_kind(config, family)
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
@@ -39,30 +47,31 @@ def check_config_file(config: Mapping[str, Any]) -> None:
             "float32, bfloat16 or float16 weights, or a GGUF file",
         )
     _check_own_code(config)
-    for key in _EXPERTS:
-        if config.get(key):
-            raise refuse(key, config[key], "a dense MLP (no mixture of experts)")
-    for key in _SOFTCAPS:
-        if config.get(key):
-            raise refuse(key, config[key], "attention and logits without a cap")
-    if config.get("pretraining_tp") not in (None, 1):
+    for key, served in _OPTIONS.items():
+        if config.get(key) and key not in family.options:
+            raise refuse(key, config[key], served)
+    if config.get("pretraining_tp") not in (None, 1) and "pretraining_tp" not in family.options:
         raise refuse("pretraining_tp", config["pretraining_tp"], "1 (undivided projections)")
-    _check_rope(config)
+    _check_ropes(config, family)
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise refuse("model_type", family, ", ".join(FAMILIES))
+def _check_kind(config: Mapping[str, Any], family: Family) -> None:
     if config.get("is_encoder_decoder"):
         raise refuse("is_encoder_decoder", True, "decoder-only models")
     named = config.get("architectures") or ["ForCausalLM"]
     architectures = named if isinstance(named, list) else [named]
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise refuse("architecture", architectures[0], "a causal language model (...ForCausalLM)")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise refuse("hidden_act", activation, ", ".join(ACTIVATIONS))
+    if family.activation in config:
+        activation_of(family.activation, config[family.activation])
+
+
+def activation_of(field: str, name: object) -> str:
+    """Our name of an activation that the library calls `name`. Raises CheckpointError."""
+    known = {theirs: ours for ours, one in ACTIVATIONS.items() for theirs in one.library}
+    if not isinstance(name, str) or name not in known:
+        raise refuse(field, name, ", ".join(known))
+    return known[name]
 
 
 def _check_own_code(config: Mapping[str, Any]) -> None:
@@ -75,12 +84,18 @@ def _check_own_code(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_rope(config: Mapping[str, Any]) -> None:
+def _check_ropes(config: Mapping[str, Any], family: Family) -> None:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise refuse("rope_parameters", rope, "an object with rope_type and its settings")
-    if any(isinstance(value, dict) for value in rope.values()):
+    by_type = [value for value in rope.values() if isinstance(value, dict)]
+    if by_type and "rope_parameters" not in family.options:
         raise refuse("RoPE per layer type, for", sorted(rope), "one RoPE for all layers")
+    for one in by_type or [rope]:
+        _check_rope(config, one)
+
+
+def _check_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPES:
         raise refuse("RoPE type", kind, ", ".join(ROPES))

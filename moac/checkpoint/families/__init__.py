@@ -1,0 +1,63 @@
+"""The families that are served, one to a file; here they are found.
+
+A new one is its file, a line here, and an entry in `tests/families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moac.checkpoint.families import (
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    options,
+    qwen2,
+    qwen3,
+    reading,
+    smollm3,
+)
+from moac.checkpoint.families.family import Family, Names
+from moac_runtime.package.spec import ModelSpec
+
+__all__ = ["FAMILIES", "Family", "Names", "family_of", "gguf_family", "model_spec", "parse_config"]
+
+_MODULES = (llama, mistral, qwen2, qwen3, smollm3, granite, gemma3)
+_ALL: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+_GGUF = {family.gguf: family for family in _ALL if family.gguf is not None}
+
+
+def family_of(model_type: object) -> Family:
+    """The family of a `model_type`. Raises CheckpointError where none is served."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise options.refuse("model_type", model_type, ", ".join(FAMILIES))
+    return family
+
+
+def gguf_family(architecture: str) -> Family:
+    """The family that llama.cpp calls `architecture`. Raises CheckpointError for no such one."""
+    if architecture not in _GGUF:
+        raise options.refuse("GGUF architecture", architecture, ", ".join(_GGUF))
+    return _GGUF[architecture]
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> Any:
+    """The transformers config of a raw config.json, `where` naming it for the sentence.
+
+    Older files (`rope_theta`, `rope_scaling`, `torch_dtype`) are upgraded as transformers does.
+    Raises CheckpointError for what is not served or is no config.
+    """
+    options.check_config_file(values, family_of(values.get("model_type")))
+    return reading.parsed(values, where)
+
+
+def model_spec(config: Any) -> ModelSpec:
+    """The spec of a served config. Raises CheckpointError naming what is not served."""
+    family = family_of(config.model_type)
+    options.check_config_file(config.to_dict(), family)
+    reading.check_sizes(config)
+    return family.spec(config)

@@ -1,0 +1,228 @@
+"""What families read of a transformers config alike; RoPE comes from the library's own module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from moac.checkpoint.families.options import activation_of, refuse
+from moac.checkpoint.library import quiet_library
+from moac_runtime.errors import CheckpointError
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+
+# The largest value of each that is read as meant; beyond it a config is damaged.
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**31,
+    "intermediate_size": 2**31,
+    "num_attention_heads": 2**31,
+    "num_key_value_heads": 2**31,
+    "vocab_size": 2**31,
+    "max_position_embeddings": 2**31,
+}
+
+
+def parsed(values: Mapping[str, Any], where: str) -> Any:
+    """The transformers config of a raw config.json that is served. Raises CheckpointError."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        with quiet_library():
+            return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    except Exception as error:  # what a wrong value raises in the library is not its contract
+        raise CheckpointError(
+            f"{where} is not a valid {values['model_type']} config ({_one_line(error)}); "
+            "restore it from the original checkpoint"
+        ) from None
+
+
+def decoder(
+    config: Any, layers: Sequence[LayerSpec], *ropes: RopeSpec, **changes: Any
+) -> ModelSpec:
+    """The spec of a config with these layers and rotary tables.
+
+    `changes`: fields that do not follow from the config's usual ones.
+    """
+    return ModelSpec.of_layers(
+        layers,
+        **{
+            "family": config.model_type,
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": head_dim(config),
+            "vocab_size": config.vocab_size,
+            "norm": NormSpec(float(config.rms_norm_eps)),
+            "ropes": ropes,
+            "tied_embeddings": bool(config.tie_word_embeddings),
+            "context": changes.get("context") or _context(config),
+            **changes,
+        },
+    )
+
+
+def layer(config: Any, *, activation: str = "hidden_act", **changes: Any) -> LayerSpec:
+    """A layer as Llama has it; `activation`: the config's field for it, `changes`: the rest."""
+    return LayerSpec(
+        **{
+            "norm": NormSpec(float(config.rms_norm_eps)),
+            "query_scale": head_dim(config) ** -0.5,
+            "intermediate_size": config.intermediate_size,
+            "activation": activation_of(activation, getattr(config, activation)),
+            **changes,
+        }
+    )
+
+
+def head_dim(config: Any) -> int:
+    """Numbers of a head."""
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def positive(config: Any, name: str) -> float:
+    """A factor of the config. Raises CheckpointError unless it is a positive number."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise CheckpointError(
+            f"config.json says {name} {value!r} where a positive number was expected; "
+            "restore it from the original checkpoint"
+        )
+    return float(value)
+
+
+def window(config: Any) -> int | None:
+    """The config's sliding window in tokens, None where it has none."""
+    found: int | None = config.sliding_window
+    if found is not None and found < 1:
+        raise refuse("sliding_window", found, "a positive number of tokens, or null")
+    return found
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """Each layer's own window, by the config's `layer_types`."""
+    own = window(config)
+    return [_layer_window(kind, own) for kind in layer_types(config)]
+
+
+def layer_types(config: Any) -> list[str]:
+    """What the config calls each layer. Raises CheckpointError unless there is a name for each."""
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"config.json lists {len(config.layer_types)} layer_types for "
+            f"{config.num_hidden_layers} layers; restore it from the original checkpoint"
+        )
+    return list(config.layer_types)
+
+
+def _layer_window(kind: str, window: int | None) -> int | None:
+    if kind == "full_attention":
+        return None
+    if kind != "sliding_attention":
+        raise refuse("layer type", kind, "full_attention, sliding_attention")
+    if window is None:
+        raise CheckpointError(
+            "config.json asks for sliding_attention layers without a sliding_window (or with "
+            "use_sliding_window false); set both or make the layers full_attention"
+        )
+    return window
+
+
+def check_sizes(config: Any) -> None:
+    """Raises CheckpointError for sizes that contradict each other or that no model has."""
+    for name, limit in _SIZES.items():
+        if not 1 <= getattr(config, name) <= limit:
+            raise CheckpointError(
+                f"config.json says {name} {getattr(config, name)} where 1 to {limit} was "
+                "expected; restore it from the original checkpoint"
+            )
+    if not 0 <= config.rms_norm_eps < math.inf:
+        raise CheckpointError(
+            f"config.json says rms_norm_eps {config.rms_norm_eps} where a small positive number "
+            "was expected; restore it from the original checkpoint"
+        )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json says {heads} attention heads over {kv_heads} key-value heads, which do "
+            "not divide; restore it from the original checkpoint"
+        )
+    dim = head_dim(config)
+    if not 2 <= dim <= 1024 or dim % 2:
+        raise refuse("head_dim", dim, "an even head size from 2 to 1024")
+
+
+def _context(config: Any) -> int:
+    """The longest sequence in tokens: what the library documents a scaling to stretch it to."""
+    rope, positions = config.rope_parameters, int(config.max_position_embeddings)
+    if rope["rope_type"] in ("linear", "dynamic"):
+        return int(rope["factor"] * positions)
+    if rope["rope_type"] == "yarn" and rope["factor"]:
+        return max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return positions
+
+
+def rope(config: Any, rotary: str) -> RopeSpec:
+    """The one rotary table of a config, as the library's class named `rotary` computes it."""
+    module = _rotary(config, rotary, [config.rope_parameters])
+    return _table(config, config.rope_parameters, module.inv_freq, module.attention_scaling)
+
+
+def ropes_by_type(config: Any, rotary: str, types: Sequence[str]) -> list[RopeSpec]:
+    """The rotary tables of some layer types, as the library's class named `rotary` has them."""
+    found = config.rope_parameters
+    if not all(isinstance(found.get(kind), dict) for kind in types):
+        raise refuse("rope_parameters", found, f"the settings of each of {', '.join(types)}")
+    module = _rotary(config, rotary, [found[kind] for kind in types])
+    return [
+        _table(
+            config,
+            found[kind],
+            getattr(module, f"{kind}_inv_freq"),
+            getattr(module, f"{kind}_attention_scaling"),
+        )
+        for kind in types
+    ]
+
+
+def _rotary(config: Any, name: str, settings: Sequence[Mapping[str, Any]]) -> Any:
+    """The library's module; it lies beside the one of the config's class."""
+    for rope in settings:
+        if rope["rope_type"] in ("linear", "dynamic") and not _is_factor(rope.get("factor")):
+            raise refuse("RoPE factor", rope.get("factor"), "a number of at least 1")
+    module = import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    try:
+        return getattr(module, name)(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"the RoPE settings {config.rope_parameters} are incomplete or impossible "
+            f"({_one_line(error)}); restore config.json from the original checkpoint"
+        ) from None
+
+
+def _table(config: Any, rope: Mapping[str, Any], found: Any, scaling: float) -> RopeSpec:
+    inv_freq = tuple(float(value) for value in found.float())
+    if not all(math.isfinite(value) for value in inv_freq):
+        raise CheckpointError(
+            f"the RoPE settings {rope} give frequencies that are not finite; "
+            "restore config.json from the original checkpoint"
+        )
+    dynamic = rope["rope_type"] == "dynamic"
+    return RopeSpec(
+        kind=rope["rope_type"],
+        theta=float(rope["rope_theta"]),
+        inv_freq=inv_freq,
+        scaling=float(scaling),
+        factor=float(rope["factor"]) if dynamic else 1.0,
+        original_context=int(config.max_position_embeddings) if dynamic else None,
+    )
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, (int, float)) and 1 <= value < math.inf
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
