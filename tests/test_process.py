@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from base_install import sources
 from tiny import Compiled
 
-import moac.cli.main
-from moac_runtime import command
 from moac_runtime.errors import CheckFailed, MoacError
 from moac_runtime.host.process import run_process
 from moac_runtime.host.shortage import shortage
 
 MOAC = "import sys; from moac.cli.main import main; main(sys.argv[1:])"
-PATHS = (Path(moac.cli.main.__file__).parents[1], Path(command.__file__).parents[1])
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(map(str, (*PATHS, Path(__file__).parent))),
+    "PYTHONPATH": os.pathsep.join([*sources(), str(Path(__file__).parent)]),
     "OMP_NUM_THREADS": "1",
 }
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
