@@ -9,8 +9,6 @@ from import_graph import inside, modules
 
 # Each of these runs the same steps on its own tensors, so the names are the same by intent.
 BACKENDS = tuple(f"moac_runtime.backends.{name}" for name in ("cpu", "cuda", "onnx", "torch"))
-# One protocol told twice, for as long as sessions meet several; the test fails once one is gone.
-KNOWN = {"Reading"}
 
 
 def public_classes() -> dict[str, list[str]]:
@@ -32,4 +30,4 @@ def test_no_two_classes_share_a_name() -> None:
         if len(homes) > 1
         and not all(any(inside(module, room) for room in BACKENDS) for module in homes)
     }
-    assert shared == KNOWN
+    assert shared == set()
