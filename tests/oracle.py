@@ -17,7 +17,7 @@ from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan, visible
 
@@ -105,5 +105,5 @@ def open_session(
 ) -> Batch:
     """Rows of a session on `model` under `plan`."""
     decoder, order = packed(model, plan, dtype=dtype)
-    session = Session(decoder, plan, order, chunk=chunk)
+    session = TorchSession(decoder, plan, order, chunk=chunk)
     return Batch(session, batch=batch, capacity=capacity)

@@ -26,7 +26,7 @@ from moac.checkpoint import open_checkpoint
 from moac.pipeline.verify import verify
 from moac.profiling.influence import sample_influence
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights
@@ -177,7 +177,7 @@ def test_verify_compares_with_the_original_and_not_with_itself(
     checkpoint = open_checkpoint(str(tiny_package.checkpoint))
     tokens = [(7 * i * i + i) % artifact.spec.vocab_size for i in range(600)]
     wanted = oracle_logits(checkpoint.load_model("float32"), tokens, artifact.plan, len(tokens))
-    session = Session(decoder_of(artifact, torch.float32), artifact.plan, artifact.head_order)
+    session = TorchSession(decoder_of(artifact, torch.float32), artifact.plan, artifact.head_order)
     row = Batch(session, batch=1, capacity=len(tokens))
     prefill, decode = row.each([tokens[:500]])[0], row.by_decode([tokens[500:]])[0]
     assert (torch.cat([prefill, decode]) - wanted).abs().max() <= 2e-3
@@ -194,7 +194,7 @@ def test_held_bytes_are_those_of_the_tensors_allocated(
     decoder = decoder_of(artifact, getattr(torch, artifact.dtype))
     for length in found["lengths"]:
         order = artifact.head_order
-        admitting = partial(Session(decoder, artifact.plan, order).admit, length)
+        admitting = partial(TorchSession(decoder, artifact.plan, order).admit, length)
         allocated = new_tensor_bytes(admitting)
         size = found["kv_bytes"][str(length)]
         assert allocated == size["held"] <= 0.5 * size["dense"]

@@ -185,7 +185,7 @@ def test_the_work_has_the_stages_of_a_compile(forecast: Forecast, max_loss: floa
     assert [*ahead.package(measured=False).stages] == ["load", "emit", "verify"]
     samples = {n: sum(kinds.values()) for n, kinds in forecast.counts.items()}
     profiled = sum(ahead.samples.values()) - sum(ahead.later.values())
-    assert sum(samples.values()) - profiled == (0 if max_loss else 15)
+    assert sum(samples.values()) - profiled == (0 if max_loss else 10)
 
 
 def test_kernels_that_lie_in_the_work_folder_are_not_built_again(forecast: Forecast) -> None:

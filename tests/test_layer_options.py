@@ -34,7 +34,7 @@ from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout
 from moac_runtime.backends.onnx.session import OnnxGraph
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import MoacError
 from moac_runtime.package.plan import Plan, dense_plan
 from moac_runtime.package.spec import ModelSpec, NormSpec
@@ -211,7 +211,7 @@ def narrowed(width: int) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
 def test_layers_of_different_widths_equal_the_library() -> None:
     model, decoder, _ = narrowed(48)
     plan, tokens = whole(decoder.spec), text()
-    session = Batch(Session(decoder, plan, head_order(plan)), batch=1, capacity=LENGTH)
+    session = Batch(TorchSession(decoder, plan, head_order(plan)), batch=1, capacity=LENGTH)
     torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import moac_runtime
 from moac.pipeline.verify import session_logits, undropping
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.plan import Plan
@@ -119,7 +119,7 @@ def reference(plan: Plan, package: Path, tokens: list[int], scored: int, capacit
     decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
     filler = [5] * (capacity - len(tokens))  # later tokens change nothing before them
     places = list(range(len(tokens) - scored - 1, len(tokens) - 1))
-    session = Session(decoder, plan, artifact.head_order)
+    session = TorchSession(decoder, plan, artifact.head_order)
     logits = session_logits(session, [*tokens, *filler], places)
     return -float(F.cross_entropy(logits, torch.tensor(tokens[-scored:]), reduction="sum"))
 

@@ -27,7 +27,7 @@ from moac.planning import HeadLayout
 from moac.planning.problem import allowed_tokens
 from moac.sizes import parse_size
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.plan import Plan
@@ -454,7 +454,7 @@ def test_a_session_never_allocates_more_than_the_cap(
     assert told["max_bytes"] == most
     kind = torch.bfloat16
     decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
-    session = Session(decoder, artifact.plan, artifact.head_order)
+    session = TorchSession(decoder, artifact.plan, artifact.head_order)
     held = sum(session.kv_bytes(session.admit(length)) for _ in range(batch))
     assert session.kv_bytes() == held
     assert held == told["held_bytes"] <= most

@@ -22,7 +22,7 @@ from moac.checkpoint import open_checkpoint
 from moac.pipeline.verify import verify
 from moac.show.inspection import inspect_package
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.weights import load_weights
 
@@ -106,7 +106,7 @@ def test_half_of_the_memory_is_held_at_every_planned_length(compiled: Compiled) 
     kind = getattr(torch, artifact.dtype)
     decoder = Decoder(artifact.spec, load_weights(artifact, kind), dtype=kind)
     assert found["lengths"]
-    session = Session(decoder, artifact.plan, artifact.head_order)
+    session = TorchSession(decoder, artifact.plan, artifact.head_order)
     for length in found["lengths"]:
         size = found["kv_bytes"][str(length)]
         held = session.kv_bytes(session.admit(length))

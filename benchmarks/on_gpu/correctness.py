@@ -21,7 +21,7 @@ from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.session import Feed
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, HeadSpan, Rule
 from moac_runtime.package.spec import ModelSpec
@@ -192,7 +192,7 @@ def _compare(setting: Setting, workshop: Workshop, spec: ModelSpec) -> float:
     order, tables = head_order(plan), workshop.tables(shape)
     sessions: list[Any] = [
         CudaSession(decoder, plan, order, tables, chunk=40),
-        Session(Decoder(spec, weights, device=cpu), plan, order),
+        TorchSession(Decoder(spec, weights, device=cpu), plan, order),
     ]
     for session in sessions:
         for _ in range(2):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.session import Session
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights
@@ -31,9 +31,9 @@ class TorchModel:
         """Of weights and caches, by name."""
         return str(self.decoder.dtype).removeprefix("torch.")
 
-    def session(self, plan: Plan | None = None) -> Session:
+    def session(self, plan: Plan | None = None) -> TorchSession:
         """A session without rows, under the model's own plan or another one."""
-        return Session(self.decoder, plan or self.plan, self.head_order)
+        return TorchSession(self.decoder, plan or self.plan, self.head_order)
 
 
 def open_torch(

@@ -20,7 +20,7 @@ from moac_runtime.backends.rows import Rows
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.steps import Share, Step
+from moac_runtime.backends.torch.steps import Share, StepAttention
 from moac_runtime.package.plan import Plan
 
 CHUNK = 512
@@ -41,7 +41,7 @@ class TorchRow:
         return sum(cache.bytes for layer in self.layers for cache in layer)
 
 
-class Session(Rows[TorchRow]):
+class TorchSession(Rows[TorchRow]):
     """See `backends.session.Session`; logits are inference tensors.
 
     `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
@@ -165,7 +165,7 @@ class Session(Rows[TorchRow]):
             _frequencies_of([(rows[piece.feed], piece.size) for piece in pieces]),
             torch.tensor(positions, device=device),
         )
-        step = Step(shares, self._decoder.spec)
+        step = StepAttention(shares, self._decoder.spec)
         hidden = self._decoder.hidden(torch.tensor(fed, device=device), rotations, step)
         for piece in pieces:
             rows[piece.feed].length += piece.size

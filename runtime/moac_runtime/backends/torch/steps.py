@@ -68,7 +68,7 @@ class Share:
         return self._blocks[layout]
 
 
-class Step:
+class StepAttention:
     """Attention of a step that adds tokens to some rows; a decoder's `attend`."""
 
     def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
