@@ -303,7 +303,7 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
 
 # ---- what is not served
 
-SERVED = "llama, mistral, qwen2, qwen3, smollm3, granite, gemma3_text"
+SERVED = "gemma3_text, granite, llama, mistral, qwen2, qwen3, smollm3"
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ MEASURED = {"calibration", "profile", "loss"}
         ("moac/calibration/jsonl.py", {"calibration"}),
         ("moac/calibration/data/calibration/alice.txt", {"calibration"}),
         ("moac/checkpoint/gguf.py", MEASURED),
+        ("moac/checkpoint/families/gemma3.py", MEASURED),
         ("moac/checkpoint/weights.py", MEASURED),
     ],
 )

@@ -62,7 +62,13 @@ def parts_key(**parts: Any) -> str:
 @cache
 def _code_digest(kind: str) -> str:
     stages = files_digest([package_folder("moac") / _STAGES])
-    return source_digest(*_CODE[kind]) + stages
+    return source_digest(*_CODE[kind], *_families()) + stages
+
+
+def _families() -> list[str]:
+    """The modules of model families, which are found by folder, not imported by name."""
+    files = sorted((package_folder("moac") / "checkpoint/families").glob("*.py"))
+    return [f"moac.checkpoint.families.{file.stem}" for file in files if file.stem != "__init__"]
 
 
 @cache

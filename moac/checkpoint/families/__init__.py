@@ -1,33 +1,32 @@
 """The families that are served, one to a file; here they are found.
 
-A new one is its file, a line here, and an entry in `tests/families.py`.
+A new one is its file, which declares a `FAMILY`, and an entry in `tests/families.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-from moac.checkpoint.families import (
-    gemma3,
-    granite,
-    llama,
-    mistral,
-    options,
-    qwen2,
-    qwen3,
-    reading,
-    smollm3,
-)
+from moac.checkpoint.families import options, reading
 from moac.checkpoint.families.family import Family, Names
 from moac_runtime.package.spec import ModelSpec
 
 __all__ = ["FAMILIES", "Family", "Names", "family_of", "gguf_family", "model_spec", "parse_config"]
 
-_MODULES = (llama, mistral, qwen2, qwen3, smollm3, granite, gemma3)
-_ALL: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
-_GGUF = {family.gguf: family for family in _ALL if family.gguf is not None}
+
+def _declared() -> Iterator[Family]:
+    """What the files of this folder declare, in the order of their names."""
+    for name in sorted(module.name for module in iter_modules(__path__)):
+        family = getattr(import_module(f"{__name__}.{name}"), "FAMILY", None)
+        if family is not None:
+            yield family
+
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _declared()}
+_GGUF = {family.gguf: family for family in FAMILIES.values() if family.gguf is not None}
 
 
 def family_of(model_type: object) -> Family:
