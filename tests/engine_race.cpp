@@ -24,6 +24,7 @@ struct Made {
   std::vector<Floats> held;
   std::vector<Layer> layers;
   Model model{};
+  const double scaling = 1;
 
   const float *take(int64_t count) { return held.emplace_back(some_floats(count)).data(); }
   Matrix matrix(int64_t count) { return {take(count), nullptr, WEIGHTS_PLAIN}; }
@@ -34,11 +35,14 @@ struct Made {
       layer.attn_norm = take(SIZE), layer.mlp_norm = take(SIZE);
       layer.qkv = matrix(WIDTH * SIZE), layer.o = matrix(SIZE * HEADS * DIM);
       layer.gate_up = matrix(2 * INNER * SIZE), layer.down = matrix(SIZE * INNER);
+      layer.inner = INNER, layer.norm_eps = 1e-5, layer.query_scale = 1 / sqrt((double)DIM);
       layers.push_back(layer);
     }
     model.num_layers = LAYERS, model.hidden = SIZE, model.inner = INNER, model.heads = HEADS;
     model.kv_heads = KV_HEADS, model.head_dim = DIM, model.vocab = VOCAB, model.norm_eps = 1e-5;
-    model.rope_scaling = 1, model.layers = layers.data(), model.norm = take(SIZE);
+    model.embedding_scale = model.residual_scale = model.logit_scale = 1;
+    model.num_ropes = 1, model.rope_scalings = &scaling;
+    model.layers = layers.data(), model.norm = take(SIZE);
     model.embed = model.head = matrix(VOCAB * SIZE);
   }
 };

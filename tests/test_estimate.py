@@ -49,7 +49,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Callable[..., int]]:
     """Measures `function(*arguments)` in a process whose heap no other test has used."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
