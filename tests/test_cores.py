@@ -449,14 +449,15 @@ def test_hashing_and_builds_of_kernels_take_the_quota(
 @pytest.mark.parametrize(
     ("command", "before", "after"),
     [
-        ("doctor", None, "passive"),
-        ("plan", None, "passive"),
-        ("plan", "active", "active"),
-        ("bench", None, None),
+        ("doctor", {}, "1000"),
+        ("plan", {}, "1000"),
+        ("plan", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("plan", {"OMP_WAIT_POLICY": "active"}, None),
+        ("bench", {}, None),
     ],
 )
 def test_threads_that_wait_leave_the_core_to_others(
-    command: str, before: str | None, after: str | None
+    command: str, before: dict[str, str], after: str | None
 ) -> None:
     """Set before torch loads, which reads it once; a benchmark measures torch as it comes."""
     code = (
@@ -465,10 +466,10 @@ def test_threads_that_wait_leave_the_core_to_others(
         "try:\n    main([sys.argv[1], '--help'])\n"
         "except SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules\n"
-        "print(os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), file=sys.stderr)\n"
     )
-    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment = kept if before is None else {**kept, "OMP_WAIT_POLICY": before}
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {k: v for k, v in os.environ.items() if k not in waiting} | before
     done = subprocess.run(
         [sys.executable, "-c", code, command], capture_output=True, text=True, env=environment
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from moac_runtime.errors import UsageError
-from moac_runtime.host.cores import sleep_while_waiting
+from moac_runtime.host.cores import spin_briefly
 from moac_runtime.host.process import run_process
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         sys.exit(run_main(arguments[1:]))
     if arguments[:1] != ["bench"]:  # which measures torch as it comes
-        sleep_while_waiting()
+        spin_briefly()
     sys.exit(_invoke(arguments))
 
 

@@ -66,13 +66,15 @@ def default_threads() -> int:
     return usable_cores().threads
 
 
-def sleep_while_waiting() -> None:
-    """Have torch's threads sleep, not spin, until the others have done their part.
+def spin_briefly() -> None:
+    """Have torch's threads sleep soon where they wait for the others.
 
-    On a busy machine a thread that spins holds the core that the others wait for. OpenMP reads it
-    once, when torch loads; a policy that is set already stays.
+    On a busy machine a thread that spins holds the core that the others wait for; one that sleeps
+    at once wakes too late on a quiet one (docs/studies/profile.md). OpenMP reads it once, when
+    torch loads. What is set already stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def set_torch_threads(threads: int | None = None) -> None:
