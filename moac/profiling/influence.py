@@ -20,7 +20,7 @@ from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 
 RUNNING_TEXT = "text"
-ACTIVATION_BYTES_LIMIT = 9 << 28  # 2.25 GiB: beside weights and tiles a compile stays in 4 GiB
+ACTIVATION_BYTES_LIMIT = 2 << 30
 _TILE_COPIES = 8  # float32: scores, weights, flows, what is made of them
 _LOGIT_COPIES = 4  # float32: themselves, chances, what the loss keeps, their gradient
 
