@@ -65,7 +65,8 @@ class Family:
     `model_type`: as config.json and transformers name it. `spec`: the spec of its parsed config.
     `activation`: the field of its config that names the activation. `options`: fields that change
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
-    files of it read.
+    files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
+    weights' dtype.
     """
 
     model_type: str
@@ -74,3 +75,4 @@ class Family:
     activation: str = "hidden_act"
     options: frozenset[str] = frozenset()
     gguf: Gguf = field(default_factory=Gguf)
+    rounded_scale: bool = False

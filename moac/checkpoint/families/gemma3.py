@@ -110,6 +110,7 @@ FAMILY = Family(
         mlp_post_norm="post_feedforward_layernorm",
     ),
     activation="hidden_activation",
+    rounded_scale=True,
     options=frozenset({"final_logit_softcapping", "rope_parameters"}),
     gguf=Gguf(
         architecture="gemma3",
