@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from families import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
-from moac.checkpoint.families import Names
+from moac.checkpoint.families import Family, family_of
 from moac.checkpoint.gguf import library_names
 
 
@@ -38,6 +38,13 @@ def byte_level_fields(pre: str) -> dict[str, Any]:
     }
 
 
+def tiny_original(family: str, **overrides: Any) -> Any:
+    """A tiny model that a file can tell of: Gemma's query scale follows from the head size."""
+    if family == "gemma3_text":
+        overrides = {"query_pre_attn_scalar": overrides.get("head_dim", 16), **overrides}
+    return tiny_model(family, **overrides)
+
+
 def write_gguf(
     path: Path,
     *,
@@ -50,7 +57,7 @@ def write_gguf(
     stored_as: Any = None,
     **extra: Any,
 ) -> dict[str, torch.Tensor]:
-    """A float32 GGUF of a tiny model; returns the model's tensors.
+    """A float32 GGUF of a tiny model of `family`, a `model_type`; returns the model's tensors.
 
     `tokenizer`: its fields after `tokenizer.`; `fields`: others by whole name, None to leave one
     out; `overrides`: of the model's config; `stored_as`: a type of the format for the matrices,
@@ -59,16 +66,16 @@ def write_gguf(
     from gguf import GGUFEndian, GGUFWriter
 
     tokenizer = byte_level_fields(pre) if tokenizer is None else tokenizer
-    model = tiny_model(
-        family, **{"vocab_size": len(tokenizer["ggml.tokens"]), **(overrides or {})}
-    )
-    config, state = model.config, model.state_dict()
+    sizes = {"vocab_size": len(tokenizer["ggml.tokens"])}
+    model = tiny_original(family, **{**sizes, **(overrides or {})})
+    config, state, kind = model.config, model.state_dict(), family_of(family)
+    arch = str(kind.gguf.architecture)
     endian = GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE
-    writer = GGUFWriter(path, family, endianess=endian)
+    writer = GGUFWriter(path, arch, endianess=endian)
     for name, value in extra.items():
         getattr(writer, name)(value)
     values = {
-        **{f"{family}.{name}": value for name, value in _shape(config).items()},
+        **{f"{arch}.{name}": value for name, value in _shape(config).items()},
         **{f"tokenizer.{name}": value for name, value in tokenizer.items()},
         **(fields or {}),
     }
@@ -77,8 +84,8 @@ def write_gguf(
     tied = config.tie_word_embeddings
     for name, tensor in state.items():
         if not (tied and name == "lm_head.weight"):
-            stored = _stored(name, tensor, config) if family == "llama" else tensor
-            _add_tensor(writer, gguf_name(name), stored, stored_as)
+            stored = _stored(name, tensor, config, kind)
+            _add_tensor(writer, gguf_name(name, kind), stored, stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -90,7 +97,7 @@ def _shape(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    return {
+    found = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -101,7 +108,23 @@ def _shape(config: Any) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    if "rope_theta" in config.rope_parameters:
+        return {**found, "rope.freq_base": float(config.rope_parameters["rope_theta"])}
+    return {**found, **_gemma3(config)}
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    local, whole = (config.rope_parameters[f"{kind}_attention"] for kind in ("sliding", "full"))
+    scaled = whole["rope_type"] == "linear"
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": 1 + config.layer_types.index("full_attention"),
+        "rope.freq_base": float(whole["rope_theta"]),
+        "rope.freq_base_swa": float(local["rope_theta"]),
+        "rope.scaling.type": "linear" if scaled else None,
+        "rope.scaling.factor": float(whole["factor"]) if scaled else None,
+        "final_logit_softcapping": config.final_logit_softcapping,
     }
 
 
@@ -129,15 +152,17 @@ def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, kind: Any) -> None
         writer.add_tensor(name, quantize(tensor.numpy(), kind), raw_dtype=kind)
 
 
-def _stored(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+def _stored(name: str, tensor: torch.Tensor, config: Any, family: Family) -> torch.Tensor:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kind = name.split(".")[-2]
-    return permuted(tensor, heads[kind]) if kind in heads else tensor
+    if family.gguf.norms_plus_one and kind.endswith("norm"):
+        return tensor + 1
+    return permuted(tensor, heads[kind]) if family.gguf.pairs and kind in heads else tensor
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: Family) -> str:
     """The file's name of a tensor that transformers calls `name`."""
-    theirs = {ours: short for short, ours in library_names(Names()).items()}
+    theirs = {ours: short for short, ours in library_names(family.names).items()}
     stem, kind = name.rsplit(".", 1)
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     return f"blk.{block[1]}.{theirs[block[2]]}.{kind}" if block else f"{theirs[stem]}.{kind}"

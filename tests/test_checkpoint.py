@@ -657,3 +657,22 @@ def test_no_damaged_gguf_header_ends_in_a_traceback(tmp_path: Path) -> None:
             sentences.append(str(error))
     assert len(sentences) > 20
     assert not any("\n" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_factor_of_an_embedding_is_the_librarys_in_every_dtype(
+    tmp_path: Path, dtype: str
+) -> None:
+    """Gemma's is a number of the weights' dtype; the root of 96 is none of them."""
+    checkpoint = open_checkpoint(
+        str(save_checkpoint(tiny_model("gemma3_text", hidden_size=96), tmp_path))
+    )
+    model: Any = checkpoint.load_model(dtype)
+    expected = float(model.model.embed_tokens.embed_scale)
+    assert checkpoint.spec_in(dtype).embedding_scale == expected
+    assert (abs(expected - 96**0.5) > 1e-4) == (dtype != "float32")
+
+
+def test_a_factor_that_is_not_rounded_stays(tiny_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("granite")))
+    assert checkpoint.spec_in("bfloat16") == checkpoint.spec

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gguf_files import byte_level_fields, write_gguf
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -235,6 +235,78 @@ def test_a_text_begins_with_bos_where_the_file_does_not_say() -> None:
     opened = sentencepiece().opened(bos_token_id=None, eos_token_id=None, unknown_token_id=None)
     assert opened("hi")["input_ids"][0] == 1
     assert (opened.bos_token, opened.eos_token, opened.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+RUNS = (*(SPACE * count for count in range(2, 6)), "\n", "\n\n", "\n\n\n", "\t\t", "<table>")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Sentencepiece's own BPE as Gemma's: no prefix, and runs of white space that are tokens."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text").write_text("\n".join([*TEXT.split("\n"), *TEXT.split(".")] * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tiny"),
+        model_type="bpe",
+        vocab_size=420,
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        user_defined_symbols=[*RUNS],
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
+
+
+def converted(model: Any) -> dict[str, Any]:
+    """Fields after `tokenizer.`, as llama.cpp's converter writes them for Gemma 3."""
+    ids = range(model.get_piece_size())
+    kinds = [
+        3 if i < 4 else 6 if model.is_byte(i) else 4 if model.id_to_piece(i) in RUNS else 1
+        for i in ids
+    ]
+    pieces = [model.id_to_piece(i) for i in ids]
+    return {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.tokens": [
+            piece.replace(SPACE, " ") if kind == 4 else piece
+            for piece, kind in zip(pieces, kinds, strict=True)
+        ],
+        "ggml.scores": [
+            -1000.0 if kind in (3, 4) else float(model.get_score(i))
+            for i, kind in zip(ids, kinds, strict=True)
+        ],
+        "ggml.token_type": kinds,
+        "ggml.bos_token_id": 2,
+        "ggml.eos_token_id": 1,
+        "ggml.unknown_token_id": 3,
+        "ggml.padding_token_id": 0,
+        "ggml.add_bos_token": True,
+        "ggml.add_space_prefix": False,
+    }
+
+
+WHITE = st.lists(
+    st.sampled_from([*RUNS, " ", "  ", SPACE, "\t", "key", "the", "two", "\u00e9", "\U0001f642"])
+).map("".join)
+
+
+@given(WHITE)
+@example(f"a  b       c {SPACE} d\t\t\t\n\n\n\n <table>")
+def test_runs_of_white_space_are_tokens_as_sentencepiece_finds_them(
+    trained: Any, text: str
+) -> None:
+    assert [trained.piece_to_id(run) for run in RUNS] == [*range(4, 4 + len(RUNS))]
+    opened = Pair(Tokenizer(models.BPE()), converted(trained)).opened()
+    ids = opened(text)["input_ids"]
+    assert ids == [2, *trained.encode(text)]
+    assert opened.decode(ids[1:]) == trained.decode(ids[1:])
 
 
 # ---- byte-level

@@ -87,6 +87,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patched:
         patched.setattr(sys, "argv", words)
+        patched.syspath_prepend(Path(words[0]).resolve().parent)  # as python itself does
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +75,15 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now: the file's own dtype, float32 from a GGUF file."""
         return self.weights.tensor(name)
+
+    def spec_in(self, dtype: str) -> ModelSpec:
+        """The spec of a package in `dtype`: some families round a factor to that of weights."""
+        import torch
+
+        if not family_of(self.spec.family).rounded_scale:
+            return self.spec
+        scale = torch.tensor(self.spec.embedding_scale, dtype=getattr(torch, dtype)).item()
+        return replace(self.spec, embedding_scale=scale)
 
     @property
     def identity(self) -> str:

@@ -45,12 +45,14 @@ def library_names(names: Names) -> dict[str, str]:
     """The library's names of a family's modules by those that llama.cpp gives them."""
     query, key, value = names.qkv
     gate, up = names.gate_up
-    return {
+    found = {
         "token_embd": names.embed,
         "output_norm": names.norm,
         "output": names.lm_head,
         "attn_norm": names.attn_norm,
+        "post_attention_norm": names.attn_post_norm,
         "ffn_norm": names.mlp_norm,
+        "post_ffw_norm": names.mlp_post_norm,
         "attn_q": query,
         "attn_k": key,
         "attn_v": value,
@@ -61,6 +63,7 @@ def library_names(names: Names) -> dict[str, str]:
         "ffn_up": up,
         "ffn_down": names.down,
     }
+    return {theirs: ours for theirs, ours in found.items() if ours}
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -176,6 +179,8 @@ class GgufWeights:
             self._stored.update({_hf_name(found.name, names): found for found in reader.tensors})
         stored = self._stored[name]
         values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        if family_of(self.spec.family).gguf.norms_plus_one and name.endswith("norm.weight"):
+            values -= 1
         return self._in_halves(name, values.reshape(_shape(stored)))
 
     def _in_halves(self, name: str, values: Tensor) -> Tensor:
@@ -188,7 +193,7 @@ class GgufWeights:
         query, key, _ = family.names.qkv
         heads = {query: self.spec.num_heads, key: self.spec.num_kv_heads}
         own = next((count for kind, count in heads.items() if f".{kind}." in name), None)
-        if not family.gguf_pairs or own is None:
+        if not family.gguf.pairs or own is None:
             return values
         half = self.spec.head_dim // 2
         pairs = values.reshape(own, half, 2, *values.shape[1:])

@@ -53,7 +53,7 @@ def check_fields(fields: Fields) -> Family:
     prefix = f"{arch}."
     for name, value in fields.values.items():
         short = name.removeprefix(prefix)
-        if short == name or short in _READ:
+        if short == name or short in _READ or short in family.gguf.fields:
             continue
         if value not in _NEUTRAL.get(short, _NONE):
             raise refuse(f"{name} =", value, f"a GGUF file without it; {_ORIGINAL}")
@@ -87,7 +87,8 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
         **{f"{name}_token_id": token_id(fields, name) for name in ("bos", "eos")},
         "pad_token_id": token_id(fields, "padding"),
     }
-    return parse_config(values, f"the header of {fields.path}")
+    more = family.gguf.config(fields, values)
+    return parse_config({**values, **more}, f"the header of {fields.path}")
 
 
 def _sizes(fields: Fields, arch: str) -> dict[str, int]:

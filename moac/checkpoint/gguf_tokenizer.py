@@ -108,11 +108,12 @@ def gguf_tokenizer(fields: Fields) -> Any:
     named = _named_tokens(fields, sentencepiece=sentencepiece)
     template = _chat_template(fields)
     try:
-        vocabulary = _vocabulary(fields, named.values())
+        runs = _has_runs(fields)
+        vocabulary = _vocabulary(fields, named.values(), runs=runs)
         special = {name: vocabulary.tokens[i] for name, i in named.items() if i is not None}
         make = _sentencepiece if sentencepiece else _byte_level
         backend = make(fields, vocabulary, special.get("unk_token"))
-        _add_tokens(backend, vocabulary, [*special.values()])
+        _add_tokens(backend, vocabulary, [*special.values()], runs=runs)
         _add_ends(backend, fields, special, sentencepiece=sentencepiece)
         made: Any = PreTrainedTokenizerFast
         return made(
@@ -130,8 +131,17 @@ def gguf_tokenizer(fields: Fields) -> Any:
         ) from None
 
 
-def _vocabulary(fields: Fields, named: Iterable[int | None]) -> _Vocabulary:
+def _has_runs(fields: Fields) -> bool:
+    """Whether a text is its own pieces, so that a run of spaces in it may be a token."""
+    prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
+    return fields.text("tokenizer.ggml.model") == "llama" and not prefix
+
+
+def _vocabulary(fields: Fields, named: Iterable[int | None], *, runs: bool) -> _Vocabulary:
+    """`runs`: whether tokens of spaces alone are pieces, which converters wrote as text."""
     tokens = fields.texts("tokenizer.ggml.tokens")
+    if runs:
+        tokens = [t if t.strip(" ") else t.replace(" ", _SPACE) for t in tokens]
     types = [*(fields.numbers("tokenizer.ggml.token_type", None) or [_NORMAL] * len(tokens))]
     scores = fields.numbers("tokenizer.ggml.scores", None)
     for name, found in (("token types", types), ("scores", scores)):
@@ -231,13 +241,18 @@ def _scored_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     return [(token[:cut], token[cut:]) for _, cut, _, token in found]
 
 
-def _add_tokens(backend: Tokenizer, vocabulary: _Vocabulary, named: Sequence[str]) -> None:
-    """Tokens that are found in text before anything else, each under the id it has."""
+def _add_tokens(
+    backend: Tokenizer, vocabulary: _Vocabulary, named: Sequence[str], *, runs: bool
+) -> None:
+    """Tokens that are found in text before anything else, each under the id it has.
+
+    `runs`: whether those of spaces alone are found among the text's pieces instead.
+    """
     kinds = dict(enumerate(vocabulary.types))
     special = {vocabulary.tokens[i]: _MATCHED[k] for i, k in kinds.items() if k in _MATCHED}
     special.update(dict.fromkeys(named, True))
     added = [
-        AddedToken(token, special=special[token], normalized=False)
+        AddedToken(token, special=special[token], normalized=runs and not token.strip(_SPACE))
         for token in sorted(special, key=lambda token: vocabulary.ids[token])
     ]
     backend.add_special_tokens([token for token in added if token.special])

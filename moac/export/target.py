@@ -56,7 +56,7 @@ def emit_onnx(
     dtype = request.onnx_dtype or ("float16" if package == "float16" else "float32")
     write_onnx(
         staging,
-        spec=checkpoint.spec,
+        spec=checkpoint.spec_in(package),
         plan=plan,
         head_order=head_order,
         dtype=dtype,

@@ -184,7 +184,7 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
         with step(Kind.WRITE):
             write_manifest(
                 staging,
-                model=checkpoint.spec,
+                model=checkpoint.spec_in(dtype),
                 dtype=dtype,
                 capacity=request.capacity or checkpoint.spec.context,
                 head_order=order,

@@ -11,10 +11,19 @@ from pkgutil import iter_modules
 from typing import Any
 
 from moac.checkpoint.families import options, reading
-from moac.checkpoint.families.family import Family, Names
+from moac.checkpoint.families.family import Family, Gguf, Names
 from moac_runtime.package.spec import ModelSpec
 
-__all__ = ["FAMILIES", "Family", "Names", "family_of", "gguf_family", "model_spec", "parse_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Gguf",
+    "Names",
+    "family_of",
+    "gguf_family",
+    "model_spec",
+    "parse_config",
+]
 
 
 def _declared() -> Iterator[Family]:
@@ -26,7 +35,7 @@ def _declared() -> Iterator[Family]:
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _declared()}
-_GGUF = {family.gguf: family for family in FAMILIES.values() if family.gguf is not None}
+_GGUF = {own.gguf.architecture: own for own in FAMILIES.values() if own.gguf.architecture}
 
 
 def family_of(model_type: object) -> Family:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +36,37 @@ class Names:
     mlp_post_norm: str = ""
 
 
+def _nothing_more(fields: Fields, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gguf:
+    """How llama.cpp writes the files of a family.
+
+    `architecture`: its name of the family, None where the files are not read. `pairs`: whether
+    the numbers that rotate together lie beside each other. `norms_plus_one`: whether what it
+    calls a norm's weight is one more than the library's. `config`: from the header and the config
+    of its usual fields, the values that the family has besides or instead; `fields`: those it
+    reads, after `ARCHITECTURE.`.
+    """
+
+    architecture: str | None = None
+    pairs: bool = False
+    norms_plus_one: bool = False
+    fields: frozenset[str] = frozenset()
+    config: Callable[[Fields, Mapping[str, Any]], Mapping[str, Any]] = _nothing_more
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One family of models; `families/llama.py` is the plainest.
 
     `model_type`: as config.json and transformers name it. `spec`: the spec of its parsed config.
     `activation`: the field of its config that names the activation. `options`: fields that change
-    the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: the name
-    that llama.cpp gives the architecture, None where GGUF files of it are not read;
-    `gguf_pairs`: whether these hold the numbers that rotate together beside each other.
+    the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
+    files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
+    weights' dtype.
     """
 
     model_type: str
@@ -49,5 +74,5 @@ class Family:
     names: Names = field(default_factory=Names)
     activation: str = "hidden_act"
     options: frozenset[str] = frozenset()
-    gguf: str | None = None
-    gguf_pairs: bool = False
+    gguf: Gguf = field(default_factory=Gguf)
+    rounded_scale: bool = False

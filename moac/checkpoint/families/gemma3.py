@@ -4,9 +4,11 @@ layer, local ones under a sliding window.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family, Names
+from moac.checkpoint.families.family import Family, Gguf, Names
+from moac.checkpoint.families.options import refuse
 from moac.checkpoint.families.reading import (
     decoder,
     layer,
@@ -16,6 +18,14 @@ from moac.checkpoint.families.reading import (
     ropes_by_type,
 )
 from moac_runtime.package.spec import ModelSpec, NormSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
+
+# What llama.cpp takes a file for that does not say.
+_WINDOW_PERIOD, _LOCAL_THETA = 6, 10000.0
+# The 27B, alone of all sizes, scales queries by the width's share of a head.
+_LAYERS_OF_27B = 62
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -49,6 +59,48 @@ def _spec(config: Any) -> ModelSpec:
     )
 
 
+def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    layers, theta = values["num_hidden_layers"], values["rope_parameters"]["rope_theta"]
+    wide = layers == _LAYERS_OF_27B
+    return {
+        **_gguf_windows(fields, layers),
+        "rope_parameters": {
+            "full_attention": {"rope_theta": theta, **_gguf_scaling(fields)},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": fields.number("gemma3.rope.freq_base_swa", _LOCAL_THETA),
+            },
+        },
+        "query_pre_attn_scalar": (
+            values["hidden_size"] // values["num_attention_heads"] if wide else values["head_dim"]
+        ),
+        "final_logit_softcapping": fields.number("gemma3.final_logit_softcapping", 0) or None,
+    }
+
+
+def _gguf_windows(fields: Fields, layers: int) -> dict[str, Any]:
+    """The window in tokens, and the layers under it: all but the last of every period."""
+    window = fields.whole("gemma3.attention.sliding_window", 0)
+    name = "gemma3.attention.sliding_window_pattern"
+    period = fields.whole(name, _WINDOW_PERIOD)
+    if period < 1:
+        raise fields.wrong(name, "a positive number")
+    local = [bool(window and (index + 1) % period) for index in range(layers)]
+    types = ["sliding_attention" if own else "full_attention" for own in local]
+    return {"layer_types": types, **({"sliding_window": window} if window else {})}
+
+
+def _gguf_scaling(fields: Fields) -> dict[str, Any]:
+    """Of the layers without a window; a factor of 0 stands for none."""
+    kind = fields.text("gemma3.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise refuse("gemma3.rope.scaling.type =", kind, "none, linear")
+    factor = fields.number("gemma3.rope.scaling.factor", 0)
+    if kind == "none" or factor in (0, 1):
+        return {"rope_type": "default"}
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
 FAMILY = Family(
     model_type="gemma3_text",
     spec=_spec,
@@ -58,5 +110,21 @@ FAMILY = Family(
         mlp_post_norm="post_feedforward_layernorm",
     ),
     activation="hidden_activation",
+    rounded_scale=True,
     options=frozenset({"final_logit_softcapping", "rope_parameters"}),
+    gguf=Gguf(
+        architecture="gemma3",
+        norms_plus_one=True,
+        fields=frozenset(
+            {
+                "attention.sliding_window",
+                "attention.sliding_window_pattern",
+                "rope.freq_base_swa",
+                "rope.scaling.type",
+                "rope.scaling.factor",
+                "final_logit_softcapping",
+            }
+        ),
+        config=_gguf_config,
+    ),
 )

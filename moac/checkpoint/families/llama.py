@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, layer, rope
 from moac_runtime.package.spec import ModelSpec
 
@@ -15,4 +15,4 @@ def _spec(config: Any) -> ModelSpec:
     return decoder(config, [one] * config.num_hidden_layers, rope(config, "LlamaRotaryEmbedding"))
 
 
-FAMILY = Family(model_type="llama", spec=_spec, gguf="llama", gguf_pairs=True)
+FAMILY = Family(model_type="llama", spec=_spec, gguf=Gguf(architecture="llama", pairs=True))

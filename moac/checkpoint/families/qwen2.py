@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, layer, layer_windows, rope
 from moac_runtime.package.spec import ModelSpec
 
@@ -15,4 +15,4 @@ def _spec(config: Any) -> ModelSpec:
     return decoder(config, layers, rope(config, "Qwen2RotaryEmbedding"))
 
 
-FAMILY = Family(model_type="qwen2", spec=_spec, gguf="qwen2")
+FAMILY = Family(model_type="qwen2", spec=_spec, gguf=Gguf(architecture="qwen2"))

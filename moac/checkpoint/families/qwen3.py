@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, layer, layer_windows, rope
 from moac_runtime.package.spec import ModelSpec
 
@@ -18,4 +18,4 @@ def _spec(config: Any) -> ModelSpec:
     return decoder(config, layers, rope(config, "Qwen3RotaryEmbedding"))
 
 
-FAMILY = Family(model_type="qwen3", spec=_spec, gguf="qwen3")
+FAMILY = Family(model_type="qwen3", spec=_spec, gguf=Gguf(architecture="qwen3"))
