@@ -250,10 +250,16 @@ def test_dtype_and_shards_are_as_asked(tiny_package: Compiled, out: Path) -> Non
     assert all(check.ok for check in verify(out))
 
 
-def test_a_gguf_compiles(tmp_path: Path, out: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "overrides", "dtype"),
+    [("llama", {}, None), ("gemma3_text", {"hidden_size": 96}, "bfloat16")],
+)
+def test_a_gguf_compiles(
+    tmp_path: Path, out: Path, family: str, overrides: dict[str, Any], dtype: str | None
+) -> None:
     file = tmp_path / "tiny.gguf"
-    write_gguf(file)
-    asked = request(lengths=(448,))
+    write_gguf(file, family=family, overrides=overrides)
+    asked = request(lengths=(448,), dtype=dtype)
     result = compile_model(file, out, request=asked, work_dir=tmp_path / "work")
     assert all(check.ok for check in result.checks)
     artifact = open_artifact(out)
