@@ -105,19 +105,24 @@ def test_quality_is_what_the_evaluations_found() -> None:
 
 
 def test_the_readme_s_figures_are_those_of_the_results() -> None:
-    lines = re.findall(r"^\|(.* tokens) \|(.*)\|$", (PAGES[ROOT / "README.md"]), re.MULTILINE)
-    assert len(lines) == 6
-    for place, (heading, cells) in enumerate(lines):
-        metric, form = (("exact_match", "{:.0%}"), ("nll", "{:.4f}"))[place // 3]
-        length = int(re.findall(r"(\d+) tokens", heading)[0])
-        plans = measured.quality(metric)[length]
-        columns = [("dense", 1.0), ("moac", 0.5), ("uniform", 0.5), ("moac", 0.25)]
-        for cell, (plan, density) in zip(
-            cells.split("|"), [*columns, ("uniform", 0.25)], strict=True
-        ):
-            near = [p.value for p in plans.get(plan, ()) if abs(p.density - density) < 0.01]
-            told = form.format(near[0]).replace("%", " %") if near else "not measured"
-            assert cell.strip() == told, heading
+    lines = re.findall(r"^\| (\d+) tokens \|(.*)\|$", PAGES[ROOT / "README.md"], re.MULTILINE)
+    assert [length for length, _ in lines] == ["1024", "2048", "4096"]
+    found = json.loads((ROOT / "benchmarks/results/efforts-2026-11-28.json").read_text())
+    columns = [("dense", 0.5)]
+    columns += [
+        (name, budget) for budget in (0.5, 0.25) for name in ("uniform", *found["efforts"])
+    ]
+    for length, cells in lines:
+        told = [cell.strip() for cell in cells.split("|")]
+        for cell, (method, budget) in zip(told, columns, strict=True):
+            scores = [
+                case["score"][method]
+                for case in found["cases"]
+                if (case["wording"], case["length"], case["budget"])
+                == ("unseen", int(length), budget)
+            ]
+            assert len(scores) == 20
+            assert cell == f"{sum(scores) / len(scores):.0%}".replace("%", " %"), length
 
 
 def test_the_map_shows_the_plan_s_spans(drawn: dict[str, str]) -> None:

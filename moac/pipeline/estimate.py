@@ -168,5 +168,5 @@ def _kept_bytes(spec: ModelSpec, length: int, scored: int, dtype: str) -> int:
     if not anew:
         return backward_bytes(spec, length, scored, itemsize)
     inputs = length * spec.hidden_size * anew * itemsize  # of the layers made anew
-    layers = spec.num_layers - anew + 2
+    layers = max(spec.num_layers - anew, 2)  # the others are gone when the first are made anew
     return inputs + backward_bytes(spec, length, scored, itemsize, layers=layers)
