@@ -224,7 +224,12 @@ def test_ids_are_those_of_a_tokenizer_whose_control_tokens_cannot_be_spelt(
 ) -> None:
     if (kind, flags) == ("prepended", "normalized"):
         flags = ""  # `▁` would be a part of the tokens themselves, which then are never found
-    found = tokenizer(TEMPLATES[name], kind, flags).encode_chat(messages)
+    try:
+        found = tokenizer(TEMPLATES[name], kind, flags).encode_chat(messages)
+    except UsageError:
+        # One that escapes what it is given may be refused beside a normaliser: never other ids.
+        assert (name, kind) == ("json", "normalised")
+        return
     assert found == reference(TEMPLATES[name], kind, flags, messages)
 
 
