@@ -224,13 +224,16 @@ def test_ids_are_those_of_a_tokenizer_whose_control_tokens_cannot_be_spelt(
 ) -> None:
     if (kind, flags) == ("prepended", "normalized"):
         flags = ""  # `▁` would be a part of the tokens themselves, which then are never found
-    try:
-        found = tokenizer(TEMPLATES[name], kind, flags).encode_chat(messages)
-    except UsageError:
-        # One that escapes what it is given may be refused beside a normaliser: never other ids.
-        assert (name, kind) == ("json", "normalised")
-        return
+    found = tokenizer(TEMPLATES[name], kind, flags).encode_chat(messages)
     assert found == reference(TEMPLATES[name], kind, flags, messages)
+
+
+@pytest.mark.parametrize("content", [f"{START}<\x00", f"\x00{END[2:]} {START}", f"{START} _\x00"])
+def test_what_a_normaliser_drops_and_a_template_escapes(content: str) -> None:
+    """JSON writes `\\u0000`, and the tokenizer looks for tokens as if it were not there."""
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": "?"}]
+    found = tokenizer(TEMPLATES["json"], "normalised", "normalized").encode_chat(messages)
+    assert found == reference(TEMPLATES["json"], "normalised", "normalized", messages)
 
 
 def control_tokens(made: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -213,18 +213,28 @@ class _Edges:
         self._tails = {token[n:] for token in self._tokens for n in range(1, len(token))}
 
     def mark(self, text: str, marks: _Marks) -> str:
-        """A mark on the first and the last character of `text` where that may be."""
-        first, end = len(text) - len(text.lstrip()), len(text.rstrip())
-        if first >= end:
+        """A mark on the first and the last character of `text` that is seen where that may be."""
+        first = self._first_seen(text, range(len(text)))
+        last = self._first_seen(text, reversed(range(len(text))))
+        if first is None or last is None:
             return text
         forms = self._forms(text)
         reach = range(1, self._longest)
         places = set()
         if any(one[-n:] in self._heads for one in forms for n in reach) or self._within(forms):
-            places.add(end - 1)
+            places.add(last)
         if any(one[:n] in self._tails for one in forms for n in reach):
             places.add(first)
         return marks.put(text, places)
+
+    def _first_seen(self, text: str, places: Iterable[int]) -> int | None:
+        """The first of `places` whose character stays: white space and others may be dropped.
+
+        What a normaliser drops a template may escape, and would not escape its mark.
+        """
+        return next(
+            (at for at in places if not text[at].isspace() and self._normalise(text[at])), None
+        )
 
     def _forms(self, text: str) -> set[str]:
         """What a template may make of `text`, and a tokenizer of that."""
