@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from asked import check_lengths, ended, numbers, shares, words
+from asked import check_lengths, ended, numbers, parsed, parser, shares, words
 from by_effort.page import criterion, page
 from evaluated import evaluated
 from made import UNIFORM, made_package, made_plan, made_uniform, plan_path
 from pooled import Case
-from told import default_out, origin, read_results, write
+from told import origin, read_results, write
 
 from moac.checkpoint import open_checkpoint
 from moac.effort import EFFORTS
@@ -40,8 +39,7 @@ from moac_runtime.package.artifact import open_artifact
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; its exit code is that of a moac command."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return ended(lambda: _main(arguments))
+    return ended(_main, argv)
 
 
 def _main(arguments: list[str]) -> int:
@@ -63,11 +61,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("model", nargs="?", help="the checkpoint")
+    made = parser("efforts", __doc__)
+    add = made.add_argument
     add("--efforts", type=words, default=tuple(EFFORTS), metavar="NAME,...",
         help=f"the last is the yardstick ({','.join(EFFORTS)})")  # fmt: skip
     add("--budgets", type=shares, default=(0.5, 0.25), metavar="SHARE,...", help="(0.5,0.25)")
@@ -77,17 +72,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--cases", type=int, default=24, metavar="N", help="unseen, of each length and seed (24)")
     add("--seen", type=int, default=4, metavar="N", help="cases in calibration's wordings (4)")
     add("--texts", type=int, default=3, metavar="N", help="windows of each kind and length (3)")
-    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR",
-        help="where everything is kept (.cache/efforts)")  # fmt: skip
-    add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")
-    add("--packaging", type=shlex.split, default=[], metavar="WORDS", help="for moac compile")
-    add("--out", type=Path, default=default_out("efforts"), metavar="FILE",
-        help="JSON, its page beside it (benchmarks/results/efforts-<date>.json)")  # fmt: skip
-    add("--table-only", action="store_true", help="write the page again from --out")
-    options = parser.parse_args(arguments)
-    if options.model is None and not options.table_only:
-        parser.error("name the checkpoint, or give --table-only")
-    return options
+    return parsed(made, arguments)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -17,15 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from asked import ended, numbers, shares, words
+from asked import ended, numbers, parsed, parser, shares, words
 from claims.page import PARTS, page
 from claims.setting import QUICK, Setting
-from told import default_out, origin, read_results, write
+from told import origin, read_results, write
 
 from moac.store.atomic import write_whole
 from moac_runtime.errors import UsageError
@@ -33,8 +32,7 @@ from moac_runtime.errors import UsageError
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; its exit code is that of a moac command."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return ended(lambda: _main(arguments))
+    return ended(_main, argv)
 
 
 def _main(arguments: list[str]) -> int:
@@ -57,11 +55,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("model", nargs="?", help="the checkpoint")
+    made = parser("headline", __doc__)
+    add = made.add_argument
     add("--only", type=words, default=tuple(PARTS), metavar="PART,...", help=", ".join(PARTS))
     add("--quick", action="store_true", help="next to nothing of everything, to see that it runs")
     add("--effort", default="thorough", help="of the plans (thorough)")
@@ -86,19 +81,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--against", type=words, default=("hf", "hf-static"), metavar="SYSTEM,...",
         help="whose throughput ours stands beside (hf,hf-static)")  # fmt: skip
     add("--again", action="store_true", help="measure speed and memory once more")
-    add("--work-dir", type=Path, default=Path(".cache/efforts"), metavar="DIR",
-        help="where everything is kept (.cache/efforts)")  # fmt: skip
-    add("--planning", type=shlex.split, default=[], metavar="WORDS", help="more for moac plan")
-    add("--packaging", type=shlex.split, default=[], metavar="WORDS", help="for moac compile")
-    add("--out", type=Path, default=default_out("headline"), metavar="FILE",
-        help="JSON, its page beside it (benchmarks/results/headline-<date>.json)")  # fmt: skip
-    add("--table-only", action="store_true", help="write the page again from --out")
     if "--quick" in arguments:
-        parser.set_defaults(**QUICK)
-    options = parser.parse_args(arguments)
-    if options.model is None and not options.table_only:
-        parser.error("name the checkpoint, or give --table-only")
-    return options
+        made.set_defaults(**QUICK)
+    return parsed(made, arguments)
 
 
 def _check(only: tuple[str, ...], setting: Setting) -> None:
