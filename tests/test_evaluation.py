@@ -40,7 +40,6 @@ from moac.evaluation.runner import Runner
 from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import KINDS, held_out, kind_tokens, most_windows, windows
 from moac.evaluation.wordings import PASSKEY_WORDINGS, SEEN, UNSEEN, WORDINGS, WordingKind
-from moac.pipeline.verify import undropping
 from moac.planning import (
     HeadLayout,
     Objective,
@@ -292,7 +291,7 @@ def short_cases() -> list[Case]:
 def test_a_batch_answers_as_each_row_alone(
     artifact: Artifact, sessions: Sessions, runner: Runner, sparse: bool
 ) -> None:
-    plan = artifact.plan if sparse else undropping(artifact)
+    plan = artifact.plan if sparse else artifact.plan.undropping()
     cases = short_cases()
     replies = runner.replies(plan, cases, capacity=ROOM, eos=frozenset())
     for case, reply in zip(cases, replies, strict=True):
@@ -316,7 +315,7 @@ def test_text_losses_agree_and_show_what_a_plan_drops(
 ) -> None:
     texts = [list(range(3 + shift, 303)) * 3 for shift in (0, 0)]
     sparse, dense = (
-        runner.text_losses(plan, texts) for plan in (artifact.plan, undropping(artifact))
+        runner.text_losses(plan, texts) for plan in (artifact.plan, artifact.plan.undropping())
     )
     for loss in (*sparse, *dense):
         assert loss.stepped == pytest.approx(loss.same_by_prefill, abs=2e-3)
@@ -654,7 +653,7 @@ def test_what_is_kept_belongs_to_plan_package_backend_and_code(
     other = replace(artifact.files["plan.json"], sha256="0" * 64)
     assert named(replace(artifact, files={**artifact.files, "plan.json": other})) != first
     assert named(by=replace(torch_sessions, runs="another")) != first
-    assert named(under=undropping(artifact)) != first
+    assert named(under=artifact.plan.undropping()) != first
     monkeypatch.setattr("moac.evaluation.kept.source_digest", lambda *_: "changed")
     assert named() != first
 

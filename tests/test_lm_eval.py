@@ -14,7 +14,7 @@ from tiny import Compiled
 from torch.nn import functional as F
 
 import moac_runtime
-from moac.pipeline.verify import session_logits, undropping
+from moac.pipeline.verify import session_logits
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import UsageError
@@ -126,7 +126,7 @@ def reference(plan: Plan, package: Path, tokens: list[int], scored: int, capacit
 
 def test_loglikelihoods_are_the_runtimes(tiny_package: Compiled) -> None:
     artifact = open_artifact(tiny_package.package)
-    plans = {"moac": artifact.plan, "dense": undropping(artifact)}
+    plans = {"moac": artifact.plan, "dense": artifact.plan.undropping()}
     contexts = ["the quick brown fox " * 40, "the key is hidden " * 12]
     values = {}
     for name, plan in plans.items():
@@ -153,7 +153,7 @@ def test_a_rolling_text_is_every_token_once(tiny_package: Compiled) -> None:
     text = "the quick brown fox " * 12
     (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     tokens = [model.prefix_token_id, *model.tok_encode(text, add_special_tokens=False)]
-    plan = undropping(open_artifact(tiny_package.package))
+    plan = open_artifact(tiny_package.package).plan.undropping()
     expected, done = 0.0, 1
     while done < len(tokens):
         stop = min(done + 63, len(tokens))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from moac.planning import candidate_rules, matching_uniform
-from moac_runtime.package.plan import Plan, dense_plan
+from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, span_tokens
 from moac_runtime.package.spec import ModelSpec
 
@@ -22,14 +22,7 @@ def system_plan(system: str, plan: Plan, capacity: int) -> Plan:
         return plan
     if system == "uniform":
         return matching_uniform(plan, lengths=[capacity])
-    return dense_plan(
-        len(plan.rules),
-        len(plan.rules[0]),
-        sink=plan.sink,
-        block=plan.block,
-        min_span=plan.min_span,
-        windows=plan.windows,
-    )
+    return plan.undropping()
 
 
 def random_plan(spec: ModelSpec, *, density: float, capacity: int, seed: int) -> Plan:

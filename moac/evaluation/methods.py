@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from moac.pipeline.verify import undropping
 from moac.planning import HeadLayout, matching_uniform
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record
@@ -42,7 +41,7 @@ def is_plan_file(name: str) -> bool:
 
 def _dense(artifact: Artifact) -> PlanAt:
     """Nothing is dropped."""
-    return always(undropping(artifact))
+    return always(artifact.plan.undropping())
 
 
 def _uniform(artifact: Artifact) -> PlanAt:

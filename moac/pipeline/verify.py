@@ -21,7 +21,6 @@ from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
-from moac_runtime.package.plan import Plan, dense_plan
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
@@ -101,19 +100,6 @@ def session_logits(
     return torch.cat([torch.as_tensor(part) for part in parts])
 
 
-def undropping(artifact: Artifact) -> Plan:
-    """The plan that drops nothing of the same model."""
-    plan = artifact.plan
-    return dense_plan(
-        len(plan.rules),
-        len(plan.rules[0]),
-        sink=plan.sink,
-        block=plan.block,
-        min_span=plan.min_span,
-        windows=plan.windows,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Runner:
     """One way to run the package. `limit`: the error its logits are allowed.
@@ -152,7 +138,7 @@ def _runner(
     def logits(
         tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
     ) -> Tensor:
-        session = backend.session(undropping(artifact) if dense else None)
+        session = backend.session(artifact.plan.undropping() if dense else None)
         return session_logits(session, tokens, positions, decoded=decoded)
 
     return _Runner(name, logits, _limit(artifact, precision), exact)
@@ -221,7 +207,7 @@ def _compare(
     if prompt.source is not None and runner.exact:
         lost = _distance(prefill, prompt.source)
         yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
-    drops = plan.density(prompt.capacity) < undropping(artifact).density(prompt.capacity)
+    drops = plan.density(prompt.capacity) < artifact.plan.undropping().density(prompt.capacity)
     if drops and runner.exact:
         change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
         yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, head_span
@@ -55,6 +55,10 @@ class Plan:
             [self.head(layer, kv_head, capacity) for kv_head in range(len(rules))]
             for layer, rules in enumerate(self.rules)
         ]
+
+    def undropping(self) -> Plan:
+        """The plan that drops nothing of the same model."""
+        return replace(self, rules=tuple((DENSE,) * len(layer) for layer in self.rules))
 
     def held_tokens(self, capacity: int) -> int:
         """Tokens held over all layers and KV heads at `capacity` tokens."""
