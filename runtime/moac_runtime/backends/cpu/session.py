@@ -13,36 +13,25 @@ from moac_runtime.backends.arrays import Array
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import SegmentStruct, StepStruct, integers
 from moac_runtime.backends.cpu.row import CpuRow
-from moac_runtime.backends.feeding import Piece, check_growth, check_sizes, cut, num_wanted
-from moac_runtime.backends.layout import (
-    HeadRun,
-    grown_runs,
-    head_runs,
-    packed_spans,
-    rope_tables,
-)
-from moac_runtime.backends.rows import Rows
+from moac_runtime.backends.feeding import Piece, check_growth, cut, num_wanted
+from moac_runtime.backends.layout import HeadRun, grown_runs, rope_tables
+from moac_runtime.backends.own import OwnRows
 from moac_runtime.backends.session import Feed, Snapshot
+from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.plan import Plan
 
 # Tokens of a step: enough that reading and packing weights costs little beside computing.
 CHUNK = 512
 
 
-class CpuSession(Rows[CpuRow]):
-    """See `backends.session.Session`.
-
-    `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
-    a head's rule in `plan`. `chunk`: tokens of one native call, all rows together; a step of more
-    is several. Raises UsageError for a chunk below one.
+class CpuSession(OwnRows[CpuRow]):
+    """See `backends.session.Session` and `OwnRows`; a pass through the model is a native call.
 
     A row's logits follow from what it was fed alone, but for rounding. They are the same bits
     beside any neighbours as long as a step has at most 16 tokens in all and no head holds more
     than 64: products of more tokens go through other kernels, and longer attention is cut into
     pieces whose size follows from all that share the step and from the number of threads.
     """
-
-    fixed_batch = False
 
     def __init__(
         self,
@@ -52,17 +41,9 @@ class CpuSession(Rows[CpuRow]):
         *,
         chunk: int = CHUNK,
     ) -> None:
-        check_sizes(chunk=chunk)
-        super().__init__(engine.spec.vocab_size, (engine, plan, head_order))
-        self._engine, self._plan, self._head_order = engine, plan, head_order
-        self._chunk = chunk
+        super().__init__(engine.spec.vocab_size, engine, plan, head_order, chunk=chunk)
+        self._engine = engine
         self._call: _Call | None = None
-
-    def admit(self, capacity: int) -> int:
-        """A new row. Raises UsageError for a capacity below one."""
-        check_sizes(capacity=capacity)
-        spans = packed_spans(self._plan, self._head_order, capacity)
-        return self._enter(self._new_row([head_runs(heads) for heads in spans], capacity))
 
     def release(self, row: int) -> None:
         """Free a row. Raises UsageError for one that is not there."""
@@ -106,22 +87,15 @@ class CpuSession(Rows[CpuRow]):
         """Move a row to new memory. Raises UsageError for a capacity that is not larger."""
         old = self._row(row)
         check_growth(old.capacity, capacity)
-        spans = packed_spans(self._plan, self._head_order, capacity)
         growth = [
             grown_runs(runs, heads, old.length)
-            for runs, heads in zip(old.layers, spans, strict=True)
+            for runs, heads in zip(old.layers, self._spans(capacity), strict=True)
         ]
         new = self._new_row([[grown.run for grown in layer] for layer in growth], capacity)
         new.take_grown(old, growth)
         self._by_number[row] = new
         self._call = None
         old.free()
-
-    def kv_bytes(self, row: int | None = None) -> int:
-        """Bytes allocated for keys and values, of one row or of all that are present."""
-        if row is not None:
-            return self._row(row).bytes
-        return sum(present.bytes for present in self._by_number.values())
 
     def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> CpuRow:
         spec = self._engine.spec
@@ -130,7 +104,7 @@ class CpuSession(Rows[CpuRow]):
         row = CpuRow(
             layers,
             capacity=capacity,
-            token=spec.head_dim * (2 if self._engine.dtype == "bfloat16" else 4),
+            token=spec.head_dim * DTYPE_BYTES[self._engine.dtype],
             frequencies=(ctypes.c_float * len(frequencies))(*frequencies),
         )
         self._engine.check_caches(row.caches)

@@ -8,15 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moac_runtime.backends.feeding import Piece, check_growth, check_sizes, cut, num_wanted
-from moac_runtime.backends.layout import (
-    HeadRun,
-    grown_runs,
-    head_runs,
-    packed_spans,
-    rope_tables,
-)
-from moac_runtime.backends.rows import Rows
+from moac_runtime.backends.feeding import Piece, check_growth, cut, num_wanted
+from moac_runtime.backends.layout import HeadRun, grown_runs, rope_tables
+from moac_runtime.backends.own import OwnRows
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.backends.torch.decoder import Decoder
@@ -41,18 +35,12 @@ class TorchRow:
         return sum(cache.bytes for layer in self.layers for cache in layer)
 
 
-class TorchSession(Rows[TorchRow]):
-    """See `backends.session.Session`; logits are inference tensors.
-
-    `head_order[layer][position]`: the checkpoint's KV head packed at that position, which finds
-    a head's rule in `plan`. `chunk`: tokens that share a pass through the model, all rows
-    together; a step of more is several. Raises UsageError for a chunk below one.
+class TorchSession(OwnRows[TorchRow]):
+    """See `backends.session.Session` and `OwnRows`; logits are inference tensors.
 
     A row's logits follow from what it was fed alone, but for rounding: torch's products may sum in
     another order beside more tokens.
     """
-
-    fixed_batch = False
 
     def __init__(
         self,
@@ -62,18 +50,8 @@ class TorchSession(Rows[TorchRow]):
         *,
         chunk: int = CHUNK,
     ) -> None:
-        check_sizes(chunk=chunk)
-        super().__init__(decoder.spec.vocab_size, (decoder, plan, head_order))
-        self._decoder, self._plan, self._head_order = decoder, plan, head_order
-        self._chunk = chunk
-
-    @torch.inference_mode()
-    def admit(self, capacity: int) -> int:
-        """A new row. Raises UsageError for a capacity below one."""
-        check_sizes(capacity=capacity)
-        spans = packed_spans(self._plan, self._head_order, capacity)
-        layers = [[self._cache(run) for run in head_runs(heads)] for heads in spans]
-        return self._enter(TorchRow(capacity, 0, layers, self._frequencies(capacity)))
+        super().__init__(decoder.spec.vocab_size, decoder, plan, head_order, chunk=chunk)
+        self._decoder = decoder
 
     def release(self, row: int) -> None:
         """Free a row. Raises UsageError for one that is not there."""
@@ -110,32 +88,30 @@ class TorchSession(Rows[TorchRow]):
     def restore(self, snapshot: Snapshot) -> int:
         """A new row from a copy. Raises UsageError for a snapshot of something else."""
         self._check_snapshot(snapshot)
-        layers = []
-        for held in snapshot.content:
-            layers.append([self._cache(run) for run, _, _ in held])
-            for cache, (_, keys, values) in zip(layers[-1], held, strict=True):
+        runs = [[run for run, _, _ in held] for held in snapshot.content]
+        row = self._new_row(runs, snapshot.capacity)
+        row.length = snapshot.length
+        for caches, held in zip(row.layers, snapshot.content, strict=True):
+            for cache, (_, keys, values) in zip(caches, held, strict=True):
                 cache.fill(keys, values)
-        frequencies = self._frequencies(snapshot.capacity)
-        return self._enter(TorchRow(snapshot.capacity, snapshot.length, layers, frequencies))
+        return self._enter(row)
 
     @torch.inference_mode()
     def grow(self, row: int, capacity: int) -> None:
         """Move a row to new tensors. Raises UsageError for a capacity that is not larger."""
         found = self._row(row)
         check_growth(found.capacity, capacity)
-        spans = packed_spans(self._plan, self._head_order, capacity)
         layers = []
-        for caches, heads in zip(found.layers, spans, strict=True):
+        for caches, heads in zip(found.layers, self._spans(capacity), strict=True):
             grown = grown_runs([cache.run for cache in caches], heads, found.length)
             layers.append([caches[source].grown(run, moved) for run, source, moved in grown])
         found.capacity, found.layers = capacity, layers
         found.frequencies = self._frequencies(capacity)
 
-    def kv_bytes(self, row: int | None = None) -> int:
-        """Bytes allocated for keys and values, of one row or of all that are present."""
-        if row is not None:
-            return self._row(row).bytes
-        return sum(present.bytes for present in self._by_number.values())
+    @torch.inference_mode()
+    def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> TorchRow:
+        caches = [[self._cache(run) for run in runs] for runs in layers]
+        return TorchRow(capacity, 0, caches, self._frequencies(capacity))
 
     def _cache(self, run: HeadRun) -> SpanCache:
         spec, decoder = self._decoder.spec, self._decoder
