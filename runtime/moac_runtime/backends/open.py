@@ -18,13 +18,9 @@ from moac_runtime.host.extras import missing
 from moac_runtime.package.artifact import Artifact, Opening
 
 BACKENDS = ("cpu", "cuda", "onnx", "torch")  # every name a package or a user may use
-
-
 RUNNABLE = ("cuda", "cpu", "torch", "onnx")  # those this runtime has, best first
 
 # What each backend but cpu loads; the extra of its name brings it.
-
-
 _NEEDS = {"cuda": "torch", "torch": "torch", "onnx": "onnxruntime"}
 
 
