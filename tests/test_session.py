@@ -13,6 +13,7 @@ from oracle import grown_masks, masked_logits, open_session, oracle_logits, pack
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moac_runtime.backends.torch import steps
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.plan import Plan, dense_plan
@@ -148,6 +149,27 @@ def test_ragged_turns_equal_rows_alone() -> None:
     step = session.decode(after)
     for b, (row, count) in enumerate(zip(rows, (51, 42, 18, 64), strict=True)):
         close(step[b], oracle_logits(model(), row[:count], MIXED, 64)[-1])
+
+
+@pytest.mark.parametrize("most", [0, steps.JOINED_BYTES])
+def test_rows_that_see_as_much_share_a_call_and_what_they_see_does_not_change(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [text(count, seed) for seed, count in enumerate((20, 40, 50, 40))]
+    alone = [open_session(model(), MIXED, capacity=64).by_decode([row])[0][-1] for row in rows]
+    session = open_session(model(), MIXED, capacity=64, batch=len(rows))
+    session.each([row[:-1] for row in rows])
+    monkeypatch.setattr(steps, "JOINED_BYTES", most)
+    calls: list[int] = []
+    attend = steps.decode_attention
+    monkeypatch.setattr(
+        steps, "decode_attention", lambda q, *rest: calls.append(len(q)) or attend(q, *rest)
+    )
+    found = session.each([[row[-1]] for row in rows])
+    for own, wanted in zip(found, alone, strict=True):
+        close(own[-1], wanted)
+    # spans of 16 and 8 are full in all rows, 32 in all but the first, 64 alike where lengths are
+    assert sorted(calls) == ([1, 1, 1, 2, 3, 4, 4] if most else [1] * len(rows) * 4)
 
 
 def test_chosen_logits_are_those_of_the_whole() -> None:

@@ -167,10 +167,9 @@ def decode_attention(
     scale: float,
     cap: float | None = None,
 ) -> Tensor:
-    """One query a head: `q` `[g, G, D]` over the cache's `[g, S, D]`; `[g, G, D]`."""
+    """One query a head: `q` `[n, g, G, D]` over what rows hold, `[n, g, filled, D]`; as `q`."""
     # the group stands in the query rows, so that each key is read once
-    held = keys[None, :, : view.filled], values[None, :, : view.filled]
-    return _attention(q[None], *held, view.mask, scale, cap)[0]
+    return _attention(q, keys, values, view.mask, scale, cap)
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:

@@ -1,13 +1,14 @@
 """One step of a session: what the decoder's attention does with the caches, layer by layer.
 
-Products take all rows' tokens together; attention takes row after row, all heads of a span at
-once. What depends on the step alone (masks, slots) is made once a row and shared by all layers
-whose caches are laid out alike.
+Products take all rows' tokens together. Attention takes row after row, all heads of a span at once;
+rows that are fed one token and see as much share a call while copying them costs less than calls.
+What depends on the step alone (masks, slots) is made once a row and shared by all layers whose
+caches are laid out alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,9 @@ from moac_runtime.backends.torch.attention import (
 )
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.package.spec import LayerSpec, ModelSpec
+
+# Of a cache: what is copied for less than a call of fused attention costs.
+JOINED_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -53,6 +57,17 @@ class Share:
             )
         return self._views[layout]
 
+    def joins(self, cache: SpanCache) -> Hashable:
+        """What the caches that share a call in a step have in common.
+
+        They are copied side by side for it, so none is larger than pays.
+        """
+        run, view = cache.run, self.view(cache)
+        size = 2 * run.num_heads * view.filled * cache.keys.shape[2] * cache.keys.itemsize
+        if view.mask is not None or size > JOINED_BYTES:
+            return run.first, self.flat.start
+        return run.first, run.stop, view.filled
+
     def blocks(self, cache: SpanCache, held: Sequence[int]) -> list[Block]:
         """The part's queries, and what they see of the positions `held` and of each other."""
         layout = cache.run.layout
@@ -72,40 +87,53 @@ class StepAttention:
     """Attention of a step that adds tokens to some rows; a decoder's `attend`."""
 
     def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
-        self._shares = shares
+        self._alone = [share for share in shares if share.count == 1]
+        self._many = [share for share in shares if share.count > 1]
         self._spec = spec
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kind = self._spec.layer(layer)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         grouped = (*k.shape[:2], self._spec.group_size, k.shape[2])
         every = q.view(grouped), k, v, out.view(grouped)
-        for share in self._shares:
-            if share.count == 1:
-                parts, attend = [x[share.flat.start] for x in every], self._decode
-            else:
-                parts, attend = [x[share.flat].transpose(0, 1) for x in every], self._prefill
+        for parts in self._alike(layer):
+            run = parts[0][1].run
+            self._decode(kind, parts, *(x[:, run.first : run.stop] for x in every))
+        for share in self._many:
+            own = [x[share.flat].transpose(0, 1) for x in every]
             for cache in share.layers[layer]:
                 heads = slice(cache.run.first, cache.run.stop)
-                attend(kind, share, cache, *(part[heads] for part in parts))
+                self._prefill(kind, share, cache, *(part[heads] for part in own))
         return out
+
+    def _alike(self, layer: int) -> Iterable[list[tuple[Share, SpanCache]]]:
+        """The caches of rows that are fed one token, those together that share a call."""
+        found: dict[Hashable, list[tuple[Share, SpanCache]]] = {}
+        for share in self._alone:
+            for cache in share.layers[layer]:
+                found.setdefault(share.joins(cache), []).append((share, cache))
+        return found.values()
 
     def _decode(
         self,
         kind: LayerSpec,
-        share: Share,
-        cache: SpanCache,
+        parts: Sequence[tuple[Share, SpanCache]],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         out: Tensor,
     ) -> None:
-        """One token: `q` `[g, G, D]`, `k` and `v` `[g, D]`; what it attends to goes into `out`."""
+        """One token of some rows of `q` and `out` `[M, g, G, D]`, `k` and `v` `[M, g, D]`."""
+        places = [share.flat.start for share, _ in parts]
+        for place, (share, cache) in zip(places, parts, strict=True):
+            cache.put(share.view(cache).slot, k[place], v[place])
+        share, cache = parts[0]
         view = share.view(cache)
-        cache.put(view.slot, k, v)
-        held = cache.keys, cache.values
-        out.copy_(decode_attention(q, *held, view, kind.query_scale, kind.logit_cap))
+        keys = _joined([cache.keys for _, cache in parts], view.filled)
+        values = _joined([cache.values for _, cache in parts], view.filled)
+        rows = _places(places)
+        out[rows] = decode_attention(q[rows], keys, values, view, kind.query_scale, kind.logit_cap)
 
     def _prefill(
         self,
@@ -129,3 +157,16 @@ class StepAttention:
         )
         out.copy_(found.transpose(1, 2))
         cache.write(share.start, k, v)
+
+
+def _joined(parts: Sequence[Tensor], filled: int) -> Tensor:
+    """The first slots of caches `[g, S, D]`, `[n, g, filled, D]`; one alone is not copied."""
+    if len(parts) == 1:
+        return parts[0][None, :, :filled]
+    return torch.stack([part[:, :filled] for part in parts])
+
+
+def _places(ascending: list[int]) -> slice | list[int]:
+    """Some places as a slice where they lie side by side."""
+    first, stop = ascending[0], ascending[-1] + 1
+    return slice(first, stop) if stop - first == len(ascending) else ascending
