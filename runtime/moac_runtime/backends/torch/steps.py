@@ -1,9 +1,9 @@
 """One step of a session: what the decoder's attention does with the caches, layer by layer.
 
-Products take all rows' tokens together. Attention takes row after row, all heads of a span at once;
-rows that are fed one token and see as much share a call while copying them costs less than calls.
-What depends on the step alone (masks, slots) is made once a row and shared by all layers whose
-caches are laid out alike.
+Products take all rows' tokens together. Attention takes row after row, all heads of a span at
+once; rows that are fed one token and see as much share a call while copying them costs less than
+calls. What depends on the step alone (masks, slots) is made once a row and shared by all layers
+whose caches are laid out alike.
 """
 
 from __future__ import annotations
