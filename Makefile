@@ -24,7 +24,7 @@ help:
 	@echo 'make lock         choose versions anew: both constraints files'
 	@echo 'make lint types   check style and types'
 	@echo 'make format       write the style'
-	@echo 'make docs         write docs/CLI.md from the help of the commands'
+	@echo 'make docs         write docs/CLI.md and docs/schema from the code'
 	@echo 'make pictures     draw docs/pictures from benchmarks/results'
 	@echo 'make clean        remove what the tools leave, and the environment'
 
@@ -72,6 +72,7 @@ types: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python tools/cli_reference.py docs/CLI.md
+	$(BIN)/python tools/schemas.py docs/schema
 
 pictures: $(INSTALLED)
 	$(BIN)/python benchmarks/pictures.py docs/pictures

@@ -12,10 +12,11 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moac_runtime.errors import ArtifactError
+from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
 from moac_runtime.package.records import has_neutral, record_in, records_in
-from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec
+from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec
 from moac_runtime.package.weight_formats import matrix_kinds
 
 FORMAT = "moac"
@@ -140,6 +141,7 @@ def _parse_spec(data: dict[str, Any]) -> ModelSpec:
     for index, layer in enumerate(spec.kinds):
         _check_layer(f"model.kinds[{index}]", layer, spec)
     for index, rope in enumerate(spec.ropes):
+        _check_sizes(f"model.ropes[{index}]", rope)
         if 2 * len(rope.inv_freq) != spec.head_dim:
             found = f"{len(rope.inv_freq)} values"
             raise _wrong(f"model.ropes[{index}].inv_freq", found, f"{spec.head_dim // 2} values")
@@ -150,14 +152,19 @@ def _check_layer(name: str, layer: LayerSpec, spec: ModelSpec) -> None:
     _check_sizes(name, layer)
     if layer.rope is not None and layer.rope not in range(len(spec.ropes)):
         raise _wrong(f"{name}.rope", layer.rope, f"an index into {len(spec.ropes)} ropes, or null")
+    if layer.activation not in ACTIVATIONS:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        raise _wrong(f"{name}.activation", layer.activation, expected)
     if layer.qk_norm not in (None, *QK_NORMS):
         raise _wrong(f"{name}.qk_norm", layer.qk_norm, f"one of {', '.join(QK_NORMS)}, or null")
 
 
 def _check_sizes(name: str, record: Any) -> None:
-    """Sizes, scales and caps of a record are positive; an index may be 0."""
+    """Sizes, scales and caps of a record and of its norm are positive; an index may be 0."""
     for field in fields(record):
         value = getattr(record, field.name)
+        if isinstance(value, NormSpec):
+            _check_sizes(f"{name}.{field.name}", value)
         if type(value) in (int, float) and value <= 0 and field.name != "rope":
             raise _wrong(f"{name}.{field.name}", value, "a positive number")
 

@@ -55,8 +55,8 @@ def _activation(layer: LayerSpec) -> int | None:
 class CpuEngine:
     """A decoder on some threads; it holds weights and no state of a session.
 
-    `addresses`: of the weights by name, in `dtype`, heads in packed order (ARCHITECTURE.md,
-    "Package format"); `memory` is what they lie in, and is held. A matrix is int8 where it has
+    `addresses`: of the weights by name, in `dtype`, heads in packed order (docs/FORMAT.md,
+    "Weights"); `memory` is what they lie in, and is held. A matrix is int8 where it has
     scales. `threads`: None is every core this process may use. Raises MoacError where memory
     is short or the system lets no more threads start.
     """

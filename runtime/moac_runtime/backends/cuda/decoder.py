@@ -33,7 +33,7 @@ class Rotation:
 class CudaDecoder:
     """A decoder-only model on one device in the dtype that `kernels` were built for.
 
-    `tensors`: the package's weights by name (ARCHITECTURE.md, "Package format"). Raises
+    `tensors`: the package's weights by name (docs/FORMAT.md, "Weights"). Raises
     ArtifactError where one is missing or has another shape than `spec` says.
     """
 

@@ -84,9 +84,9 @@ class Rotation:
 class Decoder:
     """A decoder-only model on one device in one dtype; it holds weights and no state.
 
-    `tensors`: the package's weights by name, heads in packed order (ARCHITECTURE.md, "Package
-    format"). `dtype`: None is the embedding's own. Raises ArtifactError where a weight is missing
-    or has another shape than `spec` says, and for an activation not served.
+    `tensors`: the package's weights by name, heads in packed order (docs/FORMAT.md,
+    "Weights"). `dtype`: None is the embedding's own. Raises ArtifactError where a weight is
+    missing or has another shape than `spec` says, and for an activation not served.
     """
 
     def __init__(

@@ -1,0 +1,196 @@
+"""A reader of packages written from docs/FORMAT.md alone: numpy, and nothing of moac.
+
+    python tests/independent_reader.py PACKAGE
+
+checks every file and prints how far the logits that it computes are from the golden ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F = NDArray[np.float32]
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a whole package: "Wholeness"."""
+    data: dict[str, Any] = json.loads((root / "moac.json").read_bytes())
+    assert data["format"] == "moac", "no package"
+    assert data["schema_version"] == data["minimum_reader"] == 3, "another schema"
+    rest = {key: value for key, value in data.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == data["digest"], "moac.json was altered"
+    for name, record in data["files"].items():
+        content = (root / name).read_bytes()
+        assert len(content) == record["size"], f"{name} has another size"
+        assert hashlib.sha256(content).hexdigest() == record["sha256"], f"{name} was altered"
+    return data
+
+
+def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors of a safetensors file, bfloat16 widened to float32, and the metadata."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    metadata = header.pop("__metadata__", {})
+    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I64": "<i8", "BF16": "<u2"}
+    found = {}
+    for name, entry in header.items():
+        first, stop = (8 + size + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(raw[first:stop], kinds[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        found[name] = array
+    return found, metadata
+
+
+def read_weights(root: Path) -> dict[str, F]:
+    """All weights in float32: "Weights"."""
+    index = json.loads((root / "weights/model.safetensors.index.json").read_bytes())
+    stored: dict[str, NDArray[Any]] = {}
+    for shard in sorted(set(index["weight_map"].values())):
+        stored |= read_tensors(root / "weights" / shard)[0]
+    found = {}
+    for name, array in stored.items():
+        if name.endswith(".scale"):
+            continue
+        scale = stored.get(name.removesuffix("weight") + "scale")
+        found[name] = array.astype(np.float32) * (1 if scale is None else scale[:, None])
+    return found
+
+
+def seen(plan: dict[str, Any], layer: int, head: int, capacity: int, length: int) -> Any:
+    """Which keys each query sees, `[T, T]`: "Spans". `head` in the checkpoint's order."""
+    (alpha, beta), window = plan["rules"][layer][head], plan["windows"][layer]
+    block = plan["block"]
+    size = math.ceil((alpha + beta * capacity) / block) * block
+    size = min(max(size, plan["min_span"]), capacity)
+    limit = capacity if window is None else min(capacity, window)
+    size = min(size, limit)
+    sink = 0 if size == limit else plan["sink"]
+    query, key = np.arange(length)[:, None], np.arange(length)[None]
+    distance = query - key
+    mask = (distance >= 0) & ((key < sink) | (distance < size - sink))
+    return mask & (distance < window) if window is not None and window < capacity else mask
+
+
+class Model:
+    """The decoder of a manifest in float32: "What the model computes"."""
+
+    def __init__(self, manifest: dict[str, Any], plan: dict[str, Any], weights: dict[str, F]):
+        self.spec, self.plan, self.weights = manifest["model"], plan, weights
+        self.order = manifest["head_order"]
+
+    def logits(self, tokens: NDArray[np.int64], positions: Any, capacity: int) -> F:
+        """Logits `[P, V]` at `positions` of `tokens` `[T]` in a session of `capacity` tokens."""
+        spec = self.spec
+        x = self.weights["embed.weight"][tokens] * np.float32(spec.get("embedding_scale", 1))
+        for index, kind in enumerate(spec["layers"]):
+            x = self._layer(index, spec["kinds"][kind], x, capacity)
+        x = self._norm(x[positions], "norm", spec["norm"])
+        head = "embed.weight" if spec["tied_embeddings"] else "lm_head.weight"
+        found = x @ self.weights[head].T * np.float32(spec.get("logit_scale", 1))
+        return self._capped(found, spec.get("logit_cap"))
+
+    def _layer(self, index: int, kind: dict[str, Any], x: F, capacity: int) -> F:
+        share, name = np.float32(self.spec.get("residual_scale", 1)), f"layers.{index}"
+        for which, sublayer in (("attn", self._attention), ("mlp", self._mlp)):
+            into = x
+            if kind.get("pre_norm", True):
+                into = self._norm(x, f"{name}.{which}_norm", kind["norm"])
+            out = sublayer(index, kind, into, capacity)
+            if kind.get("post_norm", False):
+                out = self._norm(out, f"{name}.{which}_post_norm", kind["norm"])
+            x = x + out * share
+        return x
+
+    def _attention(self, index: int, kind: dict[str, Any], x: F, capacity: int) -> F:
+        spec, name, length = self.spec, f"layers.{index}", len(x)
+        heads, kv, dim = spec["num_heads"], spec["num_kv_heads"], spec["head_dim"]
+        every = self._linear(x, f"{name}.qkv").reshape(length, -1, dim)
+        q, k, v = np.split(every, [heads, heads + kv], axis=1)
+        if kind.get("qk_norm"):
+            q, k = (
+                self._qk_norm(part, f"{name}.{which}_norm", kind)
+                for part, which in ((q, "q"), (k, "k"))
+            )
+        rope = kind.get("rope", 0)
+        if rope is not None:
+            q, k = (self._rotated(part, spec["ropes"][rope], capacity) for part in (q, k))
+        out = np.empty_like(q)
+        for head in range(heads):
+            shared = head // (heads // kv)
+            mask = seen(self.plan, index, self.order[index][shared], capacity, length)
+            scores = q[:, head] @ k[:, shared].T * np.float32(kind["query_scale"])
+            scores = np.where(mask, self._capped(scores, kind.get("logit_cap")), -np.inf)
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = shares / shares.sum(-1, keepdims=True) @ v[:, shared]
+        return self._linear(out.reshape(length, -1), f"{name}.o")
+
+    def _mlp(self, index: int, kind: dict[str, Any], x: F, _: int) -> F:
+        gate, up = np.split(self._linear(x, f"layers.{index}.gate_up"), 2, axis=-1)
+        erf = np.vectorize(math.erf, otypes=[np.float32])
+        tanh = 0.7978845608 * (gate + 0.044715 * gate**3)
+        acted = {
+            "silu": lambda: gate / (1 + np.exp(-gate)),
+            "gelu": lambda: gate * (1 + erf(gate / math.sqrt(2))) / 2,
+            "gelu_tanh": lambda: gate * (1 + np.tanh(tanh)) / 2,
+            "relu": lambda: np.maximum(gate, 0),
+        }[kind["activation"]]()
+        return self._linear(acted * up, f"layers.{index}.down")
+
+    def _linear(self, x: F, name: str) -> F:
+        out: F = x @ self.weights[f"{name}.weight"].T
+        return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
+
+    def _norm(self, x: F, name: str, norm: dict[str, Any]) -> F:
+        weight = self.weights[f"{name}.weight"] + np.float32(norm.get("plus_one", False))
+        mean = (x * x).mean(-1, keepdims=True)
+        return x / np.sqrt(mean + np.float32(norm["eps"])) * weight
+
+    def _qk_norm(self, x: F, name: str, kind: dict[str, Any]) -> F:
+        if kind["qk_norm"] == "width":
+            return self._norm(x.reshape(len(x), -1), name, kind["norm"]).reshape(x.shape)
+        return self._norm(x, name, kind["norm"])
+
+    def _rotated(self, x: F, rope: dict[str, Any], capacity: int) -> F:
+        frequencies = np.array(rope["inv_freq"], np.float32)
+        context, factor = rope.get("original_context"), rope.get("factor", 1.0)
+        if rope["kind"] == "dynamic" and context and capacity > context:
+            dim = x.shape[-1]
+            stretch = factor * capacity / context - (factor - 1)
+            theta = rope["theta"] * stretch ** (dim / (dim - 2))
+            frequencies = theta ** (-2 * np.arange(dim // 2, dtype=np.float32) / dim)
+        angle = np.arange(len(x), dtype=np.float32)[:, None, None] * frequencies
+        cos, sin = (turn(angle) * np.float32(rope.get("scaling", 1)) for turn in (np.cos, np.sin))
+        low, high = np.split(x, 2, axis=-1)
+        return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+
+    @staticmethod
+    def _capped(x: F, cap: float | None) -> F:
+        return x if cap is None else np.tanh(x / np.float32(cap)) * np.float32(cap)
+
+
+def golden_difference(root: Path) -> float:
+    """The largest difference of a logit to the golden ones, over all golden prompts."""
+    manifest = read_manifest(root)
+    plan = json.loads((root / "plan.json").read_bytes())
+    model, worst = Model(manifest, plan, read_weights(root)), 0.0
+    golden, metadata = read_tensors(root / "golden.safetensors")
+    for prompt in sorted({name.partition(".")[0] for name in golden}):
+        tokens, positions = golden[f"{prompt}.tokens"], golden[f"{prompt}.positions"]
+        found = model.logits(tokens, positions, int(metadata[f"{prompt}.capacity"]))
+        worst = max(worst, float(np.abs(found - golden[f"{prompt}.logits"]).max()))
+    return worst
+
+
+if __name__ == "__main__":
+    print(golden_difference(Path(sys.argv[1])))

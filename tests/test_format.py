@@ -1,0 +1,154 @@
+"""The package format as docs/FORMAT.md tells it: the schemas, and a reader that knows no more."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import independent_reader
+import pytest
+from jsonschema import Draft202012Validator
+from tiny import Compiled, request
+
+from moac import compile_model
+from moac_runtime.errors import ArtifactError
+from moac_runtime.package.activations import ACTIVATIONS
+from moac_runtime.package.manifest import manifest_digest, parse_manifest
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+LIMIT = 2e-3  # what verification allows float32
+
+sys.path.insert(0, str(ROOT / "tools"))
+import schemas  # noqa: E402
+
+
+def validator(name: str) -> Draft202012Validator:
+    schema = json.loads((ROOT / "docs" / "schema" / name).read_bytes())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
+def test_schemas_are_of_todays_records(name: str) -> None:
+    found = (ROOT / "docs" / "schema" / name).read_text(encoding="utf-8")
+    assert found == schemas.written(name), "docs/schema is not of today's records; run: make docs"
+
+
+def test_what_is_written_is_what_the_schemas_say(tiny_package: Compiled) -> None:
+    for name in ("moac", "plan"):
+        data = json.loads((tiny_package.package / f"{name}.json").read_bytes())
+        validator(f"{name}.schema.json").validate(data)
+
+
+@pytest.mark.parametrize("kind", [ModelSpec, LayerSpec, NormSpec, RopeSpec])
+def test_the_page_names_every_field(kind: Any) -> None:
+    missing = [field.name for field in fields(kind) if f"`{field.name}`" not in PAGE]
+    assert not missing, f"docs/FORMAT.md does not tell of {', '.join(missing)}"
+
+
+def test_the_page_names_every_activation() -> None:
+    assert all(f"`{name}`" in PAGE for name in ACTIVATIONS)
+
+
+def _changes(data: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    """Ways to damage an object: each of its fields gone or of another type, and one too many."""
+    for name in data:
+        yield f"{name} gone", lambda at, name=name: at.pop(name)
+        for other in (None, True, "x", -1, 0.5, [], [None], {}):
+            if json.dumps(other) != json.dumps(data[name]):
+                yield f"{name} = {other!r}", lambda at, n=name, o=other: at.update({n: o})
+    yield "a field too many", lambda at: at.update(unheard_of=1)
+
+
+# Places whose fields both the schema and the reader know, and how a manifest leads there.
+PLACES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "model": lambda data: data["model"],
+    "model.kinds[0]": lambda data: data["model"]["kinds"][0],
+    "model.kinds[0].norm": lambda data: data["model"]["kinds"][0]["norm"],
+    "model.ropes[0]": lambda data: data["model"]["ropes"][0],
+}
+
+
+def _is_read(data: dict[str, Any]) -> bool:
+    data["digest"] = manifest_digest(data)
+    try:
+        parse_manifest(data)
+    except ArtifactError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_runtime_refuses_what_the_schema_refuses(place: str, tiny_package: Compiled) -> None:
+    whole = json.loads((tiny_package.package / "moac.json").read_bytes())
+    schema, refused = validator("moac.schema.json"), 0
+    for told, change in _changes(PLACES[place](whole)):
+        data = copy.deepcopy(whole)
+        change(PLACES[place](data))
+        if not schema.is_valid(data):  # counts and indices the runtime alone refuses
+            assert not _is_read(data), f"{place}: {told} is read, and the schema refuses it"
+            refused += 1
+    assert refused >= 5
+
+
+def test_the_independent_reader_knows_nothing_of_moac() -> None:
+    source = Path(independent_reader.__file__).read_text(encoding="utf-8")
+    imported = {
+        name
+        for node in ast.walk(ast.parse(source))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    others = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
+    assert others == {"numpy"}
+    assert len(source.splitlines()) < 200
+
+
+def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
+    assert independent_reader.golden_difference(tiny_package.package) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "changes"),
+    [
+        ("gemma3_text", {}, {}),
+        ("granite", {}, {}),
+        ("qwen3", {}, {}),
+        ("llama", {"rope": "dynamic"}, {}),
+        ("llama", {}, {"weights": "int8"}),
+    ],
+)
+def test_it_reproduces_those_of_other_models(
+    family: str,
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint = tiny_checkpoint(family, max_position_embeddings=2048, **options)
+    asked = request(dtype="float32", **changes)
+    compile_model(checkpoint, tmp_path / "out", request=asked, work_dir=tmp_path / "work")
+    assert independent_reader.golden_difference(tmp_path / "out") < LIMIT
+
+
+@pytest.mark.parametrize("name", ["moac.json", "plan.json", "tokenizer/tokenizer.json"])
+def test_it_refuses_what_was_altered(name: str, tiny_package: Compiled, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_package.package, tmp_path / "copy"))
+    path = copied / name
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    with pytest.raises(AssertionError, match="was altered"):
+        independent_reader.read_manifest(copied)
