@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family, Gguf, Names
+from moac.checkpoint.families.family import Family, Gguf
+from moac.checkpoint.families.gemma2 import NAMES, cap
 from moac.checkpoint.families.options import refuse
 from moac.checkpoint.families.reading import (
     decoder,
@@ -47,7 +48,6 @@ def _spec(config: Any) -> ModelSpec:
         )
         for own, kind in zip(windows, types, strict=True)
     ]
-    capped = config.final_logit_softcapping is not None
     return decoder(
         config,
         layers,
@@ -55,7 +55,7 @@ def _spec(config: Any) -> ModelSpec:
         context=int(config.max_position_embeddings),  # the scaling is what reaches it
         norm=norm,
         embedding_scale=config.hidden_size**0.5,
-        logit_cap=positive(config, "final_logit_softcapping") if capped else None,
+        logit_cap=cap(config, "final_logit_softcapping"),
     )
 
 
@@ -104,11 +104,7 @@ def _gguf_scaling(fields: Fields) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gemma3_text",
     spec=_spec,
-    names=Names(
-        attn_post_norm="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
-    ),
+    names=NAMES,
     activation="hidden_activation",
     rounded_scale=True,
     options=frozenset({"final_logit_softcapping", "rope_parameters"}),
