@@ -4,11 +4,18 @@ Layers under a sliding window rotate numbers beside each other; the others have 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
+from moac.checkpoint.families.gguf_windows import PERIOD, WINDOW, gguf_windows
 from moac.checkpoint.families.reading import decoder, layer, layer_windows, positive, rope
 from moac_runtime.package.spec import ModelSpec, NormSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
+
+_WINDOW_PERIOD = 4  # what llama.cpp takes a file for that does not say
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -34,4 +41,22 @@ def _spec(config: Any) -> ModelSpec:
     )
 
 
-FAMILY = Family(model_type="cohere2", spec=_spec, epsilon="layer_norm_eps", pairs=True)
+def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    layers = values["num_hidden_layers"]
+    return {
+        **gguf_windows(fields, "cohere2", layers, period=_WINDOW_PERIOD),
+        "logit_scale": float(fields.number("cohere2.logit_scale")),
+    }
+
+
+FAMILY = Family(
+    model_type="cohere2",
+    spec=_spec,
+    epsilon="layer_norm_eps",
+    pairs=True,
+    gguf=Gguf(
+        architecture="cohere2",
+        fields=frozenset({WINDOW, PERIOD, "logit_scale"}),
+        config=_gguf_config,
+    ),
+)

@@ -48,7 +48,8 @@ class Gguf:
     the numbers that rotate together lie beside each other. `norms_plus_one`: whether what it
     calls a norm's weight is one more than the library's. `config`: from the header and the config
     of its usual fields, the values that the family has besides or instead; `fields`: those it
-    reads, after `ARCHITECTURE.`.
+    reads, after `ARCHITECTURE.`. `factors`: whether tensors hold LongRoPE's factors; these are
+    among the fields then, by their names.
     """
 
     architecture: str | None = None
@@ -56,6 +57,7 @@ class Gguf:
     norms_plus_one: bool = False
     fields: frozenset[str] = frozenset()
     config: Callable[[Fields, Mapping[str, Any]], Mapping[str, Any]] = _nothing_more
+    factors: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

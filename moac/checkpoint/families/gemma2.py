@@ -4,11 +4,22 @@ on every second layer.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family, Names
+from moac.checkpoint.families.family import Family, Gguf, Names
+from moac.checkpoint.families.gguf_windows import PERIOD, WINDOW, gguf_windows
 from moac.checkpoint.families.reading import decoder, layer, layer_windows, positive, rope
 from moac_runtime.package.spec import ModelSpec, NormSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
+
+# What llama.cpp takes a file for that does not say.
+_WINDOW, _WINDOW_PERIOD = 4096, 2
+_SCORE_CAP, _LOGIT_CAP = 50.0, 30.0
+# The 27B, alone of all sizes, scales queries by the width's share of a head.
+_LAYERS_OF_27B = 46
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -42,6 +53,18 @@ def cap(config: Any, name: str) -> float | None:
     return None if getattr(config, name) is None else positive(config, name)
 
 
+def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    layers = values["num_hidden_layers"]
+    wide = layers == _LAYERS_OF_27B
+    share = values["hidden_size"] // values["num_attention_heads"]
+    return {
+        **gguf_windows(fields, "gemma2", layers, period=_WINDOW_PERIOD, window=_WINDOW),
+        "query_pre_attn_scalar": share if wide else values["head_dim"],
+        "attn_logit_softcapping": fields.number("gemma2.attn_logit_softcapping", _SCORE_CAP),
+        "final_logit_softcapping": fields.number("gemma2.final_logit_softcapping", _LOGIT_CAP),
+    }
+
+
 NAMES = Names(
     attn_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
@@ -54,4 +77,10 @@ FAMILY = Family(
     activation="hidden_activation",
     rounded_scale=True,
     options=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    gguf=Gguf(
+        architecture="gemma2",
+        norms_plus_one=True,
+        fields=frozenset({WINDOW, PERIOD, "attn_logit_softcapping", "final_logit_softcapping"}),
+        config=_gguf_config,
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moac.checkpoint.families.family import Family, Names
+from moac.checkpoint.families.family import Family, Gguf, Names
 from moac.checkpoint.families.reading import decoder, layer, rope
 from moac_runtime.package.spec import ModelSpec
 
@@ -21,6 +21,10 @@ FAMILY = Family(
     model_type="olmo2",
     spec=_spec,
     names=Names(
-        attn_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
+        attn_norm="",
+        attn_post_norm="post_attention_layernorm",
+        mlp_norm="",
+        mlp_post_norm="post_feedforward_layernorm",
     ),
+    gguf=Gguf(architecture="olmo2"),
 )

@@ -204,7 +204,8 @@ def _rotary(config: Any, name: str, settings: Sequence[Mapping[str, Any]]) -> An
 
 def _possible(config: Any, make: Callable[[], Any]) -> Any:
     try:
-        return make()
+        with quiet_library():
+            return make()
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
             f"the RoPE settings {config.rope_parameters} are incomplete or impossible "
