@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow test-oldest test-newest test-race lock lint format types \
-	docs pictures clean
+	docs models pictures clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
@@ -25,6 +25,7 @@ help:
 	@echo 'make lint types   check style and types'
 	@echo 'make format       write the style'
 	@echo 'make docs         write docs/CLI.md and docs/schema from the code'
+	@echo 'make models       measure every family and write docs/MODELS.md'
 	@echo 'make pictures     draw docs/pictures from benchmarks/results'
 	@echo 'make clean        remove what the tools leave, and the environment'
 
@@ -73,6 +74,9 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python tools/cli_reference.py docs/CLI.md
 	$(BIN)/python tools/schemas.py docs/schema
+
+models: $(INSTALLED)
+	$(BIN)/python tools/models.py docs/MODELS.md
 
 pictures: $(INSTALLED)
 	$(BIN)/python benchmarks/pictures.py docs/pictures

@@ -24,7 +24,7 @@ struct Made {
   std::vector<Floats> held;
   std::vector<Layer> layers;
   Model model{};
-  const double scaling = 1;
+  const std::vector<double> scalings = std::vector<double>(DIM / 2, 1.0);
 
   const float *take(int64_t count) { return held.emplace_back(some_floats(count)).data(); }
   Matrix matrix(int64_t count) { return {take(count), nullptr, WEIGHTS_PLAIN}; }
@@ -41,7 +41,7 @@ struct Made {
     model.num_layers = LAYERS, model.hidden = SIZE, model.inner = INNER, model.heads = HEADS;
     model.kv_heads = KV_HEADS, model.head_dim = DIM, model.vocab = VOCAB, model.norm_eps = 1e-5;
     model.embedding_scale = model.residual_scale = model.logit_scale = 1;
-    model.num_ropes = 1, model.rope_scalings = &scaling;
+    model.num_ropes = 1, model.rope_scalings = scalings.data();
     model.layers = layers.data(), model.norm = take(SIZE);
     model.embed = model.head = matrix(VOCAB * SIZE);
   }

@@ -35,6 +35,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 128},
 }
 
 # What every tiny config has.
@@ -71,10 +72,31 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 8.0,
         "tie_word_embeddings": True,
     },
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 48,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 128},
+    "cohere2": {
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.5,
+        "layer_norm_eps": 1e-5,
+    },
 }
 FAMILIES = tuple(_FAMILY)
 ONE_ROPE = tuple(name for name in FAMILIES if name != "gemma3_text")
-"""Those with one rotary table, of any kind of `ROPES`."""
+"""Those with one rotary table."""
+
+
+def ropes_of(family: str) -> tuple[str, ...]:
+    """The kinds of `ROPES` that a family's one table may be of."""
+    return ("default", "longrope") if family == "phi3" else tuple(ROPES)
 
 
 def tiny_model(
@@ -85,6 +107,8 @@ def tiny_model(
     `rope` names an entry of `ROPES`; "dynamic" comes with 64 positions unless overridden.
     """
     values = {**BASE, **_FAMILY[family], "rope_parameters": _rope(family, rope)}
+    if rope == "longrope":
+        values["rope_parameters"] |= _factors({**values, **overrides})
     if rope == "dynamic":
         values["max_position_embeddings"] = 64
     config = CONFIG_MAPPING[family](**{**values, **overrides})
@@ -103,6 +127,16 @@ def _rope(family: str, name: str) -> dict[str, Any]:
     return {
         "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         "full_attention": {"rope_theta": 10000.0, **ROPES[name]},
+    }
+
+
+def _factors(values: dict[str, Any]) -> dict[str, Any]:
+    """LongRoPE's factors, one for each pair of numbers that rotate together."""
+    dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    pairs = range(int(dim * values.get("partial_rotary_factor", 1)) // 2)
+    return {
+        "short_factor": [1.0 + 0.1 * i for i in pairs],
+        "long_factor": [1.5 + 0.5 * i for i in pairs],
     }
 
 

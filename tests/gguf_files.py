@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +40,13 @@ def byte_level_fields(pre: str) -> dict[str, Any]:
 
 
 def tiny_original(family: str, **overrides: Any) -> Any:
-    """A tiny model that a file can tell of: Gemma's query scale follows from the head size."""
-    if family == "gemma3_text":
+    """A tiny model that a file can tell of: some options follow from the size or the layer."""
+    if family == "cohere2":  # three of four layers under the window
+        types = ["sliding_attention"] * 3 + ["full_attention"]
+        overrides = {"num_hidden_layers": 4, "layer_types": types, **overrides}
+    if family == "smollm3":
+        overrides = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], **overrides}
+    if family in ("gemma2", "gemma3_text"):
         overrides = {"query_pre_attn_scalar": overrides.get("head_dim", 16), **overrides}
     return tiny_model(family, **overrides)
 
@@ -86,6 +92,9 @@ def write_gguf(
         if not (tied and name == "lm_head.weight"):
             stored = _stored(name, tensor, config, kind)
             _add_tensor(writer, gguf_name(name, kind), stored, stored_as)
+    for name in ("short", "long"):
+        if factors := config.rope_parameters.get(f"{name}_factor"):
+            writer.add_tensor(f"rope_factors_{name}.weight", torch.tensor(factors).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,14 +113,69 @@ def _shape(config: Any) -> dict[str, Any]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        **_epsilon(config),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
     }
-    if "rope_theta" in config.rope_parameters:
-        return {**found, "rope.freq_base": float(config.rope_parameters["rope_theta"])}
-    return {**found, **_gemma3(config)}
+    rope = config.rope_parameters
+    if "rope_theta" in rope:
+        found["rope.freq_base"] = float(rope["rope_theta"])
+    own = {
+        "cohere2": _cohere2,
+        "gemma2": _gemma2,
+        "gemma3_text": _gemma3,
+        "granite": _granite,
+        "phi3": _phi3,
+    }.get(config.model_type)
+    return found if own is None else {**found, **own(config)}
+
+
+def _epsilon(config: Any) -> dict[str, Any]:
+    if config.model_type == "cohere2":
+        return {"attention.layer_norm_epsilon": float(config.layer_norm_eps)}
+    return {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
+
+
+def _cohere2(config: Any) -> dict[str, Any]:
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "logit_scale": float(config.logit_scale),
+        "rope.scaling.type": "none",
+    }
+
+
+def _gemma2(config: Any) -> dict[str, Any]:
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _granite(config: Any) -> dict[str, Any]:
+    return {
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "attention.scale": float(config.attention_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    rope, share = config.rope_parameters, config.hidden_size // config.num_attention_heads
+    told = {
+        "attention.key_length": None,
+        "attention.value_length": None,
+        "rope.dimension_count": int(rope["partial_rotary_factor"] * share),
+        "rope.scaling.original_context_length": config.original_max_position_embeddings,
+        "attention.sliding_window": config.sliding_window or 0,
+    }
+    if rope["rope_type"] != "longrope":
+        return told
+    scale = config.max_position_embeddings / config.original_max_position_embeddings
+    log = math.log(scale) / math.log(config.original_max_position_embeddings)
+    return {**told, "rope.scaling.attn_factor": math.sqrt(1 + log)}
 
 
 def _gemma3(config: Any) -> dict[str, Any]:

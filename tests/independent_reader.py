@@ -102,9 +102,11 @@ class Model:
 
     def _layer(self, index: int, kind: dict[str, Any], x: F, capacity: int) -> F:
         share, name = np.float32(self.spec.get("residual_scale", 1)), f"layers.{index}"
+        into = x
         for which, sublayer in (("attn", self._attention), ("mlp", self._mlp)):
-            into = x
-            if kind.get("pre_norm", True):
+            if which == "attn" or not kind.get("parallel", False):
+                into = x
+            if kind.get("pre_norm", True) and into is x:
                 into = self._norm(x, f"{name}.{which}_norm", kind["norm"])
             out = sublayer(index, kind, into, capacity)
             if kind.get("post_norm", False):
@@ -119,8 +121,8 @@ class Model:
         q, k, v = np.split(every, [heads, heads + kv], axis=1)
         if kind.get("qk_norm"):
             q, k = (
-                self._qk_norm(part, f"{name}.{which}_norm", kind)
-                for part, which in ((q, "q"), (k, "k"))
+                self._qk_norm(q, f"{name}.q_norm", kind),
+                self._qk_norm(k, f"{name}.k_norm", kind),
             )
         rope = kind.get("rope", 0)
         if rope is not None:
@@ -138,11 +140,12 @@ class Model:
     def _mlp(self, index: int, kind: dict[str, Any], x: F, _: int) -> F:
         gate, up = np.split(self._linear(x, f"layers.{index}.gate_up"), 2, axis=-1)
         erf = np.vectorize(math.erf, otypes=[np.float32])
-        tanh = 0.7978845608 * (gate + 0.044715 * gate**3)
         acted = {
             "silu": lambda: gate / (1 + np.exp(-gate)),
             "gelu": lambda: gate * (1 + erf(gate / math.sqrt(2))) / 2,
-            "gelu_tanh": lambda: gate * (1 + np.tanh(tanh)) / 2,
+            "gelu_tanh": lambda: (
+                gate * (1 + np.tanh(0.7978845608 * (gate + 0.044715 * gate**3))) / 2
+            ),
             "relu": lambda: np.maximum(gate, 0),
         }[kind["activation"]]()
         return self._linear(acted * up, f"layers.{index}.down")
@@ -153,8 +156,10 @@ class Model:
 
     def _norm(self, x: F, name: str, norm: dict[str, Any]) -> F:
         weight = self.weights[f"{name}.weight"] + np.float32(norm.get("plus_one", False))
+        x = x - x.mean(-1, keepdims=True) if norm.get("centred", False) else x
         mean = (x * x).mean(-1, keepdims=True)
-        return x / np.sqrt(mean + np.float32(norm["eps"])) * weight
+        x = x / np.sqrt(mean + np.float32(norm["eps"])) * weight
+        return x + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else x
 
     def _qk_norm(self, x: F, name: str, kind: dict[str, Any]) -> F:
         if kind["qk_norm"] == "width":
@@ -162,20 +167,24 @@ class Model:
         return self._norm(x, name, kind["norm"])
 
     def _rotated(self, x: F, rope: dict[str, Any], capacity: int) -> F:
-        frequencies = np.array(rope["inv_freq"], np.float32)
+        frequencies, dim = np.array(rope["inv_freq"], np.float32), 2 * len(rope["inv_freq"])
         context, factor = rope.get("original_context"), rope.get("factor", 1.0)
-        if rope["kind"] == "dynamic" and context and capacity > context:
-            dim = x.shape[-1]
+        if context and capacity > context and rope["kind"] == "longrope":
+            frequencies = np.array(rope["long_inv_freq"], np.float32)
+        if context and capacity > context and rope["kind"] == "dynamic":
             stretch = factor * capacity / context - (factor - 1)
             theta = rope["theta"] * stretch ** (dim / (dim - 2))
             frequencies = theta ** (-2 * np.arange(dim // 2, dtype=np.float32) / dim)
         angle = np.arange(len(x), dtype=np.float32)[:, None, None] * frequencies
-        cos, sin = (turn(angle) * np.float32(rope.get("scaling", 1)) for turn in (np.cos, np.sin))
+        turns = (turn(angle) * np.float32(rope.get("scaling", 1)) for turn in (np.cos, np.sin))
+        still = ((0, 0), (0, 0), (0, (x.shape[-1] - dim) // 2))
+        cos, sin = (
+            np.pad(t, still, constant_values=c) for t, c in zip(turns, (1, 0), strict=True)
+        )
         low, high = np.split(x, 2, axis=-1)
         return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
 
-    @staticmethod
-    def _capped(x: F, cap: float | None) -> F:
+    def _capped(self, x: F, cap: float | None) -> F:
         return x if cap is None else np.tanh(x / np.float32(cap)) * np.float32(cap)
 
 

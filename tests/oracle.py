@@ -33,9 +33,11 @@ def _reference(
     scaling: float,
     *,
     oracle_masks: Sequence[Tensor],
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    out = masked_attention(query, key, value, oracle_masks[module.layer_idx], scaling)
+    mask = oracle_masks[module.layer_idx]
+    out = masked_attention(query, key, value, mask, scaling, softcap)
     return out.to(query.dtype).transpose(1, 2), None
 
 

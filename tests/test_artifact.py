@@ -925,8 +925,15 @@ def test_a_living_writer_keeps_its_folder(package: Path, halfway: subprocess.Pop
 
 
 def test_specs_of_every_option_pass_the_manifest(tmp_path: Path) -> None:
-    rope = RopeSpec("yarn", 5e5, (1.0, 0.25), scaling=1.2, factor=4.0, original_context=32)
-    norm = NormSpec(1e-6, plus_one=True)
+    rope = RopeSpec(
+        *("longrope", 5e5, (1.0,)),
+        scaling=1.2,
+        factor=4.0,
+        original_context=32,
+        rotated=2,
+        long_inv_freq=(0.5,),
+    )
+    norm = NormSpec(1e-6, plus_one=True, centred=True, bias=True)
     first = LayerSpec(
         norm=norm,
         query_scale=0.3,
@@ -938,6 +945,7 @@ def test_specs_of_every_option_pass_the_manifest(tmp_path: Path) -> None:
         logit_cap=50.0,
         pre_norm=False,
         post_norm=True,
+        parallel=True,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moac.planning import (
@@ -19,8 +19,10 @@ from moac.planning import (
     candidate_rules,
     largest_density,
     layerwise_plan,
+    matching_uniform,
     pareto_front,
     plan_losses,
+    smallest_budget,
     solve_weighted,
     uniform_plan,
 )
@@ -95,6 +97,56 @@ def late(plan: Plan, lengths: tuple[int, ...]) -> Plan:
         return latest(rule, lengths, block=plan.block, min_span=plan.min_span)
 
     return replace(plan, rules=tuple(tuple(map(moved, layer)) for layer in plan.rules))
+
+
+# --- what a budget is a share of
+
+
+def test_a_budget_is_a_share_of_what_the_model_holds() -> None:
+    """One full layer and one with a window of 64: 576 tokens a head of 512."""
+    problem = make_problem(layers=2, windows=(None, 64), lengths=(512,), extrapolated=())
+    layout = problem.layout
+    whole = layout.uniform(DENSE)
+    assert whole.held_tokens(512) == whole.dense_tokens(512) == 2 * (512 + 64)
+    assert whole.density(512) == 1
+    assert layout.dense_at(np.array([32, 64, 512])).tolist() == [128, 256, 1152]
+    assert allowed_tokens(layout, 0.5, 512) == 576
+    found = solve_weighted(problem, weights(problem)).plan
+    assert 0.4 < found.density(512) <= 0.5
+    assert max(head.size for head in found.spans(512)[0]) < 512
+    for plan in (uniform_plan(layout, budget=0.5, lengths=(512,)), layerwise_plan(problem)):
+        assert 0.4 < plan.density(512) <= 0.5
+    assert matching_uniform(found, lengths=[512]).held_tokens(512) == pytest.approx(
+        found.held_tokens(512), abs=layout.num_heads * BLOCK / 2
+    )
+
+
+def test_a_model_of_windows_alone_holds_all_that_it_does_by_itself() -> None:
+    layout = HeadLayout(2, SINK, BLOCK, MIN_SPAN, (64, 64))
+    assert layout.uniform(DENSE).density(512) == 1
+    assert uniform_plan(layout, budget=0.5, lengths=(512,)).held_tokens(512) == 2 * 2 * 32
+
+
+def test_gemma_3_270m_in_numbers() -> None:
+    """15 layers with windows of 512 tokens and 3 without, one KV head."""
+    windows = tuple(None if layer % 6 == 5 else 512 for layer in range(18))
+    layout = HeadLayout(1, 64, 64, 128, windows)
+    held = layout.dense_at(np.array([512, 1024, 8192])).tolist()
+    assert held == [18 * 512, 15 * 512 + 3 * 1024, 15 * 512 + 3 * 8192] == [9216, 10752, 32256]
+    assert allowed_tokens(layout, 0.5, 8192) == 16128
+    # the windows alone are no cut, and a span below them is
+    assert layout.uniform(Rule(512, 0.0)).density(512) == 1
+    assert layout.uniform(Rule(256, 0.0)).density(8192) == 18 * 256 / 32256
+
+
+@given(plans(), st.integers(1, 5000))
+def test_density_is_one_where_nothing_is_dropped(plan: Plan, capacity: int) -> None:
+    sizes = [head.size for layer in plan.spans(capacity) for head in layer]
+    limits = [min(capacity, window or capacity) for window in plan.windows for _ in range(2)]
+    assert (plan.density(capacity) == 1) == (sizes == limits)
+    assert plan.density(capacity) <= 1
+    assert plan.undropping().density(capacity) == 1
+    assert plan.undropping().held_tokens(capacity) == sum(limits)
 
 
 # --- counting
@@ -223,8 +275,10 @@ def test_rules_that_are_offered_jump_late():
 def test_every_plan_holds_the_budget_at_every_capacity(
     seed, budget, limit, windows, lengths, extrapolated, upto
 ):
-    if min((*lengths, *extrapolated)) * budget < MIN_SPAN:
+    layout = HeadLayout(2, SINK, BLOCK, MIN_SPAN, windows or (None,) * 3)
+    if smallest_budget(layout, (*lengths, *extrapolated))[0] > budget:
         extrapolated = ()
+    assume(smallest_budget(layout, lengths)[0] <= budget)
     problem = make_problem(
         lengths=lengths,
         extrapolated=extrapolated,

@@ -16,10 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import CHAT_TEMPLATE, FAMILIES, ONE_ROPE, ROPES, save_checkpoint, tiny_model
+from families import (
+    CHAT_TEMPLATE,
+    FAMILIES,
+    ONE_ROPE,
+    ROPES,
+    ropes_of,
+    save_checkpoint,
+    tiny_model,
+)
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.families import model_spec, parse_config
@@ -59,8 +68,9 @@ def refusal(source: Path | str, **options: Any) -> str:
 # ---- what is read
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("family", ONE_ROPE)
+@pytest.mark.parametrize(
+    ("family", "rope"), [(family, rope) for family in ONE_ROPE for rope in ropes_of(family)]
+)
 def test_rope_is_the_librarys_own(tiny_checkpoint: Make, family: str, rope: str) -> None:
     folder = tiny_checkpoint(family, rope=rope)
     spec = open_checkpoint(str(folder)).spec
@@ -68,7 +78,8 @@ def test_rope_is_the_librarys_own(tiny_checkpoint: Make, family: str, rope: str)
     assert spec.ropes[0].kind == rope
     assert torch.equal(torch.tensor(spec.ropes[0].inv_freq), rotary.inv_freq)
     assert spec.ropes[0].scaling == rotary.attention_scaling
-    assert len(spec.ropes[0].inv_freq) == spec.head_dim // 2
+    assert len(spec.ropes[0].inv_freq) == (spec.ropes[0].rotated or spec.head_dim) // 2
+    assert (spec.ropes[0].rotated is not None) == (family == "phi3")
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -91,6 +102,35 @@ def test_yarn_scales_cos_and_sin(tiny_checkpoint: Make) -> None:
 def test_dynamic_rope_carries_what_a_session_needs(tiny_checkpoint: Make) -> None:
     rope = open_checkpoint(str(tiny_checkpoint("qwen2", rope="dynamic"))).spec.ropes[0]
     assert (rope.theta, rope.factor, rope.original_context) == (10000.0, 4.0, 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_longrope_carries_both_of_its_tables(tiny_checkpoint: Make, family: str) -> None:
+    folder = tiny_checkpoint(family, rope="longrope")
+    (rope,) = open_checkpoint(str(folder)).spec.ropes
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    for length, found in ((128, rope.inv_freq), (129, rope.long_inv_freq)):
+        wanted, scaling = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=length)
+        assert torch.equal(torch.tensor(found), wanted)
+        assert rope.scaling == scaling == pytest.approx(1.1339, abs=1e-4)
+    assert rope.original_context == 128
+    assert rope.inv_freq != rope.long_inv_freq
+
+
+def test_what_phi_3_first_called_longrope(copy: Callable[..., Path]) -> None:
+    folder = copy("phi3")
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    found = []
+    for name in ("longrope", "yarn"):
+        edit_json(
+            folder / "config.json",
+            rope_parameters="DROP",
+            rope_theta=10000.0,
+            rope_scaling={"type": name, **factors},
+        )
+        found.append(open_checkpoint(str(folder)).spec)
+    assert found[0] == found[1]
+    assert found[0].ropes[0].kind == "longrope"
 
 
 @pytest.mark.parametrize(
@@ -303,15 +343,18 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
 
 # ---- what is not served
 
-SERVED = "gemma3_text, granite, llama, mistral, qwen2, qwen3, smollm3"
+SERVED = (
+    "cohere2, gemma2, gemma3_text, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3"
+)
+ROPES_SERVED = "default, linear, dynamic, llama3, yarn, longrope"
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         (
-            {"model_type": "gemma2"},
-            f"model_type 'gemma2' is not served; served is {SERVED}",
+            {"model_type": "falcon"},
+            f"model_type 'falcon' is not served; served is {SERVED}",
         ),
         (
             {"model_type": "DROP"},
@@ -346,7 +389,8 @@ SERVED = "gemma3_text, granite, llama, mistral, qwen2, qwen3, smollm3"
         ),
         (
             {"is_encoder_decoder": True},
-            "is_encoder_decoder True is not served; served is decoder-only models",
+            "model_type 'llama' has an encoder (is_encoder_decoder) and is not served; served is "
+            "decoder-only models",
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
@@ -354,12 +398,12 @@ SERVED = "gemma3_text, granite, llama, mistral, qwen2, qwen3, smollm3"
             "a causal language model (...ForCausalLM)",
         ),
         (
-            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-            "RoPE type 'longrope' is not served; served is default, linear, dynamic, llama3, yarn",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            f"RoPE type 'proportional' is not served; served is {ROPES_SERVED}",
         ),
         (
             {"rope_parameters": "DROP", "rope_scaling": {"type": "su", "factor": 2.0}},
-            "RoPE type 'su' is not served; served is default, linear, dynamic, llama3, yarn",
+            f"RoPE type 'su' is not served; served is {ROPES_SERVED}",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -398,12 +442,39 @@ def test_a_family_reads_one_cap_and_refuses_the_other(copy: Callable[..., Path])
         edit_json(folder / "config.json", **{name: None})
 
 
+def partial(factor: float) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return {**rope, "partial_rotary_factor": factor}
+
+
+def longrope(short: list[float], long: list[float]) -> dict[str, Any]:
+    context = {"original_max_position_embeddings": 128, "partial_rotary_factor": 0.75}
+    if len(short) > 6 or len(long) > 6:
+        del context["partial_rotary_factor"]
+    factors = {"short_factor": short, "long_factor": long}
+    return {"rope_type": "longrope", "rope_theta": 10000.0, **context, **factors}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
         ("smollm3", {"no_rope_layers": [1]}, "lists 1 no_rope_layers for 2 layers"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier 0 where a positive number"),
         ("granite", {"logits_scaling": -1.0}, "logits_scaling -1.0 where a positive number"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 where a positive"),
+        ("cohere2", {"logit_scale": 0.0}, "logit_scale 0.0 where a positive number"),
+        ("cohere2", {"layer_norm_eps": -1.0}, "layer_norm_eps -1.0 where a small positive number"),
+        ("phi3", {"rope_parameters": partial(0.0)}, "partial_rotary_factor 0.0 is not served"),
+        ("phi3", {"rope_parameters": partial(1.5)}, "partial_rotary_factor 1.5 is not served"),
+        (
+            "phi3",
+            {"rope_parameters": partial(0.2)},
+            "0.2 is not served; served is the share of 16",
+        ),
+        ("phi3", {"rope_parameters": longrope([1.0] * 5, [1.0] * 6)}, "must have length 6, got 5"),
+        ("llama", {"rope_parameters": longrope([1.0] * 5, [1.0] * 8)}, "incomplete or impossible"),
+        ("llama", {"rope_parameters": longrope([1.0] * 8, [1.0] * 5)}, "incomplete or impossible"),
+        ("llama", {"rope_parameters": longrope([1.0] * 8, [0.0] * 8)}, "that are not finite"),
     ],
 )
 def test_wrong_values_of_a_family_s_own_fields(
@@ -495,8 +566,19 @@ JUNK: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize("rope", ["yarn", "linear", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        *(
+            (family, rope)
+            for family in FAMILIES
+            for rope in ("yarn", "linear", "dynamic")
+            if family != "phi3"
+        ),
+        *(("phi3", rope) for rope in ropes_of("phi3")),
+        ("llama", "longrope"),
+    ],
+)
 def test_no_config_value_ends_in_a_traceback(
     tiny_checkpoint: Make, family: str, rope: str
 ) -> None:
@@ -517,7 +599,7 @@ def test_no_config_value_ends_in_a_traceback(
             continue
         assert spec.num_layers >= 1, changed
         assert spec.context >= 1, changed
-        values_of = (value for rope in spec.ropes for value in rope.inv_freq)
+        values_of = (v for rope in spec.ropes for v in (*rope.inv_freq, *rope.long_inv_freq))
         assert all(math.isfinite(value) for value in values_of), changed
         assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     assert refused > 100

@@ -74,7 +74,7 @@ def family(name: str) -> None:
 
 
 # what the templates compute; the others are refused before any work (test_kernels_package.py)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_every_family_equals_the_oracle(interpreted: Run, name: str) -> None:
     interpreted(family, name)
 

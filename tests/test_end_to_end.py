@@ -42,6 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm3": {"max_position_embeddings": CONTEXT},
     "granite": {"max_position_embeddings": CONTEXT},
     "gemma3_text": {"max_position_embeddings": CONTEXT, "sliding_window": 640},
+    "gemma2": {"max_position_embeddings": CONTEXT, "sliding_window": 640},
+    "olmo2": {"max_position_embeddings": CONTEXT},
+    "phi3": {
+        "rope": "longrope",
+        "max_position_embeddings": CONTEXT,
+        "original_max_position_embeddings": 640,
+    },
+    "cohere2": {"max_position_embeddings": CONTEXT, "sliding_window": 640},
 }
 INSPECTED = (
     *("density", "kv_bytes", "rules", "sink", "block", "lengths", "capacity", "targets"),
@@ -162,10 +170,10 @@ def check_reported_bytes(package: Path, answer: dict[str, Any]) -> None:
     """What `run` says it holds is what the plan says, at the capacity of its session."""
     artifact, capacity = open_artifact(package), answer["capacity"]
     token = artifact.spec.kv_token_bytes(torch.finfo(getattr(torch, answer["dtype"])).bits // 8)
-    heads = artifact.spec.num_layers * artifact.spec.num_kv_heads
+    whole = artifact.plan.undropping()
     assert answer["stats"]["kv_bytes"] == {
         "held": artifact.plan.held_tokens(capacity) * token,
-        "dense": heads * capacity * token,
+        "dense": whole.held_tokens(capacity) * token,
     }
 
 

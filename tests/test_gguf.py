@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import byte_level_fields, tiny_original, write_gguf
+from gguf_files import byte_level_fields, gguf_name, tiny_original, write_gguf
 
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.families import family_of
+from moac.checkpoint.gguf import open_gguf
 from moac_runtime.errors import CheckpointError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "olmo2", "phi3", "cohere2"),
+    *("granite", "smollm3"),
+)
 LOCAL = ["sliding_attention"]
 TOKENS = torch.arange(3, 43)[None]
 
@@ -56,6 +60,15 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
         ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"head_dim": 16}),
+        ("gemma2", {"head_dim": 32}),
+        ("gemma2", {"num_hidden_layers": 3, "layer_types": [*LOCAL, "full_attention", *LOCAL]}),
+        ("olmo2", {"tie_word_embeddings": True}),
+        ("phi3", {"rope": "longrope"}),
+        ("phi3", {"rope": "longrope", "original_max_position_embeddings": 30}),
+        ("phi3", {"partial_rotary_factor": 1.0}),
+        ("phi3", {"sliding_window": 24}),
+        ("cohere2", {"logit_scale": 2.0}),
+        ("granite", {"residual_multiplier": 1.0}),
         ("gemma3_text", {"head_dim": 32}),
         ("gemma3_text", {"final_logit_softcapping": None}),
         ("gemma3_text", {"tie_word_embeddings": False}),
@@ -68,6 +81,22 @@ def test_what_the_fields_say_of_the_shape(
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf", family=family, overrides=overrides)
     check_same(tmp_path / "tiny.gguf", family, **overrides)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_have_the_names_that_the_format_gives_them(family: str) -> None:
+    """As its own library lists them for the architecture."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = family_of(family)
+    (arch,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == kind.gguf.architecture)
+    listed, checked = get_tensor_name_map(arch, 4), 0
+    for name in tiny_original(family).state_dict():
+        theirs = listed.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is not None:
+            assert gguf_name(name, kind) == theirs
+            checked += 1
+    assert checked >= 10
 
 
 def test_fields_left_out_are_what_llama_cpp_takes_them_for(tmp_path: Path) -> None:
@@ -83,6 +112,63 @@ def test_fields_left_out_are_what_llama_cpp_takes_them_for(tmp_path: Path) -> No
         fields = {f"{family}.{name}": None for name in absent}
         write_gguf(tmp_path / "tiny.gguf", family=family, overrides=overrides, fields=fields)
         check_same(tmp_path / "tiny.gguf", family, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("absent", "overrides"),
+    [
+        ("attention.sliding_window", {"sliding_window": 4096}),
+        ("attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
+        ("final_logit_softcapping", {"final_logit_softcapping": 30.0}),
+    ],
+)
+def test_what_llama_cpp_takes_gemma_2_for(
+    tmp_path: Path, absent: str, overrides: dict[str, Any]
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, family="gemma2", overrides=overrides, fields={f"gemma2.{absent}": None})
+    check_same(path, "gemma2", **overrides)
+
+
+def test_the_27b_of_gemma_2_has_a_query_scale_of_its_own(tmp_path: Path) -> None:
+    overrides = {
+        "num_hidden_layers": 46,
+        "layer_types": [*LOCAL, "full_attention"] * 23,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 16,
+    }
+    write_gguf(tmp_path / "tiny.gguf", family="gemma2", overrides=overrides)
+    check_same(tmp_path / "tiny.gguf", "gemma2", **overrides)
+
+
+def test_factors_of_longrope_in_another_family_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, family="phi3", overrides={"rope": "longrope"})
+    found = open_gguf(path)
+    assert found.fields.numbers("rope_factors_short.weight")[:2] == [1.0, pytest.approx(1.1)]
+    assert not any("factors" in name for name in found.shapes)
+    write_gguf(path, overrides={"rope": "longrope"})
+    assert "holds the tensor rope_factors_short.weight and 1 more" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("cohere2", {"logit_scale": None}, "lacks the field cohere2.logit_scale"),
+        ("cohere2", {"attention.sliding_window_pattern": 0}, "= 0 where a positive number was"),
+        ("granite", {"residual_scale": -1.0}, "residual_multiplier -1.0 where a positive number"),
+        ("phi3", {"rope.dimension_count": 5}, "partial_rotary_factor 0.3125 is not served"),
+        ("phi3", {"rope.scaling.attn_factor": "x"}, "attn_factor = 'x' where a number was"),
+        ("olmo2", {"rope.scaling.type": "yarn"}, "olmo2.rope.scaling.type = 'yarn' is not"),
+    ],
+)
+def test_a_field_of_a_family_that_is_refused(
+    tmp_path: Path, family: str, fields: dict[str, Any], words: str
+) -> None:
+    overrides = {"rope": "longrope"} if "rope.scaling.attn_factor" in fields else {}
+    named = {f"{family}.{name}": value for name, value in fields.items()}
+    write_gguf(tmp_path / "tiny.gguf", family=family, fields=named, overrides=overrides)
+    assert words in refusal(tmp_path / "tiny.gguf")
 
 
 PERIOD = [*LOCAL * 5, "full_attention"]

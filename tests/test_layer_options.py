@@ -1,7 +1,4 @@
-"""Options of layers, against the library's own attention in models that have them.
-
-Families that are not served yet stand here whole: that each is one file's worth shows, too.
-"""
+"""Options of layers, against the library's own attention in models that have them."""
 
 from __future__ import annotations
 
@@ -16,16 +13,16 @@ import torch
 from batches import Batch
 from cpu_kernels import library as kernels_of
 from cpu_kernels import needs_compiler, open_cpu_session
-from families import BASE, VOCAB, randomise, tiny_model
+from families import VOCAB, tiny_model
 from oracle import open_session
 from test_onnx import export
 from test_onnx import open_session as open_graph
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moac.checkpoint.families import FAMILIES, Family, Names, gemma3, model_spec, reading
+from moac.checkpoint.families import FAMILIES, model_spec
 from moac.export.write import write_onnx
-from moac.packaging.fuse import head_order, pack_weights
+from moac.packaging.fuse import head_order, pack_weights, rotary_order
 from moac.packaging.writer import write_weights
 from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
 from moac_runtime.backends.cpu.engine import CpuEngine
@@ -39,92 +36,17 @@ from moac_runtime.errors import MoacError
 from moac_runtime.package.plan import Plan, dense_plan
 from moac_runtime.package.spec import ModelSpec, NormSpec
 
-LENGTH, LAYERS, ATOL = 90, 2, 2e-4
-_AFTER = {
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
-
-
-def _gemma2(config: Any) -> ModelSpec:
-    norm = NormSpec(config.rms_norm_eps, plus_one=True)
-    layers = [
-        reading.layer(
-            config,
-            activation="hidden_activation",
-            norm=norm,
-            query_scale=config.query_pre_attn_scalar**-0.5,
-            window=window,
-            post_norm=True,
-            logit_cap=config.attn_logit_softcapping,
-        )
-        for window in reading.layer_windows(config)
-    ]
-    return reading.decoder(
-        config,
-        layers,
-        reading.rope(config, "Gemma2RotaryEmbedding"),
-        norm=norm,
-        embedding_scale=config.hidden_size**0.5,
-        logit_cap=config.final_logit_softcapping,
-    )
-
-
-def _olmo2(config: Any) -> ModelSpec:
-    one = reading.layer(config, pre_norm=False, post_norm=True, qk_norm="width")
-    table = reading.rope(config, "Olmo2RotaryEmbedding")
-    return reading.decoder(config, [one] * config.num_hidden_layers, table)
-
-
-def _phi3(config: Any) -> ModelSpec:
-    one = reading.layer(config)
-    table = reading.rope(config, "Phi3RotaryEmbedding")
-    return reading.decoder(config, [one] * config.num_hidden_layers, table)
-
-
-GEMMA2 = Family(
-    model_type="gemma2",
-    spec=_gemma2,
-    names=gemma3.FAMILY.names,
-    activation="hidden_activation",
-    options=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
-)
-OLMO2 = Family(model_type="olmo2", spec=_olmo2, names=Names(**_AFTER))
-PHI3 = Family(
-    model_type="phi3",
-    spec=_phi3,
-    names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
-)
-SERVED = ("smollm3", "granite", "gemma3_text")
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gemma2": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 5,
-        "sliding_window": 40,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 4.0,
-    },
-    "olmo2": {},
-    "phi3": {},
-}
+LENGTH, ATOL = 90, 2e-4
+# Families with options beside those of Llama, Mistral and Qwen; the first have one rotary table.
+OF_ONE_ROPE = ("smollm3", "granite", "gemma2", "olmo2", "phi3", "cohere2")
+OPTIONED = (*OF_ONE_ROPE, "gemma3_text")
 
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model of a family, run by the library's own attention."""
-    if family in SERVED:
-        served = tiny_model(family, **changes)
-        served.set_attn_implementation("eager")
-        return served
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    values = {**BASE, **CONFIGS[family], "rope_parameters": rope, **changes}
-    config = CONFIG_MAPPING[family](**values)
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = classes[type(config)](config)
-        randomise(model)
+    model = tiny_model(family, **changes)
     model.set_attn_implementation("eager")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def library(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -152,13 +74,7 @@ def read(session: Batch, tokens: list[int]) -> Tensor:
     return torch.cat([*parts, *(session.decode([token]) for token in tokens[second:])])
 
 
-@pytest.fixture(autouse=True)
-def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in (GEMMA2, OLMO2, PHI3):
-        monkeypatch.setitem(FAMILIES, family.model_type, family)
-
-
-@pytest.mark.parametrize("family", [*CONFIGS, *SERVED])
+@pytest.mark.parametrize("family", OPTIONED)
 def test_torch_equals_the_library(family: str) -> None:
     model, tokens = tiny(family), text()
     plan, wanted = whole(model_spec(model.config)), library(model, tokens)
@@ -169,7 +85,7 @@ def test_torch_equals_the_library(family: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
-@pytest.mark.parametrize("family", [*CONFIGS, *SERVED])
+@pytest.mark.parametrize("family", OPTIONED)
 def test_native_kernels_equal_the_library(family: str, kernels: str) -> None:
     model, tokens = tiny(family), text()
     plan, wanted = whole(model_spec(model.config)), library(model, tokens)
@@ -180,12 +96,93 @@ def test_native_kernels_equal_the_library(family: str, kernels: str) -> None:
         torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", OF_ONE_ROPE)
 def test_the_onnx_graph_equals_the_library(family: str, tmp_path: Path) -> None:
     model, tokens = tiny(family), text()
     plan, wanted = whole(model_spec(model.config)), library(model, tokens)
     session = open_graph(export(model, plan, tmp_path), capacity=LENGTH, chunk=16)
     torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
+
+
+@needs_compiler
+@pytest.mark.parametrize("original", [LENGTH, LENGTH - 1])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_longrope_takes_its_factors_by_the_capacity(
+    family: str, original: int, tmp_path: Path
+) -> None:
+    """As the library takes them by the length, of whole heads and of a part of them."""
+    context = {"original_max_position_embeddings": original}
+    settings = tiny(family, rope="longrope").config.rope_parameters | context
+    model, tokens = tiny(family, rope_parameters=settings, **context), text()
+    spec, wanted = model_spec(model.config), library(model, tokens)
+    assert spec.ropes[0].original_context == original
+    assert spec.ropes[0].scaling > 1
+    plan = whole(spec)
+    graph = export(model, plan, tmp_path)
+    for session in (
+        open_session(model, plan, capacity=LENGTH),
+        open_cpu_session(model, plan, instruction_set="avx2", capacity=LENGTH, chunk=40),
+        open_graph(graph, capacity=LENGTH, chunk=16),
+    ):
+        torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
+    longer = read(open_session(model, plan, capacity=LENGTH + 1), tokens)
+    assert ((longer - wanted).abs().max() > 100 * ATOL) == (original == LENGTH)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+@needs_compiler
+@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+def test_any_even_part_of_a_head_may_rotate(share: float, kernels: str) -> None:
+    model, tokens = tiny("phi3", partial_rotary_factor=share, hidden_size=80), text()
+    model, tokens = tiny("phi3", partial_rotary_factor=share, head_dim=32), text()
+    spec, wanted = model_spec(model.config), library(model, tokens)
+    assert spec.ropes[0].rotated == 32 * share
+    plan = whole(spec)
+    session = open_session(model, plan, capacity=LENGTH)
+    torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
+    session = open_cpu_session(model, plan, instruction_set=kernels, capacity=LENGTH, chunk=40)
+    torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
+
+
+def with_bias(family: str) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
+    """A model of layer norms whose hidden biases are not nought, and a decoder that has them."""
+    model: Any = tiny(family)
+    generator = torch.Generator().manual_seed(1)
+    weights = dict(model.state_dict())
+    norms = [(name, module) for name, module in model.named_modules() if name.endswith("norm")]
+    for name, module in norms:
+        bias = torch.randn(module.weight.shape, generator=generator)
+        weights[f"{name}.bias"] = bias
+        module.register_forward_hook(lambda _, __, out, bias=bias: out + bias)
+    spec = model_spec(model.config)
+    kinds = tuple(replace(kind, norm=replace(kind.norm, bias=True)) for kind in spec.kinds)
+    spec = replace(spec, kinds=kinds, norm=replace(spec.norm, bias=True))
+    packed = pack_weights(weights.__getitem__, spec, head_order(whole(spec)))
+    tensors = {name: tensor.contiguous() for name, tensor in packed}
+    assert {"norm.bias", "layers.1.attn_norm.bias"} <= tensors.keys()
+    return model, Decoder(spec, tensors), tensors
+
+
+def test_biases_of_layer_norms_equal_the_library() -> None:
+    model, decoder, _ = with_bias("cohere2")
+    plan, tokens = whole(decoder.spec), text()
+    session = Batch(TorchSession(decoder, plan, head_order(plan)), batch=1, capacity=LENGTH)
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+def test_native_biases_of_layer_norms_equal_the_library(kernels: str) -> None:
+    session, model = native_session(*with_bias("cohere2"), kernels)
+    tokens = text()
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+def test_a_graph_of_biases_of_layer_norms_equals_the_library(tmp_path: Path) -> None:
+    model, decoder, tensors = with_bias("cohere2")
+    tokens = text()
+    session = graph_session(decoder.spec, tensors, tmp_path)
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
 
 
 def narrowed(width: int) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
@@ -218,29 +215,41 @@ def test_layers_of_different_widths_equal_the_library() -> None:
 @needs_compiler
 @pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
 def test_native_layers_of_different_widths_equal_the_library(kernels: str) -> None:
-    model, decoder, tensors = narrowed(48)
+    session, model = native_session(*narrowed(48), kernels)
+    tokens = text()
+    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+def native_session(
+    model: PreTrainedModel, decoder: Decoder, tensors: dict[str, Tensor], kernels: str
+) -> tuple[Batch, PreTrainedModel]:
+    """A session of native kernels over packed tensors, and the model they are of."""
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     engine = CpuEngine(
         kernels_of(kernels), decoder.spec, addresses, dtype="float32", threads=2, memory=tensors
     )
-    plan, tokens = whole(decoder.spec), text()
+    plan = whole(decoder.spec)
     rows = CpuSession(engine, plan, head_order(plan), chunk=40)
-    session = Batch(rows, batch=1, capacity=LENGTH)
-    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+    return Batch(rows, batch=1, capacity=LENGTH), model
 
 
 def test_a_graph_of_layers_of_different_widths_equals_the_library(tmp_path: Path) -> None:
     model, decoder, tensors = narrowed(48)
-    spec, tokens = decoder.spec, text()
-    plan = whole(spec)
-    write_weights(tmp_path, tensors.items(), dtype=torch.float32)
-    order = head_order(plan)
-    choices: Any = {"dtype": "float32", "capacity": LENGTH, "weights": "shared"}
-    write_onnx(tmp_path, spec=spec, plan=plan, head_order=order, **choices)
-    layout = OnnxLayout.from_json(json.loads((tmp_path / ONNX_LAYOUT).read_text()))
-    graph = OnnxGraph(tmp_path / ONNX_MODEL, layout, spec.ropes[0], threads=1)
-    session = open_graph(graph, capacity=LENGTH)
+    tokens = text()
+    session = graph_session(decoder.spec, tensors, tmp_path)
     torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
+
+
+def graph_session(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> Batch:
+    """A session of a graph over packed tensors."""
+    plan = whole(spec)
+    write_weights(folder, tensors.items(), dtype=torch.float32)
+    choices: Any = {"dtype": "float32", "capacity": LENGTH, "weights": "shared"}
+    write_onnx(folder, spec=spec, plan=plan, head_order=head_order(plan), **choices)
+    layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
+    return open_graph(
+        OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes[0], threads=1), capacity=LENGTH
+    )
 
 
 def _without_cap(model: Any) -> None:
@@ -268,6 +277,14 @@ def _factor_of_one(name: str) -> Callable[[Any], None]:
     return lambda model: setattr(model.config, name, 1.0)
 
 
+def _whole_heads(model: Any) -> None:
+    model.config.rope_parameters["partial_rotary_factor"] = 1.0
+
+
+def _other_window(model: Any) -> None:
+    model.config.sliding_window = 30
+
+
 def _same_rope(model: Any) -> None:
     settings = model.config.rope_parameters
     settings["sliding_attention"] = settings["full_attention"]
@@ -279,7 +296,11 @@ def _same_rope(model: Any) -> None:
         ("gemma2", _without_cap),
         ("gemma2", _without_last_cap),
         ("gemma2", _of_head_dim),
+        ("gemma2", _other_window),
         ("olmo2", _other_norms_after),
+        ("phi3", _whole_heads),
+        ("cohere2", _factor_of_one("logit_scale")),
+        ("cohere2", _other_window),
         ("smollm3", _rotating),
         ("granite", _factor_of_one("embedding_multiplier")),
         ("granite", _factor_of_one("residual_multiplier")),
@@ -299,14 +320,49 @@ def test_each_option_shows(family: str, change: Callable[[Any], None]) -> None:
     assert (before - after).abs().max() > 100 * ATOL
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"norm": NormSpec(1e-5)}, {"rope": 0}, {"rope": None}],
+)
+def test_each_option_of_cohere_shows(change: dict[str, Any]) -> None:
+    model, tokens = tiny("cohere2"), text()
+    spec = model_spec(model.config)
+    other = replace(spec, kinds=tuple(replace(kind, **change) for kind in spec.kinds))
+    weights, order = model.state_dict().__getitem__, head_order(whole(spec))
+    found = []
+    for one in (spec, other):
+        decoder = Decoder(one, dict(pack_weights(weights, one, order)))
+        row = Batch(TorchSession(decoder, whole(one), order), batch=1, capacity=LENGTH)
+        found.append(read(row, tokens))
+    assert (found[0] - found[1]).abs().max() > 100 * ATOL
+
+
+def test_pairs_beside_each_other_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny("cohere2"), text()
+    plan, wanted = whole(model_spec(model.config)), library(model, tokens)
+    monkeypatch.setitem(FAMILIES, "cohere2", replace(FAMILIES["cohere2"], pairs=False))
+    found = read(open_session(model, plan, capacity=LENGTH), tokens)
+    assert (found - wanted).abs().max() > 100 * ATOL
+
+
+@pytest.mark.parametrize("rotated", [4, 12, 16])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_numbers_that_rotate_together_stand_half_a_head_apart(rotated: int, pairs: bool) -> None:
+    order = rotary_order(16, rotated, pairs=pairs)
+    assert sorted(order) == list(range(16))
+    apart = 1 if pairs else rotated // 2
+    assert [order[i + 8] - order[i] for i in range(rotated // 2)] == [apart] * (rotated // 2)
+    assert all(place >= rotated for i in range(rotated // 2, 8) for place in order[i::8])
+
+
 @pytest.mark.parametrize("implementation", [INFLUENCE, REFERENCE])
 def test_what_profiling_would_drop_is_refused(implementation: str) -> None:
-    model: Any = tiny("gemma2")
+    model: Any = tiny("llama")
     plan = whole(model_spec(model.config))
-    data = {"moac_spans": plan.spans(LENGTH), "moac_recorder": None}
+    data: dict[str, Any] = {"moac_spans": plan.spans(LENGTH), "moac_recorder": None}
     del data["moac_recorder" if implementation == REFERENCE else "moac_spans"]
     with (
         attention(model, implementation),
-        pytest.raises(MoacError, match="takes softcap, which is neither profiled nor checked"),
+        pytest.raises(MoacError, match="takes head_mask, which is neither profiled nor checked"),
     ):
-        model(torch.tensor([text()]), use_cache=False, **data)
+        model(torch.tensor([text()]), use_cache=False, head_mask=torch.ones(4), **data)

@@ -91,6 +91,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"rope": "linear"},
     "smollm3": {},
     "granite": {},
+    "gemma2": {},
+    "olmo2": {},
+    "phi3": {"rope": "longrope"},
+    "cohere2": {},
 }
 
 

@@ -28,7 +28,7 @@ from moac.planning.problem import allowed_tokens
 from moac.sizes import parse_size
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
-from moac_runtime.errors import UsageError
+from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights
@@ -488,6 +488,19 @@ def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
     budget = cap.budget(layout, (512, 768, 2000))
     tokens = 700_001 // cap.token_bytes
     assert allowed_tokens(layout, budget, 2000) == tokens
+
+
+def test_a_cap_counts_what_the_model_holds_by_itself() -> None:
+    layout = HeadLayout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None, 64))
+    cap = KvCap(max_bytes=500 * 4, batch=1, length=512, token_bytes=4)
+    budget = cap.budget(layout, (256, 512))
+    assert budget == 500 / (2 * (512 + 64))
+    assert allowed_tokens(layout, budget, 512) == 500
+    with pytest.raises(UsageError, match=r"the dense model holds 4\.50 KiB"):
+        replace(cap, max_bytes=4 * 1152).budget(layout, (256, 512))
+    with pytest.raises(BudgetError, match=r"a length of 64; give --max-kv-bytes 2304 or more"):
+        replace(cap, max_bytes=4 * 500).budget(layout, (64, 512))
+    assert replace(cap, max_bytes=2304).budget(layout, (64, 512)) == 0.5
 
 
 def test_a_cap_that_is_too_small_names_the_smallest(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import highspy
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moac.planning import (
@@ -168,6 +168,7 @@ def test_every_front_plan_is_on_the_true_front():
 def test_every_plan_of_the_front_is_feasible_and_none_beats_another(
     seed, budget, limit, windows, lengths
 ):
+    assume(smallest_budget(make_layout(3, windows=windows), lengths)[0] <= budget)
     problem = make_problem(
         layers=3, seed=seed, budget=budget, limit=limit, windows=windows, lengths=lengths
     )

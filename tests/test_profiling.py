@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import tiny_model
 from torch import Tensor
-from torch.nn import functional as F
 
 from moac.calibration import CalibrationSample
 from moac.planning import HeadLayout
@@ -48,13 +48,21 @@ def _masks(length: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_definition(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, span: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    span: int,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """The joint form, dense and span by span: `[kv_heads]`."""
     length = q.shape[2]
     i, j, seen = _masks(length, window)
     keys, values = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
-    weights = ((q @ keys.mT) * SCALE).masked_fill(~seen, -math.inf).softmax(-1)
+    scores = (q @ keys.mT) * SCALE
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     delta = (grad * (weights @ values)).sum(-1, keepdim=True)
     dropped = (j >= SINK) & (i - j >= span - SINK) & seen
     mass = (weights * dropped).sum(-1)
@@ -65,30 +73,37 @@ def _by_definition(
 
 @pytest.mark.parametrize(("length", "window"), [(300, None), (256, None), (333, 100), (40, None)])
 @pytest.mark.parametrize("tile", [1 << 21, 1 << 13])
+@pytest.mark.parametrize("cap", [None, 0.7])
 def test_influence_equals_its_definition(
-    length: int, window: int | None, tile: int, monkeypatch: pytest.MonkeyPatch
+    length: int,
+    window: int | None,
+    tile: int,
+    cap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(profiled, "TILE_ELEMENTS", tile)
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,))
-    influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
+    asked: Any = {"scale": SCALE, "cap": cap, "layer": 0, "recorder": recorder}
+    influence_attention(q, k, v, **asked).backward(grad)
     table = recorder.tables[0]
     assert table.shape == (KV_HEADS, -(-length // BLOCK) + 1)
     assert table[:, : SINK // BLOCK + 1].isinf().all()
     for entry in range(SINK // BLOCK + 1, table.shape[1]):
-        expected = _by_definition(q, k, v, grad, entry * BLOCK, window)
+        expected = _by_definition(q, k, v, grad, entry * BLOCK, window, cap)
         torch.testing.assert_close(table[:, entry], expected.double(), atol=2e-4, rtol=1e-4)
     assert table[:, -1].abs().max() == 0  # a span of the whole length drops nothing
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_the_backward_pass_is_that_of_attention(window: int | None) -> None:
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_the_backward_pass_is_that_of_attention(window: int | None, cap: float | None) -> None:
     q, k, v, grad = _qkv(200)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,))
-    found = influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder)
+    found = influence_attention(q, k, v, scale=SCALE, cap=cap, layer=0, recorder=recorder)
     gradients = torch.autograd.grad(found, (q, k, v), grad)
     *_, seen = _masks(200, window)
-    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE, enable_gqa=True)
+    plain = masked_attention(q, k, v, seen, SCALE, cap)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(gradients, torch.autograd.grad(plain, (q, k, v), grad), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -112,21 +127,21 @@ def test_influence_is_the_exact_change_of_a_linear_loss() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_around_a_plan_influence_is_the_exact_change_of_a_linear_loss(window: int | None) -> None:
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_around_a_plan_influence_is_the_exact_change_of_a_linear_loss(
+    window: int | None, cap: float | None
+) -> None:
     """Each span against all keys, the other head at its span of the plan."""
     q, k, v, grad = _qkv(200)
     held = (96, 144)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,), held=[held])
-    around = influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder)
+    around = influence_attention(q, k, v, scale=SCALE, cap=cap, layer=0, recorder=recorder)
     gradients = torch.autograd.grad(around, (q, k, v), grad)
 
     def attend(sizes: tuple[int, ...]) -> Tensor:
         i, j, seen = _masks(200, window)
         near = torch.stack([seen & ((i - j < size - SINK) | (j < SINK)) for size in sizes])
-        mask = near.repeat_interleave(GROUP, 0)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True
-        )
+        return masked_attention(q, k, v, near, SCALE, cap)
 
     expected = attend(held)
     torch.testing.assert_close(around, expected, atol=1e-5, rtol=1e-5)

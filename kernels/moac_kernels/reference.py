@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float | None = None
+) -> Tensor:
     """Grouped-query attention under a dense mask, computed and returned in float32.
 
     `q` `[B, H, T, D]`; `k`, `v` `[B, K, N, D]`, query heads `h * H/K` onward belong to KV head
-    `h`; `visible` bool, broadcastable to `[B, K, T, N]`. Returns `[B, H, T, D]`; a query that
-    sees nothing gives zeros. Raises ValueError where `H` is no multiple of `K`.
+    `h`; `visible` bool, broadcastable to `[B, K, T, N]`. With a `cap` scores become
+    `cap tanh(score / cap)`. Returns `[B, H, T, D]`; a query that sees nothing gives zeros. Raises
+    ValueError where `H` is no multiple of `K`.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of KV heads, got {heads}, {kv_heads}")
     grouped = q.float().reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
     scores = torch.einsum("bkgtd,bknd->bkgtn", grouped, k.float()) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~visible.unsqueeze(-3), float("-inf"))
     weights = scores.softmax(-1).nan_to_num(0.0)
     return torch.einsum("bkgtn,bknd->bkgtd", weights, v.float()).flatten(1, 2)

@@ -8,29 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moac.checkpoint.families import family_of, model_spec, parse_config
-from moac.checkpoint.families.options import refuse
-from moac.checkpoint.folders import check_whole_model, no_config
+from moac.checkpoint.families import family_of, model_spec
 from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
 from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
+from moac.checkpoint.headers import (
+    folder_headers,
+    gguf_headers,
+    read_config,
+    telling_unreadable,
+)
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
-from moac.checkpoint.library import quiet_library
+from moac.checkpoint.library import attention_of, quiet_library
 from moac.checkpoint.source import (
     download_settings,
     download_weights,
-    file_refusal,
     local_path,
     read_json,
 )
-from moac.checkpoint.stand_ins import check_file
 from moac.checkpoint.template import template_fault
-from moac.checkpoint.tensors import check_tensors, expected_tensors
+from moac.checkpoint.tensors import expected_tensors
 from moac.checkpoint.tokenizer import load_tokenizer, tokenizer_files, tokenizer_notes
 from moac.checkpoint.tokenizer_sources import check_installed
 from moac.checkpoint.vocabulary import vocabulary_notes
-from moac.checkpoint.weights import SafetensorsWeights, open_weights
+from moac.checkpoint.weights import SafetensorsWeights
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -111,13 +112,15 @@ class Checkpoint:
     ) -> PreTrainedModel:
         """The model in transformers: eval mode, no gradients, scaled-dot-product attention.
 
+        Where scores have a cap, attention is the library's eager one, which alone has caps.
+
         `dtype`: the checkpoint's own where left out. Raises CheckpointError for a weight that is
         not finite in it.
         """
         wanted = dtype or self.dtype
         with quiet_library():
             model: Any = (
-                _load_directory(self.path, wanted)
+                _load_directory(self.path, wanted, attention_of(self.spec))
                 if self.path.is_dir()
                 else load_gguf_model(self.path, wanted)
             )
@@ -149,13 +152,8 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     Raises CheckpointError for whatever is missing, damaged, contradictory or not served, and
     UsageError for a revision of a local path; no weight has been read by then.
     """
-    try:
+    with telling_unreadable(source):
         return _open(source, revision)
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or source} cannot be read ({error.strerror or error}); "
-            "check that it is there and may be read"
-        ) from None
 
 
 def _open(source: str, revision: str | None) -> Checkpoint:
@@ -171,7 +169,7 @@ def _open(source: str, revision: str | None) -> Checkpoint:
 def _open_hub(source: str, revision: str | None) -> Checkpoint:
     # The small files first: a model that is not served is refused before its weights travel.
     folder = download_settings(source, revision)
-    model_spec(_read_config(folder))
+    model_spec(read_config(folder))
     folder = download_weights(source, folder.name)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
@@ -182,32 +180,24 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
 
 
 def _open_directory(source: str, revision: str | None, folder: Path) -> Checkpoint:
-    config = _read_config(folder)
-    spec = model_spec(config)
-    weights = open_weights(folder)
-    check_tensors(spec, weights.shapes, str(folder))
+    found = folder_headers(folder)
+    spec, weights = found.spec, found.weights
     _check_tied(spec, weights)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() or path.is_symlink() else {}
-    texts = _read_texts(load_tokenizer(folder), config, generation, folder)
-    dtype = _dtype(config, weights.dtypes[f"{family_of(spec.family).names.embed}.weight"])
+    texts = _read_texts(load_tokenizer(folder), found.config, generation, folder)
     return Checkpoint(
-        source, revision, folder, spec, dtype, texts.eos, texts.files, weights, *texts.told()
+        source, revision, folder, spec, found.dtype, texts.eos, texts.files, weights, *texts.told()
     )
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
-    if path.suffix != ".gguf":
-        raise file_refusal(path)
-    check_installed("gguf", "accelerate")
-    file = open_gguf(path)
-    config = file.config()
-    spec = model_spec(config)
-    check_tensors(spec, file.shapes, str(path), config="its header")
-    texts = _read_texts(gguf_tokenizer(file.fields), config, {}, path, file.end_ids())
+    found = gguf_headers(path)
+    spec, file = found.spec, found.file
+    texts = _read_texts(gguf_tokenizer(file.fields), found.config, {}, path, file.end_ids())
     weights = GgufWeights(path, spec)
     return Checkpoint(
-        source, None, path, spec, file.dtype, texts.eos, texts.files, weights, *texts.told()
+        source, None, path, spec, found.dtype, texts.eos, texts.files, weights, *texts.told()
     )
 
 
@@ -245,24 +235,6 @@ def _read_texts(
     return _Texts(files, eos, fault, tuple(notes))
 
 
-def _read_config(folder: Path) -> Any:
-    path = folder / "config.json"
-    check_whole_model(folder)
-    check_file(path)
-    if not path.is_file():
-        raise no_config(folder)
-    return parse_config(read_json(path), str(path))
-
-
-def _dtype(config: Any, stored: str) -> str:
-    """config.json's dtype where it gives one, else that of the stored weights."""
-    named = getattr(config, "dtype", None)
-    dtype = stored if named is None else str(named).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise refuse("dtype", dtype, ", ".join(DTYPES))
-    return dtype
-
-
 def _check_tied(spec: ModelSpec, weights: SafetensorsWeights) -> None:
     """Refuse an output matrix that differs from the embedding it is said to be tied to."""
     names = family_of(spec.family).names
@@ -287,16 +259,16 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def _load_directory(folder: Path, dtype: Any) -> Any:
+def _load_directory(folder: Path, dtype: Any, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(folder)
+    config = read_config(folder)
     config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         local_files_only=True,
         use_safetensors=True,
     )

@@ -12,6 +12,7 @@ from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
+from moac.checkpoint.library import attention_of
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ModelSpec
@@ -19,6 +20,7 @@ from moac_runtime.package.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _END_IDS = ("eos", "eot", "eom")
 
 
@@ -43,8 +45,7 @@ class GgufFile:
 
 def library_names(names: Names) -> dict[str, str]:
     """The library's names of a family's modules by those that llama.cpp gives them."""
-    query, key, value = names.qkv
-    gate, up = names.gate_up
+    qkv, gate_up = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")
     found = {
         "token_embd": names.embed,
         "output_norm": names.norm,
@@ -53,14 +54,13 @@ def library_names(names: Names) -> dict[str, str]:
         "post_attention_norm": names.attn_post_norm,
         "ffn_norm": names.mlp_norm,
         "post_ffw_norm": names.mlp_post_norm,
-        "attn_q": query,
-        "attn_k": key,
-        "attn_v": value,
+        **dict(zip(qkv if len(names.qkv) > 1 else ("attn_qkv",), names.qkv, strict=True)),
         "attn_output": names.o,
         "attn_q_norm": names.q_norm,
         "attn_k_norm": names.k_norm,
-        "ffn_gate": gate,
-        "ffn_up": up,
+        **dict(
+            zip(gate_up if len(names.gate_up) > 1 else ("ffn_up",), names.gate_up, strict=True)
+        ),
         "ffn_down": names.down,
     }
     return {theirs: ours for theirs, ours in found.items() if ours}
@@ -74,13 +74,16 @@ def open_gguf(path: Path) -> GgufFile:
         values = {name: value.contents() for name, value in reader.fields.items()}
         found = {tensor.name: _shape(tensor) for tensor in reader.tensors}
         kinds = {tensor.tensor_type.name: tensor for tensor in reader.tensors if tensor.data.size}
+        factors = {t.name: t.data.flatten().tolist() for t in reader.tensors if t.name in _FACTORS}
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is not a whole GGUF file ({' '.join(str(error).split())}); download it again"
         ) from None
-    fields = Fields(path, values)
-    names = check_fields(fields).names
-    shapes = {_hf_name(name, names): shape for name, shape in found.items()}
+    family = check_fields(Fields(path, values))
+    if not family.gguf.factors:
+        factors = {}
+    fields, names = Fields(path, values | factors), family.names
+    shapes = {_hf_name(n, names): shape for n, shape in found.items() if n not in factors}
     check_tokenizer_fields(fields)
     _check_kinds(kinds)
     return GgufFile(path, fields, shapes, _dtype(set(kinds)))
@@ -140,7 +143,7 @@ def _check_kinds(tensors: Mapping[str, Any]) -> None:
 
 
 def load_gguf_model(path: Path, dtype: Any) -> Any:
-    """The dequantised model in `dtype`, with scaled-dot-product attention."""
+    """The dequantised model in `dtype`, with the attention that `attention_of` says."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -150,7 +153,11 @@ def load_gguf_model(path: Path, dtype: Any) -> Any:
     state = {name: weights.tensor(name).to(kind) for name in weights.names()}
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return classes[type(config)].from_pretrained(
-        None, config=config, state_dict=state, dtype=kind, attn_implementation="sdpa"
+        None,
+        config=config,
+        state_dict=state,
+        dtype=kind,
+        attn_implementation=attention_of(weights.spec),
     )
 
 
@@ -189,11 +196,10 @@ class GgufWeights:
         Of some families the file has the two numbers that rotate together beside each other, in
         every head; transformers has them half a head apart.
         """
-        family = family_of(self.spec.family)
-        query, key, _ = family.names.qkv
-        heads = {query: self.spec.num_heads, key: self.spec.num_kv_heads}
-        own = next((count for kind, count in heads.items() if f".{kind}." in name), None)
-        if not family.gguf.pairs or own is None:
+        family, counts = family_of(self.spec.family), (self.spec.num_heads, self.spec.num_kv_heads)
+        heads = zip(family.names.qkv[:2], counts, strict=True) if family.gguf.pairs else ()
+        own = next((count for kind, count in heads if f".{kind}." in name), None)
+        if own is None:
             return values
         half = self.spec.head_dim // 2
         pairs = values.reshape(own, half, 2, *values.shape[1:])

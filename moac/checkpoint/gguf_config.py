@@ -14,6 +14,10 @@ from moac.checkpoint.gguf_fields import Fields
 from moac_runtime.errors import CheckpointError
 
 _ORIGINAL = "use the original checkpoint"
+_EPSILONS = {
+    "rms_norm_eps": "layer_norm_rms_epsilon",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
 # After `ARCH.`: fields that the config is made of, or that say nothing about the function.
 _READ = (
     *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -75,8 +79,8 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
     first = f"{names.layers}.0"
     values = {
         "model_type": family.model_type,
-        **_sizes(fields, arch),
-        "rms_norm_eps": fields.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        **_sizes(fields, arch, family),
+        family.epsilon: fields.number(f"{arch}.attention.{_EPSILONS[family.epsilon]}"),
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": fields.number(f"{arch}.rope.freq_base", 10000.0),
@@ -91,7 +95,7 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
     return parse_config({**values, **more}, f"the header of {fields.path}")
 
 
-def _sizes(fields: Fields, arch: str) -> dict[str, int]:
+def _sizes(fields: Fields, arch: str, family: Family) -> dict[str, int]:
     heads, hidden = (
         _size(fields, f"{arch}.{n}") for n in ("attention.head_count", "embedding_length")
     )
@@ -105,7 +109,7 @@ def _sizes(fields: Fields, arch: str) -> dict[str, int]:
         "num_attention_heads": heads,
         "num_key_value_heads": _size(fields, f"{arch}.attention.head_count_kv", heads),
         "max_position_embeddings": _size(fields, f"{arch}.context_length"),
-        "head_dim": _head_dim(fields, arch, hidden // heads),
+        "head_dim": _head_dim(fields, arch, hidden // heads, family),
     }
 
 
@@ -116,10 +120,10 @@ def _size(fields: Fields, name: str, *default: int) -> int:
     return size
 
 
-def _head_dim(fields: Fields, arch: str, default: int) -> int:
-    """One size for keys, values and rotation; more than one is not served."""
+def _head_dim(fields: Fields, arch: str, default: int, family: Family) -> int:
+    """One size for keys, values and, unless the family reads it, rotation."""
     head_dim = _size(fields, f"{arch}.attention.key_length", default)
-    for name in ("attention.value_length", "rope.dimension_count"):
+    for name in {"attention.value_length", "rope.dimension_count"} - family.gguf.fields:
         found = fields.whole(f"{arch}.{name}", head_dim)
         if found != head_dim:
             raise refuse(f"{arch}.{name}", found, f"that of a key, {head_dim}")

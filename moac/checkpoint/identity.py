@@ -65,6 +65,8 @@ def _described(spec: ModelSpec) -> dict[str, Any]:
 def _rounded(rope: RopeSpec) -> dict[str, Any]:
     given = () if rope.kind in _FOLLOWS_FROM_THETA else rope.inv_freq
     rounded = {"inv_freq": [f"{f:.4g}" for f in given], "scaling": f"{rope.scaling:.6g}"}
+    if rope.long_inv_freq:
+        rounded["long_inv_freq"] = [f"{f:.4g}" for f in rope.long_inv_freq]
     return to_json(rope) | rounded
 
 

@@ -1,10 +1,13 @@
-"""transformers kept quiet: its bars and its advice are for its own callers."""
+"""transformers as it is used here: kept quiet, for its bars and its advice are for its own
+callers, and with the attention that computes a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from moac_runtime.package.spec import ModelSpec
 
 
 @contextmanager
@@ -22,3 +25,8 @@ def quiet_library() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def attention_of(spec: ModelSpec) -> str:
+    """The library's attention that computes a model: its fused one drops caps on scores."""
+    return "eager" if any(layer.logit_cap is not None for layer in spec.kinds) else "sdpa"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.spec import LayerSpec, ModelSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec
 
 Shape = tuple[int, ...]
 
@@ -19,7 +19,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
     hidden, names = spec.hidden_size, family_of(spec.family).names
     shapes: dict[str, Shape] = {
         f"{names.embed}.weight": (spec.vocab_size, hidden),
-        f"{names.norm}.weight": (hidden,),
+        **dict(_norm(names.norm, hidden, spec.norm)),
     }
     for index in range(spec.num_layers):
         prefix, own = f"{names.layers}.{index}", _layer(spec, spec.layer(index), names)
@@ -32,9 +32,10 @@ def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
 def _layer(spec: ModelSpec, layer: LayerSpec, names: Names) -> Iterator[tuple[str, Shape]]:
     hidden, mlp = spec.hidden_size, layer.intermediate_size
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    before, after = (names.attn_norm, names.mlp_norm), (names.attn_post_norm, names.mlp_post_norm)
+    before = (names.attn_norm,) if layer.parallel else (names.attn_norm, names.mlp_norm)
+    after = (names.attn_post_norm, names.mlp_post_norm)
     for name in (*(before if layer.pre_norm else ()), *(after if layer.post_norm else ())):
-        yield f"{name}.weight", (hidden,)
+        yield from _norm(name, hidden, layer.norm)
     if layer.qk_norm is not None:
         wide = layer.qk_norm == "width"
         yield f"{names.q_norm}.weight", (queries if wide else spec.head_dim,)
@@ -43,6 +44,12 @@ def _layer(spec: ModelSpec, layer: LayerSpec, names: Names) -> Iterator[tuple[st
     yield from _linear(names.o, hidden, queries, layer.o_bias)
     yield from _stacked(names.gate_up, (mlp, mlp), hidden, layer.mlp_bias)
     yield from _linear(names.down, hidden, mlp, layer.mlp_bias)
+
+
+def _norm(name: str, width: int, norm: NormSpec) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    if norm.bias:
+        yield f"{name}.bias", (width,)
 
 
 def _stacked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from moac.cli.bench import bench_command
+from moac.cli.check import check_command
 from moac.cli.clean import clean_command
 from moac.cli.compile import compile_command
 from moac.cli.diff import diff_command
@@ -29,6 +30,7 @@ def cli() -> None:
 # In this order the reference tells of them.
 for command in (
     run_command,
+    check_command,
     plan_command,
     compile_command,
     inspect_command,

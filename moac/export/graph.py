@@ -9,7 +9,7 @@ can be done for all heads of a layer at once is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx import GraphProto, TensorProto
 
@@ -57,9 +57,12 @@ class _Graph:
         new = []
         for layer in range(self._spec.num_layers):
             with b.scope(f"layers.{layer}"):
-                attended, k, v = self._attention(layer, x)
+                given = self._given(layer, x, "attn_norm")
+                attended, k, v = self._attention(layer, given)
                 x = self._added(layer, x, attended, "attn_post_norm")
-                x = self._added(layer, x, self._mlp(layer, x), "mlp_post_norm")
+                if not self._spec.layer(layer).parallel:
+                    given = self._given(layer, x, "mlp_norm")
+                x = self._added(layer, x, self._mlp(layer, given), "mlp_post_norm")
                 new.append((k, v))
         self._write(new, x)
         self._logits(x)
@@ -85,7 +88,7 @@ class _Graph:
     def _logits(self, x: str) -> None:
         b = self._b
         with b.scope("head"):
-            x = self._norm(b.op("Gather", x, "wanted", axis=0), "norm.weight", self._spec.norm)
+            x = self._norm(b.op("Gather", x, "wanted", axis=0), "norm", self._spec.norm)
             head = "embed.weight" if self._spec.tied_embeddings else "lm_head.weight"
             logits = self._as(FLOAT, self._weights.linear(b, x, head, None))
             logits = self._scaled(logits, self._spec.logit_scale, FLOAT)
@@ -99,8 +102,6 @@ class _Graph:
         """What `x` `[M, hidden]` attends to, and its keys and values `[B, K, T, D]`."""
         b, spec, name, own = self._b, self._spec, f"layers.{layer}", self._spec.layer(layer)
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        if own.pre_norm:
-            x = self._norm(x, f"{name}.attn_norm.weight", own.norm)
         qkv = self._linear(f"{name}.qkv", x, own.qkv_bias)
         if own.qk_norm == "width":
             qkv = self._wide_qk_norm(layer, qkv)
@@ -142,19 +143,24 @@ class _Graph:
         return b.op("Add", b.op("Mul", x, step.cos), turned)
 
     def _qk_norm(self, layer: int, qk: str) -> str:
-        b, spec, norm = self._b, self._spec, self._spec.layer(layer).norm
+        b, spec = self._b, self._spec
         sizes = b.ints(spec.num_heads, spec.num_kv_heads)
         q, k = b.ops("Split", qk, sizes, outputs=2, axis=1)
-        q = self._norm(q, f"layers.{layer}.q_norm.weight", norm)
-        return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight", norm), axis=1)
+        q, k = self._head_norms(layer, q, k)
+        return b.op("Concat", q, k, axis=1)
 
     def _wide_qk_norm(self, layer: int, qkv: str) -> str:
         """Queries and keys of `[M, (H + 2K) D]` normed across all of their heads."""
-        b, spec, norm = self._b, self._spec, self._spec.layer(layer).norm
+        b, spec = self._b, self._spec
         widths = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads)]
         q, k, v = b.ops("Split", qkv, b.ints(*widths, widths[1]), outputs=3, axis=1)
-        q = self._norm(q, f"layers.{layer}.q_norm.weight", norm)
-        return b.op("Concat", q, self._norm(k, f"layers.{layer}.k_norm.weight", norm), v, axis=1)
+        q, k = self._head_norms(layer, q, k)
+        return b.op("Concat", q, k, v, axis=1)
+
+    def _head_norms(self, layer: int, q: str, k: str) -> tuple[str, str]:
+        norm = replace(self._spec.layer(layer).norm, bias=False)
+        name = f"layers.{layer}"
+        return self._norm(q, f"{name}.q_norm", norm), self._norm(k, f"{name}.k_norm", norm)
 
     def _attend(self, cache: CacheLayout, q: str, k: str, v: str, *, cap: float | None) -> str:
         """What one cache's heads attend to, `[B, n * G, T, D]`.
@@ -181,8 +187,6 @@ class _Graph:
 
     def _mlp(self, layer: int, x: str) -> str:
         b, own, name = self._b, self._spec.layer(layer), f"layers.{layer}"
-        if own.pre_norm:
-            x = self._norm(x, f"{name}.mlp_norm.weight", own.norm)
         both = self._linear(f"{name}.gate_up", x, own.mlp_bias)
         gate, up = b.ops("Split", both, outputs=2, num_outputs=2, axis=-1)
         gated = b.op("Mul", self._activated(own.activation, gate), up)
@@ -197,7 +201,7 @@ class _Graph:
         """The residual `x` and what a sublayer adds to it."""
         own = self._spec.layer(layer)
         if own.post_norm:
-            out = self._norm(out, f"layers.{layer}.{post_norm}.weight", own.norm)
+            out = self._norm(out, f"layers.{layer}.{post_norm}", own.norm)
         return self._b.op("Add", x, self._scaled(out, self._spec.residual_scale))
 
     def _scaled(self, x: str, scale: float, kind: int | None = None) -> str:
@@ -213,16 +217,29 @@ class _Graph:
     def _linear(self, name: str, x: str, bias: bool) -> str:
         return self._weights.linear(self._b, x, f"{name}.weight", f"{name}.bias" if bias else None)
 
+    def _given(self, layer: int, x: str, norm: str) -> str:
+        """What a sublayer is given of the residual `x`."""
+        own = self._spec.layer(layer)
+        return self._norm(x, f"layers.{layer}.{norm}", own.norm) if own.pre_norm else x
+
     def _norm(self, x: str, name: str, norm: NormSpec) -> str:
-        """RMS norm; these very operations are what runtimes fuse into one."""
+        """RMS or layer norm; these very operations are what runtimes fuse into one."""
         b, wide = self._b, self._as(FLOAT, x)
+        if norm.centred:
+            mean = b.op("ReduceMean", wide, b.ints(-1), keepdims=1)
+            wide = b.op("Sub", wide, mean)
         mean = b.op("ReduceMean", b.op("Pow", wide, b.number(2.0)), b.ints(-1), keepdims=1)
         root = b.op("Sqrt", b.op("Add", mean, b.number(norm.eps)))
-        scaled, weight = b.op("Div", wide, root), self._weights.tensor(b, name)
+        scaled, weight = b.op("Div", wide, root), self._weights.tensor(b, f"{name}.weight")
+        if not norm.plus_one and not norm.centred:
+            return b.op("Mul", self._as(self._kind, scaled), weight)
+        weight = self._as(FLOAT, weight)
         if norm.plus_one:
-            weight = b.op("Add", self._as(FLOAT, weight), b.number(1.0))
-            return self._as(self._kind, b.op("Mul", scaled, weight))
-        return b.op("Mul", self._as(self._kind, scaled), weight)
+            weight = b.op("Add", weight, b.number(1.0))
+        out = b.op("Mul", scaled, weight)
+        if norm.bias:
+            out = b.op("Add", out, self._as(FLOAT, self._weights.tensor(b, f"{name}.bias")))
+        return self._as(self._kind, out)
 
     def _as(self, kind: int, x: str) -> str:
         """`x`, which is float32 or of the graph's dtype, as element type `kind`."""

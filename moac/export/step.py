@@ -11,6 +11,7 @@ import numpy as np
 from onnx import TensorProto
 
 from moac.export.builder import Builder
+from moac_runtime.backends.layout import rope_scalings
 from moac_runtime.backends.onnx.layout import OnnxLayout
 from moac_runtime.package.spec import ModelSpec
 
@@ -98,12 +99,14 @@ class Step:
 
     def _rotation(self, kind: int) -> tuple[str, str]:
         (rope,) = self._spec.ropes
-        b, scaling = self._b, rope.scaling
+        b = self._b
         position = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 3)), to=FLOAT)
         angle = b.op("Mul", position, "inv_freq")
         cos, sin = b.op("Cos", angle), b.op("Sin", angle)
-        if scaling != 1:
-            cos, sin = (b.op("Mul", x, b.number(scaling)) for x in (cos, sin))
+        if rope.scaling != 1:
+            factors = np.array(rope_scalings(rope, self._spec.head_dim), dtype=np.float32)
+            scaling = b.number(rope.scaling) if rope.rotated is None else b.constant(factors)
+            cos, sin = (b.op("Mul", x, scaling) for x in (cos, sin))
         cos = b.op("Concat", cos, cos, axis=-1)
         sin = b.op("Concat", b.op("Neg", sin), sin, axis=-1)
         if kind == FLOAT:

@@ -25,17 +25,17 @@ def require_onnx(spec: ModelSpec) -> None:
     for name in ("onnx", "onnx_ir", "onnxruntime"):
         if find_spec(name) is None:
             raise UsageError(f"the target onnx needs {missing(name)}")
-    if (lacking := _lacking(spec)) is not None:
-        raise UsageError(f"the ONNX graph has no {lacking}; leave onnx out of --target")
+    if (reason := graph_obstacle(spec)) is not None:
+        raise UsageError(f"{reason}; leave onnx out of --target")
 
 
-def _lacking(spec: ModelSpec) -> str | None:
-    """The first option of the model that the graph does not compute."""
+def graph_obstacle(spec: ModelSpec) -> str | None:
+    """Why the graph does not compute a model, None where it does."""
     if len(spec.ropes) > 1:
-        return "second rotary table: inv_freq is one input"
+        return "the ONNX graph has no second rotary table: inv_freq is one input"
     known = {name for name, one in ACTIVATIONS.items() if one.onnx is not None}
     unknown = next((x.activation for x in spec.kinds if x.activation not in known), None)
-    return None if unknown is None else f"activation {unknown!r}"
+    return None if unknown is None else f"the ONNX graph has no activation {unknown!r}"
 
 
 def emit_onnx(

@@ -47,7 +47,8 @@ def pack_weights(
         layer = _Layer(read, names, spec, spec.layer(index), index)
         yield from layer.attention(order)
         yield from layer.mlp()
-    yield "norm.weight", read(f"{names.norm}.weight", (spec.hidden_size,))
+    for kind in _kinds(spec.norm.bias):
+        yield f"norm.{kind}", read(f"{names.norm}.{kind}", (spec.hidden_size,))
     if not spec.tied_embeddings:
         yield "lm_head.weight", read(f"{names.lm_head}.weight", table)
 
@@ -97,10 +98,11 @@ class _Layer:
         hidden, dim = spec.hidden_size, spec.head_dim
         heads = (spec.num_heads, kv_heads, kv_heads)
         if layer.pre_norm:
-            yield self._norm("attn_norm", names.attn_norm)
+            yield from self._norm("attn_norm", names.attn_norm)
         for kind in _kinds(layer.qkv_bias):
             whole = self._stacked(names.qkv, kind, [count * dim for count in heads])
-            parts = whole.split([count * dim for count in heads])
+            q, k, v = whole.split([count * dim for count in heads])
+            parts = self._turned(q), self._turned(k), v
             permuted = [_permuted(part, 0, order, kv_heads) for part in parts]
             yield self._name(f"qkv.{kind}"), torch.cat(permuted)
         if layer.qk_norm is not None:
@@ -111,13 +113,13 @@ class _Layer:
         if layer.o_bias:
             yield self._name("o.bias"), self._read(f"{names.o}.bias", (hidden,))
         if layer.post_norm:
-            yield self._norm("attn_post_norm", names.attn_post_norm)
+            yield from self._norm("attn_post_norm", names.attn_post_norm)
 
     def mlp(self) -> Iterator[tuple[str, Tensor]]:
         layer, names = self.layer, self.names
         hidden, inner = self.spec.hidden_size, layer.intermediate_size
-        if layer.pre_norm:
-            yield self._norm("mlp_norm", names.mlp_norm)
+        if layer.pre_norm and not layer.parallel:
+            yield from self._norm("mlp_norm", names.mlp_norm)
         for kind in _kinds(layer.mlp_bias):
             stacked = self._stacked(names.gate_up, kind, [inner, inner])
             yield self._name(f"gate_up.{kind}"), stacked
@@ -125,7 +127,7 @@ class _Layer:
         if layer.mlp_bias:
             yield self._name("down.bias"), self._read(f"{names.down}.bias", (hidden,))
         if layer.post_norm:
-            yield self._norm("mlp_post_norm", names.mlp_post_norm)
+            yield from self._norm("mlp_post_norm", names.mlp_post_norm)
 
     def _name(self, name: str) -> str:
         return f"layers.{self.index}.{name}"
@@ -133,18 +135,30 @@ class _Layer:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.read(f"{self.names.layers}.{self.index}.{name}", shape)
 
-    def _norm(self, ours: str, theirs: str) -> tuple[str, Tensor]:
-        weight = self._read(f"{theirs}.weight", (self.spec.hidden_size,))
-        return self._name(f"{ours}.weight"), weight
+    def _norm(self, ours: str, theirs: str) -> Iterator[tuple[str, Tensor]]:
+        for kind in _kinds(self.layer.norm.bias):
+            found = self._read(f"{theirs}.{kind}", (self.spec.hidden_size,))
+            yield self._name(f"{ours}.{kind}"), found
 
     def _head_norm(
         self, ours: str, theirs: str, heads: int, order: Sequence[int]
     ) -> tuple[str, Tensor]:
         wide, dim = self.layer.qk_norm == "width", self.spec.head_dim
-        weight = self._read(f"{theirs}.weight", (heads * dim if wide else dim,))
+        weight = self._turned(self._read(f"{theirs}.weight", (heads * dim if wide else dim,)))
         if wide:
             weight = _permuted(weight, 0, order, self.spec.num_kv_heads)
         return self._name(f"{ours}.weight"), weight
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Rows of query or key heads, `[heads * D, ...]`, in the order that runtimes rotate by."""
+        if self.layer.rope is None:
+            return weight
+        dim, rotated = self.spec.head_dim, self.spec.ropes[self.layer.rope].rotated
+        order = rotary_order(dim, rotated or dim, pairs=family_of(self.spec.family).pairs)
+        if order == list(range(dim)):
+            return weight
+        heads = weight.reshape(-1, dim, *weight.shape[1:])
+        return heads.index_select(1, torch.tensor(order)).reshape(weight.shape)
 
     def _stacked(self, names: Sequence[str], kind: str, rows: Sequence[int]) -> Tensor:
         """Parts one under the other, which the checkpoint may hold so already."""
@@ -155,6 +169,21 @@ class _Layer:
             for name, count in zip(names, held, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def rotary_order(head_dim: int, rotated: int, *, pairs: bool) -> list[int]:
+    """`order[place]` = the checkpoint's number of a query or key head to pack at that place.
+
+    Runtimes rotate number `i` with number `i + head_dim / 2`. In a checkpoint the first `rotated`
+    numbers rotate, each with the next one where they lie in `pairs`, else half of them apart; what
+    does not rotate is shared out over the ends of both halves. Products of queries and keys are
+    the same in any order.
+    """
+    step, second = (2, 1) if pairs else (1, rotated // 2)
+    first = range(0, rotated if pairs else rotated // 2, step)
+    still = range(rotated, head_dim)
+    half = len(still) // 2
+    return [*first, *still[:half], *(i + second for i in first), *still[half:]]
 
 
 def _kinds(bias: bool) -> tuple[str, ...]:

@@ -35,27 +35,41 @@ def require_kernels(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelSha
     """The shape to build for. Raises UsageError where Triton is missing or no kernel serves it."""
     if find_spec("triton") is None:
         raise UsageError(f"the target cuda needs {missing('triton')} (on Linux)")
-    layer = spec.kinds[0]
     try:
-        if (lacking := _lacking(spec)) is not None:
-            raise ValueError(f"the templates lack {lacking}")
-        return KernelShape(
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            hidden_size=spec.hidden_size,
-            intermediate_size=layer.intermediate_size,
-            norm_eps=layer.norm.eps,
-            activation=ACTIVATIONS[layer.activation].triton or layer.activation,
-            qk_norm=layer.qk_norm is not None,
-            windowed=any(window is not None for window in spec.windows),
-            dtype=dtype,
-            plan="" if plan is None else plan_digest(plan),
-        )
+        return _shape(spec, plan, dtype)
     except ValueError as error:
         raise UsageError(
             f"no kernel serves this model ({error}); leave cuda out of --target"
         ) from error
+
+
+def kernel_obstacle(spec: ModelSpec, dtype: str) -> str | None:
+    """Why no kernel serves a model, None where they do."""
+    try:
+        _shape(spec, None, dtype)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _shape(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelShape:
+    """Raises ValueError where no kernel serves the model."""
+    if (lacking := _lacking(spec)) is not None:
+        raise ValueError(f"the templates lack {lacking}")
+    layer = spec.kinds[0]
+    return KernelShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        hidden_size=spec.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        norm_eps=layer.norm.eps,
+        activation=ACTIVATIONS[layer.activation].triton or layer.activation,
+        qk_norm=layer.qk_norm is not None,
+        windowed=any(window is not None for window in spec.windows),
+        dtype=dtype,
+        plan="" if plan is None else plan_digest(plan),
+    )
 
 
 def _lacking(spec: ModelSpec) -> str | None:
@@ -65,7 +79,12 @@ def _lacking(spec: ModelSpec) -> str | None:
     lacking = {
         "several rotary tables": len(spec.ropes) != 1,
         "layers without rotary embedding": any(layer.rope is None for layer in layers),
+        "a scaled rotary embedding of a part of a head": any(
+            rope.rotated is not None and rope.scaling != 1 for rope in spec.ropes
+        ),
         "norms by 1 + weight": any(norm.plus_one for norm in _norms(spec)),
+        "layer norms": any(norm.centred for norm in _norms(spec)),
+        "parallel attention and MLP": any(layer.parallel for layer in layers),
         "norms of different epsilons": len({norm.eps for norm in _norms(spec)}) > 1,
         "layers without norms before them": not all(layer.pre_norm for layer in layers),
         "norms after a sublayer": any(layer.post_norm for layer in layers),

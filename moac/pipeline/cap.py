@@ -13,7 +13,7 @@ from moac.request import CompileRequest
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.span import Rule
 
 _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
@@ -63,7 +63,7 @@ class KvCap:
         is that small and UsageError where the dense model already fits.
         """
         tokens = self.max_bytes // (self.batch * self.token_bytes)
-        dense = layout.uniform(DENSE).held_tokens(self.length)
+        dense = layout.dense_tokens(self.length)
         if tokens >= dense:
             raise UsageError(
                 f"the dense model holds {self._told(dense)}, which fits the "
@@ -78,7 +78,7 @@ class KvCap:
                 f"holds {self._told(least)}, since every head keeps {layout.min_span} tokens at "
                 f"a length of {where}; give --max-kv-bytes {needed} or more"
             )
-        return tokens / (layout.num_heads * self.length)
+        return tokens / dense
 
     def held_bytes(self, plan: Plan) -> int:
         """What the session allocates under `plan`."""
@@ -119,5 +119,6 @@ def _least_tokens(layout: HeadLayout, lengths: Sequence[int], length: int) -> tu
     And the one of them that needs so many.
     """
     smallest = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
-    needs = [(-(-smallest.held_tokens(n) * length // n), n) for n in lengths]
+    dense = layout.dense_tokens
+    needs = [(-(-smallest.held_tokens(n) * dense(length) // dense(n)), n) for n in lengths]
     return max(needs, key=lambda need: (need[0], -need[1]))

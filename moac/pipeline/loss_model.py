@@ -189,8 +189,8 @@ def _check_reachable(model: LossModel, point: FrontPoint, limit: float, density:
 
 def _densities(bench: Workbench, lengths: Lengths) -> tuple[float, float]:
     """The smallest density there is, and the one that drops a single block."""
-    layout, longest = bench.layout, lengths.planned[-1]
-    dense = layout.num_heads * longest
+    layout = bench.layout
+    dense = layout.dense_tokens(lengths.planned[-1])
     return smallest_budget(layout, lengths.planned)[0], (dense - layout.block) / dense
 
 

@@ -45,7 +45,7 @@ def largest_density(plan: Plan, capacities: range) -> tuple[float, int]:
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
     every = np.array(capacities, dtype=np.int64)
-    densities = held_at(plan, every) / (HeadLayout.of(plan).num_heads * every)
+    densities = held_at(plan, every) / HeadLayout.of(plan).dense_at(every)
     place = int(densities.argmax())
     return float(densities[place]), capacities[place]
 

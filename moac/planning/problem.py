@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import Rule, head_span
+from moac_runtime.package.span import Rule, dense_tokens, head_span
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -61,6 +62,17 @@ class HeadLayout:
         """The plan that gives every head `rule`."""
         return self.plan(((rule,) * self.num_kv_heads,) * self.num_layers)
 
+    def dense_tokens(self, capacity: int) -> int:
+        """Tokens that the model holds by itself, over all heads, at a capacity."""
+        return dense_tokens(self.windows, self.num_kv_heads, capacity)
+
+    def dense_at(self, capacities: Ints) -> Ints:
+        """The same at each of many `capacities`."""
+        total = np.zeros_like(capacities)
+        for window, layers in Counter(self.windows).items():
+            total += layers * (capacities if window is None else np.minimum(capacities, window))
+        return self.num_kv_heads * total
+
     def sizes(self, rules: Sequence[Rule], lengths: Sequence[int]) -> Ints:
         """Tokens held by a head of each layer, `[layers, rules, lengths]`."""
 
@@ -97,7 +109,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """One rule per KV head, mean span over length at most `budget` at every capacity.
+    """One rule per KV head, held at most `budget` of what the model holds at every capacity.
 
     `lengths` (tokens) holds the planned and the extrapolated lengths; capacities are all from the
     shortest of them to the longest, or to `upto`, the longest session, where that is longer.
@@ -217,7 +229,7 @@ def allowed_at(layout: HeadLayout, budget: float, capacities: Ints) -> Ints:
 
     Found with the division `Plan.density` makes, so that the two can never disagree.
     """
-    whole = layout.num_heads * capacities
+    whole = layout.dense_at(capacities)
     tokens: Ints = np.floor(budget * whole).astype(np.int64) + 1
     while (over := tokens / whole > budget).any():
         tokens = tokens - over

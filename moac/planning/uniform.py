@@ -27,11 +27,23 @@ def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
     """The uniform plan that holds as much as `plan` at every length, to the nearest block a head.
 
     Equal spans move in blocks: rounded down, the baseline of a plan one block short of its budget
-    would hold a block a head less than the budget gives it.
+    would hold a block a head less than the budget gives it. Heads that hold all that the model's
+    own window leaves them do not move.
     """
-    layout = HeadLayout.of(plan)
-    half = layout.num_heads * layout.block // 2
-    return _fullest(layout, {n: plan.held_tokens(n) + half for n in lengths})
+    layout, held = HeadLayout.of(plan), {n: plan.held_tokens(n) for n in lengths}
+    below = _fullest(layout, held)
+    half = {n: _moving(below, n) * layout.block // 2 for n in lengths}
+    return _fullest(layout, {n: held[n] + half[n] for n in lengths})
+
+
+def _moving(plan: Plan, length: int) -> int:
+    """How many heads of `plan` can hold more at `length` tokens."""
+    dense = plan.undropping().spans(length)
+    return sum(
+        head.size < whole.size
+        for layer, wholes in zip(plan.spans(length), dense, strict=True)
+        for head, whole in zip(layer, wholes, strict=True)
+    )
 
 
 def _fullest(layout: HeadLayout, allowed: Mapping[int, int]) -> Plan:
@@ -40,6 +52,7 @@ def _fullest(layout: HeadLayout, allowed: Mapping[int, int]) -> Plan:
     For every `alpha` in blocks, spans grow with `beta`, so bisection finds the largest that fits.
     """
     lengths = tuple(allowed)
+    dense = [layout.dense_tokens(n) / layout.num_heads for n in lengths]
 
     def held(rule: Rule) -> list[int]:
         return [int(n) * layout.num_kv_heads for n in layout.sizes([rule], lengths)[:, 0].sum(0)]
@@ -49,7 +62,7 @@ def _fullest(layout: HeadLayout, allowed: Mapping[int, int]) -> Plan:
         return any(h > allowed[n] for n, h in zip(lengths, tokens, strict=True))
 
     def share(rule: Rule) -> float:
-        return sum(h / n for n, h in zip(lengths, held(rule), strict=True))
+        return sum(h / n for n, h in zip(dense, held(rule), strict=True))
 
     fitting = [Rule(alpha=layout.min_span, beta=0.0)]
     least = -(min(lengths) // layout.block) * layout.block

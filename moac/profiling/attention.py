@@ -67,11 +67,39 @@ class _Reach:
     recent: tuple[int, ...] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """Products of queries and keys become scores by a factor, then by `cap tanh(score / cap)`."""
+
+    scale: float
+    cap: float | None
+
+    def of(self, products: Tensor) -> Tensor:
+        """The scores, in place of the products where they have no cap."""
+        scores = products.mul_(self.scale)
+        return scores if self.cap is None else scores.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, scores: Tensor) -> Tensor | None:
+        """How fast scores grow with what is capped, None where nothing is."""
+        return None if self.cap is None else 1 - (scores / self.cap).square()
+
+
 def influence_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int, recorder: InfluenceRecorder
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    layer: int,
+    recorder: InfluenceRecorder,
+    cap: float | None = None,
 ) -> Tensor:
-    """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward."""
-    out: Tensor = _InfluenceAttention.apply(q, k, v, scale, layer, recorder)  # type: ignore[no-untyped-call]
+    """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward.
+
+    `cap`: scores become `cap tanh(score / cap)`.
+    """
+    scoring = _Scoring(scale, cap)
+    out: Tensor = _InfluenceAttention.apply(q, k, v, scoring, layer, recorder)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -82,13 +110,13 @@ class _InfluenceAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        scale: float,
+        scoring: _Scoring,
         layer: int,
         recorder: InfluenceRecorder,
     ) -> Tensor:
-        out = _attention(q, k, v, scale, recorder.reach(layer))
+        out = _attention(q, k, v, scoring, recorder.reach(layer))
         ctx.save_for_backward(q, k, v, out)
-        ctx.scale, ctx.layer, ctx.recorder = scale, layer, recorder
+        ctx.scoring, ctx.layer, ctx.recorder = scoring, layer, recorder
         return out
 
     @staticmethod
@@ -96,7 +124,7 @@ class _InfluenceAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         recorder: InfluenceRecorder = ctx.recorder
         reach = recorder.reach(ctx.layer)
-        grads = _Backward(q, k, v, out, grad_out, ctx.scale, reach)
+        grads = _Backward(q, k, v, out, grad_out, ctx.scoring, reach)
         spans = _SpanSums(k.shape[1], k.shape[2], reach, recorder.block, q.device)
         for start in range(0, q.shape[2], grads.tile_rows(recorder.block)):
             spans.add(*grads.tile(start, recorder.block))
@@ -104,33 +132,38 @@ class _InfluenceAttention(torch.autograd.Function):
         return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: _Reach) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring, reach: _Reach) -> Tensor:
     if reach.recent is None:
-        return _causal_attention(q, k, v, scale, reach.window)
+        return _causal_attention(q, k, v, scoring, reach.window)
     share = q.shape[1] // k.shape[1]
     heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, strict=True)
-    return torch.cat([_spanned_attention(*head, scale, reach) for head in heads], dim=1)
+    return torch.cat([_spanned_attention(*head, scoring, reach) for head in heads], dim=1)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    if window is None or window >= q.shape[2]:
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring, window: int | None
+) -> Tensor:
+    length = q.shape[2]
+    if scoring.cap is not None:
+        return _seen_attention(q, k, v, scoring, window, length, 0)
+    if window is None or window >= length:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _seen_attention(q, k, v, scale, window, window, 0)
+    return _seen_attention(q, k, v, scoring, window, window, 0)
 
 
 def _spanned_attention(
-    q: Tensor, k: Tensor, v: Tensor, recent: int, scale: float, reach: _Reach
+    q: Tensor, k: Tensor, v: Tensor, recent: int, scoring: _Scoring, reach: _Reach
 ) -> Tensor:
     """One KV head's attention to the sink and the last `recent` tokens."""
     if recent >= q.shape[2] - reach.sink:
-        return _causal_attention(q, k, v, scale, reach.window)
-    return _seen_attention(q, k, v, scale, reach.window, recent, reach.sink)
+        return _causal_attention(q, k, v, scoring, reach.window)
+    return _seen_attention(q, k, v, scoring, reach.window, recent, reach.sink)
 
 
 def _seen_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, recent: int, sink: int
+    q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring, window: int | None, recent: int, sink: int
 ) -> Tensor:
     """Rows by parts, each against the sink and the newest keys that any of its rows sees."""
     positions = torch.arange(q.shape[2], device=q.device)
@@ -143,17 +176,20 @@ def _seen_attention(
         seen = (distance >= 0) & ((distance < recent) | (keys < sink))
         if window is not None:
             seen &= distance < window
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:stop],
-                k[:, :, keys],
-                v[:, :, keys],
-                attn_mask=seen,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+        parts.append(_masked(q[:, :, first:stop], k[:, :, keys], v[:, :, keys], seen, scoring))
     return torch.cat(parts, dim=2)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: _Scoring) -> Tensor:
+    """Attention to what is `seen`, `[T, N]`; fused where scores have no cap."""
+    group = q.shape[1] // k.shape[1]
+    if scoring.cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scoring.scale, enable_gqa=group != 1
+        )
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = scoring.of((q @ k.mT).float()).masked_fill_(~seen, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class _Backward:
@@ -169,7 +205,7 @@ class _Backward:
         v: Tensor,
         out: Tensor,
         grad_out: Tensor,
-        scale: float,
+        scoring: _Scoring,
         reach: _Reach,
     ) -> None:
         batch, heads, length, dim = q.shape
@@ -180,7 +216,7 @@ class _Backward:
         self.delta = (self.grad_out.float() * out.reshape(grouped).float()).sum(-1, keepdim=True)
         self.keys = k.reshape(batch * kv_heads, length, dim).flip(1)
         self.values = v.reshape(batch * kv_heads, length, dim).flip(1)
-        self.scale = scale
+        self.scoring = scoring
         self.window, self.sink = reach.window, reach.sink
         recent = reach.recent
         self.recent = None if recent is None else torch.tensor(recent, device=q.device)
@@ -204,7 +240,8 @@ class _Backward:
         keys, values = self.keys[:, length - stop :], self.values[:, length - stop :]
         q = self.q[:, :, start:stop].reshape(groups, share * rows, dim)
         grad_out = self.grad_out[:, :, start:stop].reshape(groups, share * rows, dim)
-        scores = (q @ keys.mT).float().view(groups, share, rows, stop).mul_(self.scale)
+        scores = self.scoring.of((q @ keys.mT).float().view(groups, share, rows, stop))
+        slope = self.scoring.slope(scores)
         self._mask(scores, rows)
         weights = scores.softmax(-1)
         flows = (grad_out @ values.mT).float().view(groups, share, rows, stop)
@@ -216,11 +253,13 @@ class _Backward:
             left = near.sum(-1, keepdim=True).clamp_min_(_LEAST_MASS_LEFT**2)
             flat_left = left.view(groups, share * rows, 1)
             q, grad_out = (q / flat_left).to(q.dtype), (grad_out / flat_left).to(q.dtype)
+        if slope is not None:
+            near_flows = near_flows * slope
         flat_flows = near_flows.view(groups, share * rows, stop).to(q.dtype)
         flat_weights = near.view(groups, share * rows, stop).to(q.dtype)
-        dq = (flat_flows @ keys).view(groups, share, rows, dim) * self.scale
+        dq = (flat_flows @ keys).view(groups, share, rows, dim) * self.scoring.scale
         self.dq[:, :, start:stop] = dq if left is None else dq / left
-        self._add(self.dk, (flat_flows.mT @ q).mul_(self.scale), stop)
+        self._add(self.dk, (flat_flows.mT @ q).mul_(self.scoring.scale), stop)
         self._add(self.dv, flat_weights.mT @ grad_out, stop)
         return weights, flows, left
 

@@ -38,15 +38,19 @@ class Costs:
     itemsize: int
 
     def forward(self, length: int, density: float = 1.0) -> float:
-        """Operations of a pass over `length` tokens that attends to a share of all keys."""
-        spec = self.spec
-        linear = 2 * layers_weights(spec)
-        seen = length * length * density  # of two products, each under a causal mask
-        return float(length * linear + 2 * spec.num_layers * seen * spec.num_heads * spec.head_dim)
+        """Operations of a pass over `length` tokens that attends to a share of its own keys."""
+        keys = self.spec.dense_tokens(length) // self.spec.num_kv_heads
+        return self._pass(length, keys * density)
 
     def backward(self, length: int) -> float:
-        """Operations of profiling one sample of `length` tokens."""
-        return _PASSES_BACK * self.forward(length)
+        """Operations of profiling one sample of `length` tokens, own windows or none."""
+        return _PASSES_BACK * self._pass(length, self.spec.num_layers * length)
+
+    def _pass(self, length: int, keys: float) -> float:
+        """`keys`: those that the last token attends to, over all layers."""
+        spec, linear = self.spec, 2 * layers_weights(self.spec)
+        # two products, each under a causal mask
+        return float(length * linear + 2 * length * keys * spec.num_heads * spec.head_dim)
 
     def answer(self, domain: str, length: int) -> float:
         """Operations of making one sample, 0 of running text, which the model does not answer."""

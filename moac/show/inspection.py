@@ -81,10 +81,11 @@ def chosen_plan(record: Mapping[str, Any]) -> str:
 
 
 def kv_bytes(artifact: Artifact, length: int) -> dict[str, int]:
-    """Bytes of one sequence's keys and values at a capacity of `length`: held, and if dense."""
+    """Bytes of one sequence's keys and values at a capacity of `length`: held, and those that the
+    model holds by itself."""
     spec = artifact.spec
     token = spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
     return {
         "held": artifact.plan.held_tokens(length) * token,
-        "dense": spec.num_layers * spec.num_kv_heads * length * token,
+        "dense": spec.dense_tokens(length) * token,
     }

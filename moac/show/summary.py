@@ -103,6 +103,18 @@ def compile_summary(result: CompileResult) -> str:
     return out.getvalue()
 
 
+def _windows(windows: Sequence[int | None]) -> list[tuple[str, str]]:
+    """What layers hold by themselves, where they do not hold everything."""
+    own = [window for window in windows if window is not None]
+    if not own:
+        return []
+    told = " or ".join(f"{window} tokens" for window in sorted(set(own)))
+    return [
+        ("windows", f"{len(own)} of {len(windows)} layers see their last {told} alone, and shares "
+         "are of what the model holds so")
+    ]  # fmt: skip
+
+
 def inspection_text(found: dict[str, Any], look: Look) -> str:
     """A package for the eye: model, densities, losses, the span heat map, provenance."""
     model, provenance = found["model"], found["provenance"]
@@ -116,6 +128,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
         ),
         ("weights", f"{found['weight_bytes'] / _MIB:.1f} MiB, {_stored(found)}"),
         ("capacity", f"{found['capacity']} tokens"),
+        *_windows(model["windows"]),
         ("targets", ", ".join(found["targets"])),
         ("kernels", _kernels(found["kernels"])),
         ("cpu", _cpu(found)),

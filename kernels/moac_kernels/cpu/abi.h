@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOAC_ABI 3
+#define MOAC_ABI 4
 
 // How the numbers of a matrix lie in memory.
 enum WeightFormat : int64_t {
@@ -27,25 +27,27 @@ struct Matrix {
 // and null where the layer has none: a norm that is null leaves what it would norm as it is.
 // Then the layer's options. `inner`: width of its MLP. `activation`: 0 silu, 1 gelu, 2 gelu by
 // tanh, 3 relu. `rope`: which rotary table, -1 none. `plus_one`: norms multiply by 1 + weight.
+// `centred`: they are layer norms. `parallel`: the MLP takes what attention takes.
 // `wide_qk_norm`: queries and keys are normed across all heads, not head by head. `query_scale`
 // multiplies scores, which are then capped by `logit_cap` (0: they are not).
 struct Layer {
   const void *attn_norm, *q_norm, *k_norm, *mlp_norm, *attn_post_norm, *mlp_post_norm;
+  const void *attn_norm_bias, *mlp_norm_bias, *attn_post_norm_bias, *mlp_post_norm_bias;
   Matrix qkv, o, gate_up, down;
   const void *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
-  int64_t inner, activation, rope, plus_one, wide_qk_norm;
+  int64_t inner, activation, rope, plus_one, centred, wide_qk_norm, parallel;
   double norm_eps, query_scale, logit_cap;
 };
 
 // `inner`: the widest layer's. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
-// `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
+// `centred`, `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
 // embedding, what a sublayer adds, and logits, which are then capped by `logit_cap` (0: not).
-// `rope_scalings`: of each of `num_ropes` rotary tables, the factor on cos and sin.
+// `rope_scalings` [num_ropes, head_dim / 2]: of each rotary table, the factors on cos and sin.
 struct Model {
-  int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, num_ropes, plus_one;
+  int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, num_ropes, plus_one, centred;
   double norm_eps, embedding_scale, residual_scale, logit_scale, logit_cap;
   Matrix embed, head;
-  const void *norm;
+  const void *norm, *norm_bias;
   const double *rope_scalings;
   const Layer *layers;
 };

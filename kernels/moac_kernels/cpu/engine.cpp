@@ -55,10 +55,17 @@ struct Split {
   int64_t tasks() const { return (columns + size - 1) / size; }
 };
 
-// RMS norm by a weight [n], of the engine's type; without one nothing is normed.
+// RMS norm by a weight [n], of the engine's type, or a layer norm, which may have a bias [n];
+// without a weight nothing is normed.
 struct Norm {
-  const void *weight;
+  const void *weight, *bias;
   float eps, plus;  // what is added to the weight
+  bool centred;
+};
+
+// What brings some numbers to a mean of nought, where they are to have one, and a mean square of one.
+struct Moments {
+  float mean, root;
 };
 
 template <class T> struct Engine {
@@ -249,29 +256,35 @@ template <class T> struct Engine {
 
   // ---- rows ----
 
-  static Norm norm_of(const Layer &layer, const void *weight) {
-    return {weight, (float)layer.norm_eps, (float)layer.plus_one};
+  static Norm norm_of(const Layer &layer, const void *weight, const void *bias = nullptr) {
+    return {weight, bias, (float)layer.norm_eps, (float)layer.plus_one, layer.centred != 0};
   }
 
-  // What brings n numbers to a mean square of one.
-  static float inverse_root(const float *from, int64_t n, float eps) {
-    vec sum = vzero();
-    for (int64_t i = 0; i < n; i += W) sum = vfma(vload(from + i), vload(from + i), sum);
-    return 1 / sqrtf(vsum(sum) / n + eps);
+  static Moments moments(const float *from, int64_t n, Norm norm) {
+    vec total = vzero(), sum = vzero();
+    for (int64_t i = 0; norm.centred && i < n; i += W) total = vadd(vload(from + i), total);
+    const float mean = norm.centred ? vsum(total) / n : 0;
+    for (int64_t i = 0; i < n; i += W) {
+      const vec x = vsub(vload(from + i), vset(mean));
+      sum = vfma(x, x, sum);
+    }
+    return {mean, 1 / sqrtf(vsum(sum) / n + norm.eps)};
   }
 
-  // n of the numbers that `scale` norms, by as many weights; `from` and `to` may be the same.
+  // n of the numbers that these moments are of, by as many weights; `from` and `to` may be the same.
   template <class P>
-  static void apply(Norm norm, float scale, const float *from, int64_t n, P *to) {
-    const vec root = vset(scale), plus = vset(norm.plus);
+  static void apply(Norm norm, Moments by, const float *from, int64_t n, P *to) {
+    const vec root = vset(by.root), mean = vset(by.mean), plus = vset(norm.plus);
     for (int64_t i = 0; i < n; i += W) {
       const vec weight = vadd(vload((const T *)norm.weight + i), plus);
-      vstore(to + i, vmul(vmul(vload(from + i), root), weight));
+      vec out = vmul(vmul(vsub(vload(from + i), mean), root), weight);
+      if (norm.bias) out = vadd(out, vload((const T *)norm.bias + i));
+      vstore(to + i, out);
     }
   }
 
   template <class P> static void normalise(const float *from, int64_t n, Norm norm, P *to) {
-    if (norm.weight) return apply(norm, inverse_root(from, n, norm.eps), from, n, to);
+    if (norm.weight) return apply(norm, moments(from, n, norm), from, n, to);
     for (int64_t i = 0; i < n; i += W) vstore(to + i, vload(from + i));
   }
 
@@ -290,7 +303,7 @@ template <class T> struct Engine {
   Norm owed_before(int64_t l) const {
     if (!l) return Norm{};
     const Layer &before = model.layers[l - 1];
-    return norm_of(before, before.mlp_post_norm);
+    return norm_of(before, before.mlp_post_norm, before.mlp_post_norm_bias);
   }
 
   int64_t row_tasks(int64_t rows) const {
@@ -325,9 +338,10 @@ template <class T> struct Engine {
     for (int64_t t = 0; t < model.num_ropes; t++)
       for (int64_t i = 0; i < half; i++) {
         const double angle = (float)position[m] * frequencies[t * half + i];
+        const float factor = (float)model.rope_scalings[t * half + i];
         const int64_t at = turn(m, t) + i;
-        cosines[at] = (float)cos(angle) * (float)model.rope_scalings[t];
-        sines[at] = (float)sin(angle) * (float)model.rope_scalings[t];
+        cosines[at] = (float)cos(angle) * factor;
+        sines[at] = (float)sin(angle) * factor;
       }
   }
 
@@ -336,14 +350,15 @@ template <class T> struct Engine {
     return (m * model.num_ropes + table) * (model.head_dim / 2);
   }
 
-  // A head's row [D], normed where the layer does by `root`, rotated where it does, scaled.
+  // A head's row [D], normed where the layer does, rotated where it does, scaled. `all`: of all
+  // heads together, where these are normed so.
   template <class P>
-  void rotate(const Layer &layer, const float *from, Norm norm, float root, int64_t m, float scale,
+  void rotate(const Layer &layer, const float *from, Norm norm, Moments all, int64_t m, float scale,
               P *to) {
     const int64_t d = model.head_dim, half = d / 2;
     float normal[MOST_HEAD_DIM];
     if (norm.weight) {
-      apply(norm, layer.wide_qk_norm ? root : inverse_root(from, d, norm.eps), from, d, normal);
+      apply(norm, layer.wide_qk_norm ? all : moments(from, d, norm), from, d, normal);
       from = normal;
     }
     if (layer.rope < 0) {
@@ -397,11 +412,11 @@ template <class T> struct Engine {
     const float scale = LOG2_E * (float)layer.query_scale;  // softmax in powers of two
     const float *from = qkv + m * width;
     const bool wide = layer.q_norm && layer.wide_qk_norm;
-    const float eps = (float)layer.norm_eps;
-    const float q_root = wide ? inverse_root(from, queries, eps) : 0;
-    const float k_root = wide ? inverse_root(from + queries, kv * d, eps) : 0;
+    const Norm norm = norm_of(layer, nullptr);
+    const Moments all_q = wide ? moments(from, queries, norm) : Moments{};
+    const Moments all_k = wide ? moments(from + queries, kv * d, norm) : Moments{};
     for (int64_t g = head * group; g < (head + 1) * group; g++)
-      rotate(layer, from + g * d, head_norm(layer, layer.q_norm, g), q_root, m, scale,
+      rotate(layer, from + g * d, head_norm(layer, layer.q_norm, g), all_q, m, scale,
              q + m * queries + g * d);
     T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
     const Segment &s = step.segments[segment[m]];
@@ -411,7 +426,7 @@ template <class T> struct Engine {
       const int64_t at = (head - cache.first) * cache.size + slot;
       key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
     }
-    rotate(layer, from + queries + head * d, head_norm(layer, layer.k_norm, head), k_root, m, 1.0f,
+    rotate(layer, from + queries + head * d, head_norm(layer, layer.k_norm, head), all_k, m, 1.0f,
            key);
     for (int64_t i = 0; i < d; i += W)
       vstore(value + i, vload(from + queries + (kv + head) * d + i));
@@ -603,7 +618,8 @@ template <class T> struct Engine {
     for (int64_t l = 0; l < model.num_layers; l++) run_layer(walk, desk, l);
     walk.share([&](int64_t i) {
       if (i >= step.num_wanted) return;
-      const Norm last = {model.norm, (float)model.norm_eps, (float)model.plus_one};
+      const Norm last = {model.norm, model.norm_bias, (float)model.norm_eps, (float)model.plus_one,
+                         model.centred != 0};
       settle(step.wanted[i], owed_before(model.num_layers));
       normalise(x + step.wanted[i] * model.hidden, model.hidden, last, normed + i * model.hidden);
     });
@@ -625,7 +641,9 @@ template <class T> struct Engine {
 
   void run_layer(Walk &walk, Desk<A> &desk, int64_t l) {
     const Layer &layer = model.layers[l];
-    walk.share([&](int64_t task) { norm(task, owed_before(l), norm_of(layer, layer.attn_norm)); });
+    walk.share([&](int64_t task) {
+      norm(task, owed_before(l), norm_of(layer, layer.attn_norm, layer.attn_norm_bias));
+    });
     walk.share([&](int64_t task) {
       linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
@@ -645,7 +663,10 @@ template <class T> struct Engine {
                       layer.attn_post_norm);
     });
     walk.share([&](int64_t task) {
-      norm(task, norm_of(layer, layer.attn_post_norm), norm_of(layer, layer.mlp_norm));
+      const Norm post = norm_of(layer, layer.attn_post_norm, layer.attn_post_norm_bias);
+      // in parallel the MLP takes what attention took
+      if (layer.parallel) each_row(task, step.num_tokens, [&](int64_t m) { settle(m, post); });
+      else norm(task, post, norm_of(layer, layer.mlp_norm, layer.mlp_norm_bias));
     });
     walk.share([&](int64_t task) { gate_up(desk, task, layer, by_inner[l]); });
     walk.share([&](int64_t task) {

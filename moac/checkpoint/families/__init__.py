@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from moac.checkpoint.families import options, reading
+from moac.checkpoint.families import options, reading, unserved
 from moac.checkpoint.families.family import Family, Gguf, Names
 from moac_runtime.package.spec import ModelSpec
 
@@ -49,6 +49,7 @@ def family_of(model_type: object) -> Family:
 def gguf_family(architecture: str) -> Family:
     """The family that llama.cpp calls `architecture`. Raises CheckpointError for no such one."""
     if architecture not in _GGUF:
+        unserved.check_architecture(architecture)
         raise options.refuse("GGUF architecture", architecture, ", ".join(_GGUF))
     return _GGUF[architecture]
 
@@ -59,6 +60,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> Any:
     Older files (`rope_theta`, `rope_scaling`, `torch_dtype`) are upgraded as transformers does.
     Raises CheckpointError for what is not served or is no config.
     """
+    unserved.check_kind(values)
     options.check_config_file(values, family_of(values.get("model_type")))
     return reading.parsed(values, where)
 
@@ -67,5 +69,5 @@ def model_spec(config: Any) -> ModelSpec:
     """The spec of a served config. Raises CheckpointError naming what is not served."""
     family = family_of(config.model_type)
     options.check_config_file(config.to_dict(), family)
-    reading.check_sizes(config)
+    reading.check_sizes(config, family.epsilon)
     return family.spec(config)

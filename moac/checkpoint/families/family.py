@@ -48,7 +48,8 @@ class Gguf:
     the numbers that rotate together lie beside each other. `norms_plus_one`: whether what it
     calls a norm's weight is one more than the library's. `config`: from the header and the config
     of its usual fields, the values that the family has besides or instead; `fields`: those it
-    reads, after `ARCHITECTURE.`.
+    reads, after `ARCHITECTURE.`. `factors`: whether tensors hold LongRoPE's factors; these are
+    among the fields then, by their names.
     """
 
     architecture: str | None = None
@@ -56,6 +57,7 @@ class Gguf:
     norms_plus_one: bool = False
     fields: frozenset[str] = frozenset()
     config: Callable[[Fields, Mapping[str, Any]], Mapping[str, Any]] = _nothing_more
+    factors: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +65,20 @@ class Family:
     """One family of models; `families/llama.py` is the plainest.
 
     `model_type`: as config.json and transformers name it. `spec`: the spec of its parsed config.
-    `activation`: the field of its config that names the activation. `options`: fields that change
+    `activation`: the field of its config that names the activation; `epsilon`: that of what norms
+    add to a mean square. `options`: fields that change
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
-    weights' dtype.
+    weights' dtype. `pairs`: whether the numbers of a head that rotate together lie beside each
+    other, and not half a head apart.
     """
 
     model_type: str
     spec: Callable[[Any], ModelSpec]
     names: Names = field(default_factory=Names)
     activation: str = "hidden_act"
+    epsilon: str = "rms_norm_eps"
     options: frozenset[str] = frozenset()
     gguf: Gguf = field(default_factory=Gguf)
     rounded_scale: bool = False
+    pairs: bool = False

@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family, Gguf, Names
+from moac.checkpoint.families.family import Family, Gguf
+from moac.checkpoint.families.gemma2 import NAMES, cap
+from moac.checkpoint.families.gguf_windows import PERIOD, WINDOW, gguf_windows
 from moac.checkpoint.families.options import refuse
 from moac.checkpoint.families.reading import (
     decoder,
@@ -47,7 +49,6 @@ def _spec(config: Any) -> ModelSpec:
         )
         for own, kind in zip(windows, types, strict=True)
     ]
-    capped = config.final_logit_softcapping is not None
     return decoder(
         config,
         layers,
@@ -55,7 +56,7 @@ def _spec(config: Any) -> ModelSpec:
         context=int(config.max_position_embeddings),  # the scaling is what reaches it
         norm=norm,
         embedding_scale=config.hidden_size**0.5,
-        logit_cap=positive(config, "final_logit_softcapping") if capped else None,
+        logit_cap=cap(config, "final_logit_softcapping"),
     )
 
 
@@ -63,7 +64,7 @@ def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
     layers, theta = values["num_hidden_layers"], values["rope_parameters"]["rope_theta"]
     wide = layers == _LAYERS_OF_27B
     return {
-        **_gguf_windows(fields, layers),
+        **gguf_windows(fields, "gemma3", layers, period=_WINDOW_PERIOD),
         "rope_parameters": {
             "full_attention": {"rope_theta": theta, **_gguf_scaling(fields)},
             "sliding_attention": {
@@ -76,18 +77,6 @@ def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "final_logit_softcapping": fields.number("gemma3.final_logit_softcapping", 0) or None,
     }
-
-
-def _gguf_windows(fields: Fields, layers: int) -> dict[str, Any]:
-    """The window in tokens, and the layers under it: all but the last of every period."""
-    window = fields.whole("gemma3.attention.sliding_window", 0)
-    name = "gemma3.attention.sliding_window_pattern"
-    period = fields.whole(name, _WINDOW_PERIOD)
-    if period < 1:
-        raise fields.wrong(name, "a positive number")
-    local = [bool(window and (index + 1) % period) for index in range(layers)]
-    types = ["sliding_attention" if own else "full_attention" for own in local]
-    return {"layer_types": types, **({"sliding_window": window} if window else {})}
 
 
 def _gguf_scaling(fields: Fields) -> dict[str, Any]:
@@ -104,11 +93,7 @@ def _gguf_scaling(fields: Fields) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gemma3_text",
     spec=_spec,
-    names=Names(
-        attn_post_norm="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
-    ),
+    names=NAMES,
     activation="hidden_activation",
     rounded_scale=True,
     options=frozenset({"final_logit_softcapping", "rope_parameters"}),
@@ -117,8 +102,8 @@ FAMILY = Family(
         norms_plus_one=True,
         fields=frozenset(
             {
-                "attention.sliding_window",
-                "attention.sliding_window_pattern",
+                WINDOW,
+                PERIOD,
                 "rope.freq_base_swa",
                 "rope.scaling.type",
                 "rope.scaling.factor",

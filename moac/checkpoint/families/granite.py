@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, layer, positive, rope
 from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -28,4 +32,28 @@ def _spec(config: Any) -> ModelSpec:
     )
 
 
-FAMILY = Family(model_type="granite", spec=_spec)
+def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The factors; one of 0 stands for none."""
+
+    def factor(name: str, neutral: float) -> float:
+        found: float = fields.number(f"granite.{name}", 0) or neutral
+        return float(found)
+
+    return {
+        "embedding_multiplier": factor("embedding_scale", 1),
+        "residual_multiplier": factor("residual_scale", 1),
+        "attention_multiplier": factor("attention.scale", values["head_dim"] ** -0.5),
+        "logits_scaling": factor("logit_scale", 1),
+    }
+
+
+FAMILY = Family(
+    model_type="granite",
+    spec=_spec,
+    gguf=Gguf(
+        architecture="granite",
+        pairs=True,
+        fields=frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"}),
+        config=_gguf_config,
+    ),
+)

@@ -9,7 +9,7 @@ from moac.checkpoint.families.family import Family
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.activations import ACTIVATIONS
 
-ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Fields that change the function of models that have them: refused unless the family reads them.
 _OPTIONS = {
@@ -56,8 +56,6 @@ def check_config_file(config: Mapping[str, Any], family: Family) -> None:
 
 
 def _check_kind(config: Mapping[str, Any], family: Family) -> None:
-    if config.get("is_encoder_decoder"):
-        raise refuse("is_encoder_decoder", True, "decoder-only models")
     named = config.get("architectures") or ["ForCausalLM"]
     architectures = named if isinstance(named, list) else [named]
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
@@ -92,14 +90,16 @@ def _check_ropes(config: Mapping[str, Any], family: Family) -> None:
     if by_type and "rope_parameters" not in family.options:
         raise refuse("RoPE per layer type, for", sorted(rope), "one RoPE for all layers")
     for one in by_type or [rope]:
-        _check_rope(config, one)
+        _check_rope(config, one, family)
 
 
-def _check_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+def _check_rope(config: Mapping[str, Any], rope: Mapping[str, Any], family: Family) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPES:
         raise refuse("RoPE type", kind, ", ".join(ROPES))
     for values in (config, rope):
+        if "partial_rotary_factor" in family.options:
+            break
         factor = values.get("partial_rotary_factor")
         if factor is not None and factor != 1:
             raise refuse("partial_rotary_factor", factor, "1 (the whole head rotates)")

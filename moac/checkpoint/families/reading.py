@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -54,7 +54,7 @@ def decoder(
             "num_kv_heads": config.num_key_value_heads,
             "head_dim": head_dim(config),
             "vocab_size": config.vocab_size,
-            "norm": NormSpec(float(config.rms_norm_eps)),
+            "norm": changes.get("norm") or NormSpec(float(config.rms_norm_eps)),
             "ropes": ropes,
             "tied_embeddings": bool(config.tie_word_embeddings),
             "context": changes.get("context") or _context(config),
@@ -67,7 +67,7 @@ def layer(config: Any, *, activation: str = "hidden_act", **changes: Any) -> Lay
     """A layer as Llama has it; `activation`: the config's field for it, `changes`: the rest."""
     return LayerSpec(
         **{
-            "norm": NormSpec(float(config.rms_norm_eps)),
+            "norm": changes.get("norm") or NormSpec(float(config.rms_norm_eps)),
             "query_scale": head_dim(config) ** -0.5,
             "intermediate_size": config.intermediate_size,
             "activation": activation_of(activation, getattr(config, activation)),
@@ -79,6 +79,8 @@ def layer(config: Any, *, activation: str = "hidden_act", **changes: Any) -> Lay
 def head_dim(config: Any) -> int:
     """Numbers of a head."""
     given = getattr(config, "head_dim", None)
+    if given is not None and type(given) is not int:
+        raise refuse("head_dim", given, "a whole number")
     return int(given or config.hidden_size // config.num_attention_heads)
 
 
@@ -130,17 +132,20 @@ def _layer_window(kind: str, window: int | None) -> int | None:
     return window
 
 
-def check_sizes(config: Any) -> None:
-    """Raises CheckpointError for sizes that contradict each other or that no model has."""
+def check_sizes(config: Any, epsilon: str) -> None:
+    """Raises CheckpointError for sizes that contradict each other or that no model has.
+
+    `epsilon`: the field that says what norms add to a mean square.
+    """
     for name, limit in _SIZES.items():
         if not 1 <= getattr(config, name) <= limit:
             raise CheckpointError(
                 f"config.json says {name} {getattr(config, name)} where 1 to {limit} was "
                 "expected; restore it from the original checkpoint"
             )
-    if not 0 <= config.rms_norm_eps < math.inf:
+    if not 0 <= getattr(config, epsilon) < math.inf:
         raise CheckpointError(
-            f"config.json says rms_norm_eps {config.rms_norm_eps} where a small positive number "
+            f"config.json says {epsilon} {getattr(config, epsilon)} where a small positive number "
             "was expected; restore it from the original checkpoint"
         )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -167,7 +172,7 @@ def _context(config: Any) -> int:
 def rope(config: Any, rotary: str) -> RopeSpec:
     """The one rotary table of a config, as the library's class named `rotary` computes it."""
     module = _rotary(config, rotary, [config.rope_parameters])
-    return _table(config, config.rope_parameters, module.inv_freq, module.attention_scaling)
+    return _table(config, None, module.inv_freq, module.attention_scaling)
 
 
 def ropes_by_type(config: Any, rotary: str, types: Sequence[str]) -> list[RopeSpec]:
@@ -179,7 +184,7 @@ def ropes_by_type(config: Any, rotary: str, types: Sequence[str]) -> list[RopeSp
     return [
         _table(
             config,
-            found[kind],
+            kind,
             getattr(module, f"{kind}_inv_freq"),
             getattr(module, f"{kind}_attention_scaling"),
         )
@@ -192,32 +197,73 @@ def _rotary(config: Any, name: str, settings: Sequence[Mapping[str, Any]]) -> An
     for rope in settings:
         if rope["rope_type"] in ("linear", "dynamic") and not _is_factor(rope.get("factor")):
             raise refuse("RoPE factor", rope.get("factor"), "a number of at least 1")
+        _check_rotated(config, rope.get("partial_rotary_factor", 1))
     module = import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    return _possible(config, lambda: getattr(module, name)(config))
+
+
+def _possible(config: Any, make: Callable[[], Any]) -> Any:
     try:
-        return getattr(module, name)(config)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        with quiet_library():
+            return make()
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
             f"the RoPE settings {config.rope_parameters} are incomplete or impossible "
             f"({_one_line(error)}); restore config.json from the original checkpoint"
         ) from None
 
 
-def _table(config: Any, rope: Mapping[str, Any], found: Any, scaling: float) -> RopeSpec:
-    inv_freq = tuple(float(value) for value in found.float())
-    if not all(math.isfinite(value) for value in inv_freq):
-        raise CheckpointError(
-            f"the RoPE settings {rope} give frequencies that are not finite; "
-            "restore config.json from the original checkpoint"
+def _check_rotated(config: Any, factor: object) -> None:
+    """Raises CheckpointError unless the factor leaves whole pairs of a head's numbers."""
+    dim = head_dim(config)
+    if not isinstance(factor, (int, float)) or not 0 < factor <= 1 or int(dim * factor) % 2:
+        raise refuse(
+            "partial_rotary_factor", factor, f"the share of {dim} that an even number of them is"
         )
-    dynamic = rope["rope_type"] == "dynamic"
+    if int(dim * factor) < 2:
+        raise refuse("partial_rotary_factor", factor, f"a share of {dim} of two numbers or more")
+
+
+def _table(config: Any, layer_type: str | None, found: Any, scaling: float) -> RopeSpec:
+    """The table of layers of a type, None for all, from the frequencies and the factor of it."""
+    rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    inv_freq = _finite(rope, found)
+    dim, rotated = head_dim(config), 2 * len(inv_freq)
     return RopeSpec(
         kind=rope["rope_type"],
         theta=float(rope["rope_theta"]),
         inv_freq=inv_freq,
         scaling=float(scaling),
-        factor=float(rope["factor"]) if dynamic else 1.0,
-        original_context=int(config.max_position_embeddings) if dynamic else None,
+        rotated=None if rotated == dim else rotated,
+        **_by_length(config, rope, layer_type),
     )
+
+
+def _finite(rope: Mapping[str, Any], found: Any) -> tuple[float, ...]:
+    values = tuple(float(value) for value in found.float())
+    if not all(math.isfinite(value) for value in values):
+        raise CheckpointError(
+            f"the RoPE settings {rope} give frequencies that are not finite; "
+            "restore config.json from the original checkpoint"
+        )
+    return values
+
+
+def _by_length(config: Any, rope: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]:
+    """What the frequencies of longer sessions follow from."""
+    if rope["rope_type"] == "dynamic":
+        context = int(config.max_position_embeddings)
+        return {"factor": float(rope["factor"]), "original_context": context}
+    if rope["rope_type"] != "longrope":
+        return {}
+    context = rope["original_max_position_embeddings"]
+    if type(context) is not int or context < 1:
+        raise refuse("original_max_position_embeddings", context, "a positive number of tokens")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    longer: dict[str, Any] = {"seq_len": context + 1, "layer_type": layer_type}
+    found, _ = _possible(config, lambda: ROPE_INIT_FUNCTIONS["longrope"](config, **longer))
+    return {"original_context": context, "long_inv_freq": _finite(rope, found)}
 
 
 def _is_factor(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, layer, layer_windows, rope
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ModelSpec
@@ -38,4 +38,9 @@ def _rotating(config: Any) -> list[bool]:
 
 
 # pretraining_tp tells how it was trained: the library never divided the products of this family
-FAMILY = Family(model_type="smollm3", spec=_spec, options=frozenset({"pretraining_tp"}))
+FAMILY = Family(
+    model_type="smollm3",
+    spec=_spec,
+    options=frozenset({"pretraining_tp"}),
+    gguf=Gguf(architecture="smollm3", pairs=True),
+)

@@ -178,14 +178,25 @@ def rope_frequencies(rope: RopeSpec, head_dim: int, capacity: int) -> list[float
     """The frequencies `[head_dim / 2]` of one rotary table for a row of `capacity` tokens.
 
     They stay the same from the first token to the last, so that prefill and decode agree. Of
-    the kinds of RoPE, `dynamic` alone depends on the capacity.
+    the kinds of RoPE, `dynamic` and `longrope` alone depend on the capacity. Numbers of a head
+    that do not rotate come last in each half (`packaging/fuse.py`) and have the frequency nought.
     """
+    rotated = rope.rotated or head_dim
+    still = [0.0] * ((head_dim - rotated) // 2)
     context = rope.original_context
-    if rope.kind != "dynamic" or context is None or capacity <= context:
-        return list(rope.inv_freq)
+    if context is None or capacity <= context:
+        return [*rope.inv_freq, *still]
+    if rope.kind == "longrope":
+        return [*rope.long_inv_freq, *still]
     stretch = rope.factor * capacity / context - (rope.factor - 1)
-    theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
-    return [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    theta = rope.theta * stretch ** (rotated / (rotated - 2))
+    return [*(theta ** (-2 * i / rotated) for i in range(rotated // 2)), *still]
+
+
+def rope_scalings(rope: RopeSpec, head_dim: int) -> list[float]:
+    """The factors `[head_dim / 2]` on cos and sin: 1 for numbers that do not rotate."""
+    rotated = (rope.rotated or head_dim) // 2
+    return [rope.scaling] * rotated + [1.0] * (head_dim // 2 - rotated)
 
 
 def _part(places: Iterable[range], indices: range) -> Iterator[range]:

@@ -85,9 +85,10 @@ class Session(Protocol):
     def grow(self, row: int, capacity: int) -> None:
         """Move a row to a larger capacity: every head gets its span there and keeps what it holds.
 
-        Tokens dropped before stay dropped. With `dynamic` RoPE new tokens are rotated by the
-        larger capacity's frequencies, and keys already stored stay as they were rotated, as in
-        transformers. In a fixed batch, whose rows share a capacity, all of them move.
+        Tokens dropped before stay dropped. With `dynamic` RoPE, and `longrope`, new tokens are
+        rotated by the larger capacity's frequencies, and keys already stored stay as they were
+        rotated, as in transformers. In a fixed batch, whose rows share a capacity, all of them
+        move.
         """
 
     def length(self, row: int) -> int:

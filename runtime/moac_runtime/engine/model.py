@@ -200,8 +200,7 @@ class Model:
         )
 
     def _dense_bytes(self, capacity: int) -> int:
-        heads = self.spec.num_layers * self.spec.num_kv_heads
-        return heads * capacity * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
+        return self.spec.dense_tokens(capacity) * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
 
 
 def load(

@@ -12,7 +12,7 @@ class Stats:
     """What an answer's batches cost. Tokens are summed over rows; None where not measured.
 
     `decoded_tokens`: answer tokens but the first of each row, which the prefill yields.
-    `kv_dense_bytes`: what full attention would hold at the same capacity.
+    `kv_dense_bytes`: what the model holds by itself at the same capacity.
     """
 
     prompt_tokens: int

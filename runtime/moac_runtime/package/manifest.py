@@ -16,7 +16,7 @@ from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
 from moac_runtime.package.records import has_neutral, record_in, records_in
-from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec
+from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec, RopeSpec
 from moac_runtime.package.weight_formats import matrix_kinds
 
 FORMAT = "moac"
@@ -141,11 +141,21 @@ def _parse_spec(data: dict[str, Any]) -> ModelSpec:
     for index, layer in enumerate(spec.kinds):
         _check_layer(f"model.kinds[{index}]", layer, spec)
     for index, rope in enumerate(spec.ropes):
-        _check_sizes(f"model.ropes[{index}]", rope)
-        if 2 * len(rope.inv_freq) != spec.head_dim:
-            found = f"{len(rope.inv_freq)} values"
-            raise _wrong(f"model.ropes[{index}].inv_freq", found, f"{spec.head_dim // 2} values")
+        _check_rope(f"model.ropes[{index}]", rope, spec.head_dim)
     return spec
+
+
+def _check_rope(name: str, rope: RopeSpec, head_dim: int) -> None:
+    _check_sizes(name, rope)
+    rotated = head_dim if rope.rotated is None else rope.rotated
+    if rotated not in range(2, head_dim + 1, 2):
+        raise _wrong(f"{name}.rotated", rotated, f"an even number up to {head_dim}")
+    tables = {"inv_freq": rope.inv_freq}
+    if rope.kind == "longrope":
+        tables["long_inv_freq"] = rope.long_inv_freq
+    for field, table in tables.items():
+        if 2 * len(table) != rotated:
+            raise _wrong(f"{name}.{field}", f"{len(table)} values", f"{rotated // 2} values")
 
 
 def _check_layer(name: str, layer: LayerSpec, spec: ModelSpec) -> None:

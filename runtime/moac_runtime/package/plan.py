@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moac_runtime.package.span import DENSE, HeadSpan, Rule, head_span
+from moac_runtime.package.span import DENSE, HeadSpan, Rule, dense_tokens, head_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,12 @@ class Plan:
         return sum(head.size for layer in self.spans(capacity) for head in layer)
 
     def density(self, capacity: int) -> float:
-        """Mean over all KV heads of `S(N) / N` = KV bytes held / dense KV bytes."""
-        return self.held_tokens(capacity) / (len(self.rules) * len(self.rules[0]) * capacity)
+        """KV tokens held, and so bytes, over those that the model holds by itself."""
+        return self.held_tokens(capacity) / self.dense_tokens(capacity)
+
+    def dense_tokens(self, capacity: int) -> int:
+        """Tokens that the model holds by itself at `capacity` tokens, its own windows counted."""
+        return dense_tokens(self.windows, len(self.rules[0]), capacity)
 
     def to_json(self) -> dict[str, Any]:
         """The keys a reader needs; `plan.json` holds these beside the planning record."""

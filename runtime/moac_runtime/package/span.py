@@ -7,6 +7,7 @@ Rule: MoA, arXiv 2406.14909, section 4 (elastic rules), counted so that the span
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,15 @@ def span_tokens(rule: Rule, capacity: int, *, block: int, min_span: int) -> int:
     """`clip(round_up(alpha + beta * N, block), min_span, N)`, in tokens, sink included."""
     wanted = math.ceil((rule.alpha + rule.beta * capacity) / block) * block
     return min(max(wanted, min_span), capacity)
+
+
+def dense_tokens(windows: Iterable[int | None], num_kv_heads: int, capacity: int) -> int:
+    """Tokens that a model holds by itself at `capacity` tokens, over all layers and KV heads.
+
+    `windows`: of each layer the checkpoint's own sliding window in tokens, None where it has none.
+    What plans drop, and what a budget is a share of, counts against this.
+    """
+    return num_kv_heads * sum(capacity if w is None else min(w, capacity) for w in windows)
 
 
 def head_span(

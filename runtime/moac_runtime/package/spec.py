@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from moac_runtime.package import records
+from moac_runtime.package.span import dense_tokens
 
 QK_NORMS = ("head", "width")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary embedding. `inv_freq` (`[head_dim / 2]`, float32 values) and `scaling` (the factor
-    on cos and sin) are what the checkpoint's library computed for `kind`.
+    """Rotary embedding. `inv_freq` (`[rotated / 2]`, float32 values) and `scaling` (the factor on
+    cos and sin) are what the checkpoint's library computed for `kind`.
 
-    `dynamic` alone depends on the sequence length; there `theta`, `factor` and `original_context`
-    (tokens) give the frequencies of a session whose capacity passes `original_context`.
+    `rotated`: how many numbers of a head turn, None for all. Two kinds depend on the sequence
+    length, and have other frequencies in a session whose capacity passes `original_context`
+    (tokens): `dynamic`, where they follow from `theta` and `factor`, and `longrope`, where they
+    are `long_inv_freq`.
     """
 
     kind: str
@@ -30,14 +33,22 @@ class RopeSpec:
     scaling: float = 1.0
     factor: float = 1.0
     original_context: int | None = None
+    rotated: int | None = None
+    long_inv_freq: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """RMS norm: `x / sqrt(mean(x^2) + eps)` times the weight, or, with `plus_one`, 1 + weight."""
+    """RMS norm: `x / sqrt(mean(x^2) + eps)` times the weight, or, with `plus_one`, 1 + weight.
+
+    With `centred` it is a layer norm: the mean of `x` is taken from it first. `bias`: whether one
+    is added, to all norms but those of queries and keys.
+    """
 
     eps: float
     plus_one: bool = False
+    centred: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +59,8 @@ class LayerSpec:
     window in tokens. `rope`: index into the model's tables, None for a layer without positions.
     `qk_norm`: "head" norms each query and key head alone, "width" all of a token's together.
     `logit_cap`: scores become `cap tanh(score / cap)`. `pre_norm`, `post_norm`: whether the inputs
-    and the outputs of attention and MLP are normed, the outputs before they are added.
+    and the outputs of attention and MLP are normed, the outputs before they are added. With
+    `parallel` the MLP is given what attention is given, by one norm, and both are added to it.
     """
 
     norm: NormSpec
@@ -61,6 +73,7 @@ class LayerSpec:
     logit_cap: float | None = None
     pre_norm: bool = True
     post_norm: bool = False
+    parallel: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -122,6 +135,10 @@ class ModelSpec:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def dense_tokens(self, capacity: int) -> int:
+        """KV tokens that the model holds by itself at `capacity` tokens, its windows counted."""
+        return dense_tokens(self.windows, self.num_kv_heads, capacity)
 
     def kv_token_bytes(self, itemsize: int) -> int:
         """Bytes of keys and values that one token costs one KV head."""

@@ -37,7 +37,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
     for layer in range(spec.num_layers):
         own = _layer(spec, spec.layer(layer))
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
-    shapes["norm.weight"] = (spec.hidden_size,)
+    shapes |= _norm("norm", spec.hidden_size, bias=spec.norm.bias)
     return shapes if spec.tied_embeddings else shapes | {"lm_head.weight": table}
 
 
@@ -153,21 +153,26 @@ def missing_tensor(shard: str, name: str) -> ArtifactError:
 def _layer(spec: ModelSpec, layer: LayerSpec) -> dict[str, Shape]:
     hidden, inner, queries = spec.hidden_size, layer.intermediate_size, spec.num_heads
     keys, dim = spec.num_kv_heads, spec.head_dim
+
+    def norm(name: str, there: bool) -> dict[str, Shape]:
+        return _norm(name, hidden, there, bias=layer.norm.bias)
+
     return {
-        **_norm("attn_norm", hidden, layer.pre_norm),
+        **norm("attn_norm", layer.pre_norm),
         **_linear("qkv", (queries + 2 * keys) * dim, hidden, layer.qkv_bias),
         **_qk_norms(spec, layer.qk_norm),
         **_linear("o", hidden, queries * dim, layer.o_bias),
-        **_norm("attn_post_norm", hidden, layer.post_norm),
-        **_norm("mlp_norm", hidden, layer.pre_norm),
+        **norm("attn_post_norm", layer.post_norm),
+        **norm("mlp_norm", layer.pre_norm and not layer.parallel),
         **_linear("gate_up", 2 * inner, hidden, layer.mlp_bias),
         **_linear("down", hidden, inner, layer.mlp_bias),
-        **_norm("mlp_post_norm", hidden, layer.post_norm),
+        **norm("mlp_post_norm", layer.post_norm),
     }
 
 
-def _norm(name: str, width: int, there: bool) -> dict[str, Shape]:
-    return {f"{name}.weight": (width,)} if there else {}
+def _norm(name: str, width: int, there: bool = True, *, bias: bool = False) -> dict[str, Shape]:
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {f"{name}.{part}": (width,) for part in parts if there}
 
 
 def _qk_norms(spec: ModelSpec, kind: str | None) -> dict[str, Shape]:

@@ -17,6 +17,7 @@ from moac_runtime.backends.cpu.library import (
     ModelStruct,
     StepStruct,
 )
+from moac_runtime.backends.layout import rope_scalings
 from moac_runtime.errors import MoacError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.package.activations import ACTIVATIONS
@@ -24,7 +25,8 @@ from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 _MOST_HEAD_DIM, _MOST_GROUP = 256, 64
 _LINEAR = ("qkv", "o", "gate_up", "down")
-_NORMS = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
+_WIDE_NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
+_NORMS = (*_WIDE_NORMS, "q_norm", "k_norm")
 
 
 def obstacle(spec: ModelSpec, dtype: str) -> str | None:
@@ -146,7 +148,7 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
     layers = (LayerStruct * spec.num_layers)(
         *(_layer(addresses, name, spec.layer(index)) for index, name in enumerate(names))
     )
-    scalings = [rope.scaling for rope in spec.ropes]
+    scalings = [factor for rope in spec.ropes for factor in rope_scalings(rope, spec.head_dim)]
     head = "embed" if spec.tied_embeddings else "lm_head"
     return ModelStruct(
         num_layers=spec.num_layers,
@@ -159,11 +161,13 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
         bf16=dtype == "bfloat16",
         norm_eps=spec.norm.eps,
         plus_one=spec.norm.plus_one,
+        centred=spec.norm.centred,
         embed=_matrix(addresses, "embed"),
         head=_matrix(addresses, head),
         norm=addresses["norm.weight"],
+        norm_bias=addresses.get("norm.bias"),
         layers=layers,
-        num_ropes=len(scalings),
+        num_ropes=len(spec.ropes),
         rope_scalings=(ctypes.c_double * len(scalings))(*scalings),
         embedding_scale=spec.embedding_scale,
         residual_scale=spec.residual_scale,
@@ -182,13 +186,16 @@ def _matrix(addresses: Mapping[str, int], name: str) -> MatrixStruct:
 def _layer(addresses: Mapping[str, int], name: str, layer: LayerSpec) -> LayerStruct:
     return LayerStruct(
         **{norm: addresses.get(f"{name}.{norm}.weight") for norm in _NORMS},
+        **{f"{norm}_bias": addresses.get(f"{name}.{norm}.bias") for norm in _WIDE_NORMS},
         **{weight: _matrix(addresses, f"{name}.{weight}") for weight in _LINEAR},
         **{f"{weight}_bias": addresses.get(f"{name}.{weight}.bias") for weight in _LINEAR},
         inner=layer.intermediate_size,
         activation=_activation(layer),
         rope=-1 if layer.rope is None else layer.rope,
         plus_one=layer.norm.plus_one,
+        centred=layer.norm.centred,
         wide_qk_norm=layer.qk_norm == "width",
+        parallel=layer.parallel,
         norm_eps=layer.norm.eps,
         query_scale=layer.query_scale,
         logit_cap=layer.logit_cap or 0.0,

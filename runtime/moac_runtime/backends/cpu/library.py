@@ -13,7 +13,7 @@ from typing import Any
 
 from moac_runtime.errors import ArtifactError
 
-ABI = 3
+ABI = 4
 
 # How weights and caches lie in memory, and what the functions return, as abi.h numbers them.
 WEIGHTS_PLAIN, WEIGHTS_INT8 = 0, 1
@@ -42,9 +42,12 @@ class LayerStruct(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")),
         *((name, c_void_p) for name in ("attn_post_norm", "mlp_post_norm")),
+        *((f"{name}_bias", c_void_p) for name in ("attn_norm", "mlp_norm")),
+        *((f"{name}_bias", c_void_p) for name in ("attn_post_norm", "mlp_post_norm")),
         *((name, MatrixStruct) for name in ("qkv", "o", "gate_up", "down")),
         *((f"{name}_bias", c_void_p) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, c_int64) for name in ("inner", "activation", "rope", "plus_one", "wide_qk_norm")),
+        *((name, c_int64) for name in ("inner", "activation", "rope", "plus_one", "centred")),
+        *((name, c_int64) for name in ("wide_qk_norm", "parallel")),
         *((name, c_double) for name in ("norm_eps", "query_scale", "logit_cap")),
     ]
 
@@ -55,10 +58,11 @@ class ModelStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads")),
         *((name, c_int64) for name in ("head_dim", "vocab", "bf16", "num_ropes", "plus_one")),
+        ("centred", c_int64),
         *((name, c_double) for name in ("norm_eps", "embedding_scale", "residual_scale")),
         *((name, c_double) for name in ("logit_scale", "logit_cap")),
         *((name, MatrixStruct) for name in ("embed", "head")),
-        ("norm", c_void_p),
+        *((name, c_void_p) for name in ("norm", "norm_bias")),
         ("rope_scalings", POINTER(c_double)),
         ("layers", POINTER(LayerStruct)),
     ]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moac_runtime.backends.layout import rope_scalings
 from moac_runtime.backends.torch.attention import capped
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
-from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec
+from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q, k, v)`: `q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; `[M, H, D]`."""
@@ -34,16 +35,23 @@ class _Linear:
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """RMS norm over the last dimension; sums are float32, as is what `plus_one` multiplies by."""
+    """A norm over the last dimension. Sums are float32, as is what `plus_one` multiplies by and
+    all of a layer norm."""
 
     weight: Tensor
     spec: NormSpec
+    bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
+        if self.spec.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.eps)
         if self.spec.plus_one:
             return (wide * (1 + self.weight.float())).to(x.dtype)
+        if self.spec.centred:
+            wide = wide * self.weight.float()
+            return (wide if self.bias is None else wide + self.bias.float()).to(x.dtype)
         return self.weight * wide.to(x.dtype)
 
 
@@ -105,7 +113,7 @@ class Decoder:
         self._layers = [
             self._layer(tensors, f"layers.{i}", spec.layer(i)) for i in range(spec.num_layers)
         ]
-        self._norm = _Norm(self._take(tensors, "norm.weight", hidden), spec.norm)
+        self._norm = self._one_norm(tensors, "norm", spec.norm)
         self._head = (
             self._embed
             if spec.tied_embeddings
@@ -119,7 +127,7 @@ class Decoder:
         `[tables, M, D / 2]` where rows have their own.
         """
         return [
-            self._rotation(own, rope.scaling, positions)
+            self._rotation(own, rope, positions)
             for rope, own in zip(self.spec.ropes, frequencies.to(positions.device), strict=True)
         ]
 
@@ -127,9 +135,12 @@ class Decoder:
         """The last layer's output `[M, hidden]` for `tokens` `[M]`; `logits` takes it."""
         x = _scaled(F.embedding(tokens, self._embed), self.spec.embedding_scale)
         for index, layer in enumerate(self._layers):
-            out = layer.attn_post_norm(self._attention(index, layer, x, rotations, attend))
+            given = layer.attn_norm(x)
+            out = layer.attn_post_norm(self._attention(index, layer, given, rotations, attend))
             x = x + _scaled(out, self.spec.residual_scale)
-            out = layer.mlp_post_norm(self._mlp(layer, x))
+            if not layer.spec.parallel:
+                given = layer.mlp_norm(x)
+            out = layer.mlp_post_norm(self._mlp(layer, given))
             x = x + _scaled(out, self.spec.residual_scale)
         return x
 
@@ -138,8 +149,11 @@ class Decoder:
         logits = F.linear(self._norm(hidden), self._head).float()
         return capped(_scaled(logits, self.spec.logit_scale), self.spec.logit_cap)
 
-    def _rotation(self, frequencies: Tensor, scaling: float, positions: Tensor) -> Rotation:
+    def _rotation(self, frequencies: Tensor, rope: RopeSpec, positions: Tensor) -> Rotation:
         angle = (positions[:, None].float() * frequencies)[:, None]
+        scaling: float | Tensor = rope.scaling
+        if rope.rotated is not None:
+            scaling = torch.tensor(rope_scalings(rope, self.spec.head_dim), device=self.device)
         cos, sin = angle.cos() * scaling, angle.sin() * scaling
         return Rotation(
             torch.cat((cos, cos), dim=-1).to(self.dtype),
@@ -150,7 +164,7 @@ class Decoder:
         self, index: int, layer: _Layer, x: Tensor, rotations: Sequence[Rotation], attend: Attend
     ) -> Tensor:
         heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
-        qkv = layer.qkv(layer.attn_norm(x)).view(len(x), -1, self.spec.head_dim)
+        qkv = layer.qkv(x).view(len(x), -1, self.spec.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         qk = layer.qk_norm(qk)
         if layer.spec.rope is not None:
@@ -159,7 +173,7 @@ class Decoder:
         return layer.o(out.flatten(1))
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
         return layer.down(layer.activation(gate) * up)
 
     def _take(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
@@ -182,6 +196,13 @@ class Decoder:
         weight = self._take(tensors, f"{name}.weight", (out, into))
         return _Linear(weight, self._take(tensors, f"{name}.bias", (out,)) if bias else None)
 
+    def _one_norm(self, tensors: Mapping[str, Tensor], name: str, norm: NormSpec) -> _Norm:
+        """A norm across the whole width."""
+        width = (self.spec.hidden_size,)
+        weight = self._take(tensors, f"{name}.weight", width)
+        bias = self._take(tensors, f"{name}.bias", width) if norm.bias else None
+        return _Norm(weight, norm, bias)
+
     def _layer(self, tensors: Mapping[str, Tensor], name: str, layer: LayerSpec) -> _Layer:
         spec, hidden, inner = self.spec, self.spec.hidden_size, layer.intermediate_size
         queries, keys = spec.num_heads, spec.num_kv_heads
@@ -189,10 +210,7 @@ class Decoder:
         linear = partial(self._linear, tensors)
 
         def norm(which: str, there: bool) -> Callable[[Tensor], Tensor]:
-            if not there:
-                return _as_it_is
-            weight = self._take(tensors, f"{name}.{which}.weight", (hidden,))
-            return _Norm(weight, layer.norm)
+            return self._one_norm(tensors, f"{name}.{which}", layer.norm) if there else _as_it_is
 
         return _Layer(
             spec=layer,
@@ -202,7 +220,7 @@ class Decoder:
             qk_norm=self._qk_norm(tensors, name, layer),
             o=linear(f"{name}.o", hidden, queries * spec.head_dim, layer.o_bias),
             attn_post_norm=norm("attn_post_norm", layer.post_norm),
-            mlp_norm=norm("mlp_norm", layer.pre_norm),
+            mlp_norm=norm("mlp_norm", layer.pre_norm and not layer.parallel),
             gate_up=linear(f"{name}.gate_up", 2 * inner, hidden, layer.mlp_bias),
             down=linear(f"{name}.down", hidden, inner, layer.mlp_bias),
             mlp_post_norm=norm("mlp_post_norm", layer.post_norm),
