@@ -140,12 +140,11 @@ class Model:
     def _mlp(self, index: int, kind: dict[str, Any], x: F, _: int) -> F:
         gate, up = np.split(self._linear(x, f"layers.{index}.gate_up"), 2, axis=-1)
         erf = np.vectorize(math.erf, otypes=[np.float32])
+        cubic = 0.7978845608 * (gate + 0.044715 * gate**3)
         acted = {
             "silu": lambda: gate / (1 + np.exp(-gate)),
             "gelu": lambda: gate * (1 + erf(gate / math.sqrt(2))) / 2,
-            "gelu_tanh": lambda: (
-                gate * (1 + np.tanh(0.7978845608 * (gate + 0.044715 * gate**3))) / 2
-            ),
+            "gelu_tanh": lambda: gate * (1 + np.tanh(cubic)) / 2,
             "relu": lambda: np.maximum(gate, 0),
         }[kind["activation"]]()
         return self._linear(acted * up, f"layers.{index}.down")
