@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ from numpy.typing import NDArray
 
 F = NDArray[np.float32]
 
+ACTIVATIONS: dict[str, Callable[[F], F]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)).astype(np.float32)) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a whole package: "Wholeness"."""
     data: dict[str, Any] = json.loads((root / "moac.json").read_bytes())
-    assert data["format"] == "moac", "no package"
-    assert data["schema_version"] == data["minimum_reader"] == 3, "another schema"
+    assert (data["format"], data["schema_version"], data["minimum_reader"]) == ("moac", 3, 3)
     rest = {key: value for key, value in data.items() if key != "digest"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == data["digest"], "moac.json was altered"
@@ -59,11 +66,9 @@ def read_weights(root: Path) -> dict[str, F]:
     for shard in sorted(set(index["weight_map"].values())):
         stored |= read_tensors(root / "weights" / shard)[0]
     found = {}
-    for name, array in stored.items():
-        if name.endswith(".scale"):
-            continue
+    for name in (name for name in stored if not name.endswith(".scale")):
         scale = stored.get(name.removesuffix("weight") + "scale")
-        found[name] = array.astype(np.float32) * (1 if scale is None else scale[:, None])
+        found[name] = stored[name].astype(np.float32) * (1 if scale is None else scale[:, None])
     return found
 
 
@@ -71,13 +76,12 @@ def seen(plan: dict[str, Any], layer: int, head: int, capacity: int, length: int
     """Which keys each query sees, `[T, T]`: "Spans". `head` in the checkpoint's order."""
     (alpha, beta), window = plan["rules"][layer][head], plan["windows"][layer]
     block = plan["block"]
-    size = math.ceil((alpha + beta * capacity) / block) * block
-    size = min(max(size, plan["min_span"]), capacity)
+    span = math.ceil((alpha + beta * capacity) / block) * block
     limit = capacity if window is None else min(capacity, window)
-    size = min(size, limit)
+    size = min(max(span, plan["min_span"]), limit)
     sink = 0 if size == limit else plan["sink"]
-    query, key = np.arange(length)[:, None], np.arange(length)[None]
-    distance = query - key
+    key = np.arange(length)
+    distance = key[:, None] - key
     mask = (distance >= 0) & ((key < sink) | (distance < size - sink))
     return mask & (distance < window) if window is not None and window < capacity else mask
 
@@ -104,8 +108,7 @@ class Model:
         share, name = np.float32(self.spec.get("residual_scale", 1)), f"layers.{index}"
         into = x
         for which, sublayer in (("attn", self._attention), ("mlp", self._mlp)):
-            if which == "attn" or not kind.get("parallel", False):
-                into = x
+            into = into if which == "mlp" and kind.get("parallel", False) else x
             if kind.get("pre_norm", True) and into is x:
                 into = self._norm(x, f"{name}.{which}_norm", kind["norm"])
             out = sublayer(index, kind, into, capacity)
@@ -139,38 +142,31 @@ class Model:
 
     def _mlp(self, index: int, kind: dict[str, Any], x: F, _: int) -> F:
         gate, up = np.split(self._linear(x, f"layers.{index}.gate_up"), 2, axis=-1)
-        erf = np.vectorize(math.erf, otypes=[np.float32])
-        cubic = 0.7978845608 * (gate + 0.044715 * gate**3)
-        acted = {
-            "silu": lambda: gate / (1 + np.exp(-gate)),
-            "gelu": lambda: gate * (1 + erf(gate / math.sqrt(2))) / 2,
-            "gelu_tanh": lambda: gate * (1 + np.tanh(cubic)) / 2,
-            "relu": lambda: np.maximum(gate, 0),
-        }[kind["activation"]]()
+        acted = ACTIVATIONS[kind["activation"]](gate)
         return self._linear(acted * up, f"layers.{index}.down")
 
     def _linear(self, x: F, name: str) -> F:
-        out: F = x @ self.weights[f"{name}.weight"].T
-        return out + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else out
+        out: F = x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
+        return out
 
     def _norm(self, x: F, name: str, norm: dict[str, Any]) -> F:
         weight = self.weights[f"{name}.weight"] + np.float32(norm.get("plus_one", False))
         x = x - x.mean(-1, keepdims=True) if norm.get("centred", False) else x
         mean = (x * x).mean(-1, keepdims=True)
-        x = x / np.sqrt(mean + np.float32(norm["eps"])) * weight
-        return x + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else x
+        normed = x / np.sqrt(mean + np.float32(norm["eps"])) * weight
+        return normed + self.weights.get(f"{name}.bias", 0)
 
     def _qk_norm(self, x: F, name: str, kind: dict[str, Any]) -> F:
-        if kind["qk_norm"] == "width":
-            return self._norm(x.reshape(len(x), -1), name, kind["norm"]).reshape(x.shape)
-        return self._norm(x, name, kind["norm"])
+        flat = x.reshape(len(x), -1) if kind["qk_norm"] == "width" else x
+        return self._norm(flat, name, kind["norm"]).reshape(x.shape)
 
     def _rotated(self, x: F, rope: dict[str, Any], capacity: int) -> F:
         frequencies, dim = np.array(rope["inv_freq"], np.float32), 2 * len(rope["inv_freq"])
         context, factor = rope.get("original_context"), rope.get("factor", 1.0)
-        if context and capacity > context and rope["kind"] == "longrope":
+        long = context is not None and capacity > context
+        if long and rope["kind"] == "longrope":
             frequencies = np.array(rope["long_inv_freq"], np.float32)
-        if context and capacity > context and rope["kind"] == "dynamic":
+        if long and rope["kind"] == "dynamic":
             stretch = factor * capacity / context - (factor - 1)
             theta = rope["theta"] * stretch ** (dim / (dim - 2))
             frequencies = theta ** (-2 * np.arange(dim // 2, dtype=np.float32) / dim)
