@@ -1,8 +1,7 @@
 """A reader of packages written from docs/FORMAT.md alone: numpy, and nothing of moac.
 
-    python tests/independent_reader.py PACKAGE
-
-checks every file and prints how far the logits that it computes are from the golden ones.
+`python tests/independent_reader.py PACKAGE` checks every file and prints how far its logits are
+from the golden ones.
 """
 
 from __future__ import annotations
