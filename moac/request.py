@@ -39,7 +39,8 @@ class CompileRequest:
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
     `effort`: how much is measured, "quick", "standard" (None) or "thorough"; it decides `samples`,
     `plans` and, of `lengths`, how many and how long, where these are None.
-    `weights`: "full", as `dtype` says, or "int8", the matrices in 8 bits.
+    `weights`: "full", as `dtype` says, "int8", the matrices in 8 bits, or "int4", those of the
+    layers in 4 bits.
     None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
     for the model, cpu. `onnx_dtype`: what the ONNX graph computes in, None
     the package's dtype, or float32 for bfloat16. `onnx_weights`: "shared" reads the package's own
@@ -141,11 +142,11 @@ class CompileRequest:
             raise UsageError(
                 f"there are no weights {self.weights!r}; choose from {', '.join(WEIGHTS)}"
             )
-        if self.weights == "int8" and "onnx" in (self.targets or ()):
+        if self.weights != "full" and "onnx" in (self.targets or ()):
             raise UsageError(
-                "--weights int8 and the target onnx do not go together, since an ONNX graph "
-                "reads a package's weights as they lie; leave onnx out of --target, or leave out "
-                "--weights and give --onnx-weights int8"
+                f"--weights {self.weights} and the target onnx do not go together, since an "
+                "ONNX graph reads a package's weights as they lie; leave onnx out of --target, or "
+                "leave out --weights and give --onnx-weights int8"
             )
 
     def _check_onnx(self) -> None:

@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     metadata = header.pop("__metadata__", {})
-    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I64": "<i8", "BF16": "<u2"}
+    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "I64": "<i8", "BF16": "<u2"}
     found = {}
     for name, entry in header.items():
         first, stop = (8 + size + offset for offset in entry["data_offsets"])
@@ -66,8 +66,13 @@ def read_weights(root: Path) -> dict[str, F]:
         stored |= read_tensors(root / "weights" / shard)[0]
     found = {}
     for name in (name for name in stored if not name.endswith(".scale")):
-        scale = stored.get(name.removesuffix("weight") + "scale")
-        found[name] = stored[name].astype(np.float32) * (1 if scale is None else scale[:, None])
+        array, scale = stored[name], stored.get(name.removesuffix("weight") + "scale")
+        if array.dtype == np.uint8:  # 4 bits
+            blocks = array.reshape(len(array), -1, 1, 32)
+            groups = np.concatenate((blocks & 15, blocks >> 4), axis=2).reshape(len(array), -1, 32)
+            pairs = scale.reshape(len(array), -1, 2, 1)
+            array, scale = (groups * pairs[:, :, 0] + pairs[:, :, 1]).reshape(len(array), -1), None
+        found[name] = array.astype(np.float32) * (1 if scale is None else scale[:, None])
     return found
 
 
@@ -145,7 +150,9 @@ class Model:
         return self._linear(acted * up, f"layers.{index}.down")
 
     def _linear(self, x: F, name: str) -> F:
-        out: F = x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0)
+        out: F = x @ self.weights[f"{name}.weight"][:, : x.shape[1]].T + self.weights.get(
+            f"{name}.bias", 0
+        )
         return out
 
     def _norm(self, x: F, name: str, norm: dict[str, Any]) -> F:

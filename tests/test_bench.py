@@ -62,6 +62,7 @@ def subject_of(compiled: Compiled, **changes: object) -> Subject:
         dtype="float32",
         device="cpu",
         backend="torch",
+        cpu=None,
         package=compiled.package,
         source=str(compiled.checkpoint),
         shape=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,20 +16,23 @@ from tiny import Compiled, moac_command, options
 
 from moac.evaluation import EvalRequest, evaluate
 from moac.packaging import cpu_kernels
-from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu
+from moac.packaging.cpu_kernels import cpu_sets, default_targets, require_cpu, spelled_out
 from moac.pipeline.verify import verify
 from moac.show.inspection import inspect_package
 from moac_kernels import cpu_build
 from moac_kernels.build import BuildError
-from moac_kernels.cpu_build import build_cpu, find_compiler
+from moac_kernels.cpu_build import build_cpu, find_compiler, host_sets
 from moac_runtime.backends.cpu.library import (
     INSTRUCTION_SETS,
+    MOAC_CPU,
+    choose_set,
     host_features,
     open_library,
+    products,
     runnable_sets,
 )
 from moac_runtime.backends.cpu.opening import host_obstacle, open_cpu
-from moac_runtime.backends.open import choose_backend
+from moac_runtime.backends.open import check_cpu, choose_backend
 from moac_runtime.engine.model import load
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.artifact import open_artifact
@@ -168,8 +172,84 @@ def test_the_host_chooses() -> None:
     assert runnable_sets(targets, HERE) == ["avx2"]
     assert runnable_sets(["torch", "cpu:avx512bf16"], HERE) == []
     assert runnable_sets(["cpu"], every) == list(INSTRUCTION_SETS)
-    assert cpu_sets(["cpu"]) == list(INSTRUCTION_SETS)
+    assert cpu_sets(["cpu"]) == list(host_sets())
+    assert spelled_out(["torch", "cpu"]) == ["torch", *(f"cpu:{name}" for name in host_sets())]
+    assert cpu_sets(["cpu:arm64", "cpu:avx2"]) == ["avx2", "arm64"]
     assert cpu_sets(["torch", "cpu:avx2"]) == ["avx2"]
+
+
+def test_an_instruction_set_is_forced_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = frozenset().union(*INSTRUCTION_SETS.values()) - {"asimd"}
+    monkeypatch.setattr("moac_runtime.backends.cpu.library.host_features", lambda: every)
+    monkeypatch.delenv(MOAC_CPU, raising=False)
+    targets = ["torch", "cpu:avx512bf16", "cpu:avx2"]
+    assert choose_set(targets) == "avx512bf16"
+    assert choose_set(targets, "avx2") == "avx2"
+    with pytest.raises(MoacError, match=r"--cpu asks for arm64, and this processor lacks asimd; "):
+        choose_set(targets, "arm64")
+    sentence = (
+        "--cpu asks for avx512, for which the package has no kernels; choose from avx512bf16, "
+    )
+    with pytest.raises(MoacError, match=sentence):
+        choose_set(targets, "avx512")
+    with pytest.raises(UsageError, match=r"--cpu asks for 'sse', expected one of avx512bf16, "):
+        choose_set(targets, "sse")
+    monkeypatch.setenv(MOAC_CPU, "avx2")
+    assert choose_set(targets) == "avx2"
+    assert choose_set(targets, "avx512bf16") == "avx512bf16"
+    monkeypatch.setenv(MOAC_CPU, "avx512")
+    with pytest.raises(MoacError, match="MOAC_CPU asks for avx512, for which the package has no"):
+        choose_set(targets)
+
+
+def test_an_instruction_set_asks_for_the_backend_that_has_them() -> None:
+    assert check_cpu("avx2", None) == check_cpu("avx2", "cpu") == "cpu"
+    assert (check_cpu(None, "torch"), check_cpu(None, None)) == ("torch", None)
+    with pytest.raises(UsageError, match="--cpu is for the backend cpu, and --backend asks for"):
+        choose_backend("torch", ["torch", "cpu:avx2"], cpu="avx2")
+
+
+@needs_compiler
+@needs_avx2
+def test_run_forces_an_instruction_set_and_says_what_it_computes_in(
+    package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = ("run", package, "--prompt", "hi", "--max-tokens", "2")
+    assert moac_command(*prompt, "--cpu", "avx2", "--dtype", "bfloat16") == 0
+    assert "cpu (avx2) bfloat16, products in float32\n" in capsys.readouterr().err
+    assert moac_command(*prompt, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["products"] == "float32"
+    assert moac_command(*prompt, "--cpu", "avx3") == 2
+    assert "--cpu asks for 'avx3', expected one of" in capsys.readouterr().err
+    assert moac_command(*prompt, "--cpu", "avx2", "--backend", "torch") == 2
+    assert "--cpu is for the backend cpu" in capsys.readouterr().err
+    monkeypatch.setenv(MOAC_CPU, "arm64")
+    assert moac_command(*prompt) == 1
+    assert "MOAC_CPU asks for arm64, and this processor lacks" in capsys.readouterr().err
+    assert moac_command(*prompt, "--backend", "torch") == 0
+    assert "torch float32\n" in capsys.readouterr().err
+
+
+def test_what_weights_are_multiplied_in() -> None:
+    assert products("avx512bf16", "bfloat16") == "bfloat16"
+    assert products("avx512", "bfloat16") == products("arm64", "bfloat16") == "float32"
+    assert products("avx2", "bfloat16", whole=True) == "int8"
+    assert products("avx2", "float32", whole=True) == "float32"
+
+
+@needs_compiler
+def test_another_kind_of_processor_needs_its_cross_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = "arm64" if "avx2" in host_sets() else "avx2"
+    monkeypatch.setattr(
+        cpu_build.shutil, "which", lambda name: None if "linux-gnu" in name else name
+    )
+    told = str(cpu_build.build_obstacle([other]))
+    assert re.search(
+        rf"for {other} need the cross compiler \S+-linux-gnu-g\+\+, .*: install g", told
+    )
+    assert cpu_build.build_obstacle() is None
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -251,7 +331,7 @@ def test_no_compiler_is_one_sentence(
 def test_defaults_build_what_serves_the_model(
     tiny_package: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_kernels, "build_obstacle", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "build_obstacle", lambda sets: None)
     spec = open_artifact(tiny_package.package).spec
     assert default_targets(spec, "bfloat16") == ("torch", "cpu")
     assert default_targets(spec, "float16") == ("torch",)
@@ -262,7 +342,11 @@ def test_defaults_build_what_serves_the_model(
 def test_the_two_lists_of_instruction_sets_agree() -> None:
     assert list(cpu_build.INSTRUCTION_SETS) == list(INSTRUCTION_SETS)
     for name, flags in cpu_build.INSTRUCTION_SETS.items():
-        asked = {flag.removeprefix("-m").replace("bf16", "_bf16") for flag in flags}
+        if name == "arm64":
+            assert flags == ("-march=armv8.2-a+dotprod",)
+            assert INSTRUCTION_SETS[name] == {"asimd", "asimddp"}
+            continue
+        asked = {re.sub("(bf16|vnni)", r"_\1", flag.removeprefix("-m")) for flag in flags}
         assert asked == {need for need in INSTRUCTION_SETS[name]}
 
 

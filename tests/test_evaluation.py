@@ -99,7 +99,7 @@ def native_sessions(artifact: Artifact) -> Sessions:
         threads=1,
         memory=weights.memory,
     )
-    model = CpuModel(engine, artifact.plan, artifact.head_order, "avx2")
+    model = CpuModel(engine, artifact.plan, artifact.head_order, "avx2", "float32")
     return Sessions("cpu", "avx2", model.session)
 
 

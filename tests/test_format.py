@@ -117,7 +117,7 @@ def test_the_independent_reader_knows_nothing_of_moac() -> None:
     }
     others = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert others == {"numpy"}
-    assert len(source.splitlines()) < 200
+    assert sum(bool(line.strip()) for line in source.splitlines()) < 200
 
 
 def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
@@ -133,6 +133,7 @@ def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
         *(pytest.param(name, {}, {}, marks=pytest.mark.slow) for name in OTHERS),
         ("llama", {"rope": "dynamic"}, {}),
         ("llama", {}, {"weights": "int8"}),
+        ("qwen3", {"hidden_size": 96}, {"weights": "int4"}),
     ],
 )
 def test_it_reproduces_those_of_other_models(

@@ -51,7 +51,7 @@ def manifest_schema() -> Schema:
                 "kv_format": {"enum": dtypes},
                 "weight_formats": {
                     "type": "object",
-                    "additionalProperties": {"enum": [*dtypes, "int8"]},
+                    "additionalProperties": {"enum": [*dtypes, "int8", "int4"]},
                 },
                 "capacity": POSITIVE,
                 "head_order": _array(_array({"type": "integer", "minimum": 0})),

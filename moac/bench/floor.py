@@ -6,25 +6,31 @@ import math
 
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.package.weights import expected_tensors, is_matrix
+from moac_runtime.package.weight_formats import GROUP, format_of, kind_of, padded_columns
+from moac_runtime.package.weights import Shape, expected_tensors, is_matrix
 
-_SCALE_BYTES = 4
+_SCALE_BYTES = 4  # of a row in 8 bits, and scale and offset of a group in 4
 
 
-def weight_bytes_read(spec: ModelSpec, itemsize: int, *, int8: bool = False) -> int:
+def weight_bytes_read(spec: ModelSpec, itemsize: int, *, weights: str = "full") -> int:
     """Bytes of weights that one step reads: all, but the embedding where it is only looked up.
 
-    `int8`: matrices are read in 8 bits, with a scale a row.
+    `weights`: "full", of `itemsize` bytes each, or "int8" or "int4", with scales.
     """
     shapes = expected_tensors(spec)
     if not spec.tied_embeddings:
         del shapes["embed.weight"]
-    return sum(
-        math.prod(shape) + _SCALE_BYTES * shape[0]
-        if int8 and is_matrix(shape)
-        else itemsize * math.prod(shape)
-        for shape in shapes.values()
-    )
+    return sum(_bytes(name, shape, itemsize, weights) for name, shape in shapes.items())
+
+
+def _bytes(name: str, shape: Shape, itemsize: int, weights: str) -> int:
+    if weights == "full" or not is_matrix(shape):
+        return itemsize * math.prod(shape)
+    rows, columns = shape
+    if format_of(kind_of(name), weights) == "int8":
+        return rows * (columns + _SCALE_BYTES)
+    columns = padded_columns(columns)
+    return rows * (columns // 2 + _SCALE_BYTES * columns // GROUP)
 
 
 def kv_bytes_read(

@@ -14,7 +14,7 @@ from moac.bench.system import Subject
 from moac.packaging.fuse import head_order
 from moac_kernels.cpu_build import build_cpu
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import open_library, runnable_sets
+from moac_runtime.backends.cpu.library import choose_set, open_library, products
 from moac_runtime.backends.cpu.opening import CpuModel
 from moac_runtime.backends.open import open_backend
 from moac_runtime.backends.session import Backend, Feed, Session
@@ -23,6 +23,7 @@ from moac_runtime.backends.torch.opening import TorchModel
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weight_formats import WEIGHTS
 from moac_runtime.package.weights import expected_tensors, load_weights
 
 
@@ -36,7 +37,7 @@ class OurSystem:
         self.dtype = self._backend.dtype
         self.kv_itemsize = DTYPE_BYTES[self.dtype]
         self.weight_bytes = weight_bytes_read(
-            subject.spec, self.kv_itemsize, int8=_reads_int8(subject)
+            subject.spec, self.kv_itemsize, weights=_read_as(subject)
         )
         self._session: Session
         self._rows: list[int] = []
@@ -75,11 +76,12 @@ def random_weights(
     return weights
 
 
-def _reads_int8(subject: Subject) -> bool:
-    """Whether steps read 8-bit weights: the other backends multiply them out when they load."""
+def _read_as(subject: Subject) -> str:
+    """How steps read weights: but for cpu, backends multiply narrow ones out when they load."""
     if subject.backend != "cpu" or subject.package is None:
-        return False
-    return open_artifact(subject.package, check="sizes").weights == "int8"
+        return "full"
+    stored = open_artifact(subject.package, check="sizes").weights
+    return stored if stored in WEIGHTS else "full"
 
 
 def _torch(subject: Subject) -> Backend:
@@ -100,12 +102,14 @@ def _cpu(subject: Subject) -> Backend:
     if subject.package is None:
         return _shape_model(subject)
     artifact = open_artifact(subject.package, check="sizes")
-    return open_backend(artifact, "cpu", dtype=subject.dtype, threads=subject.threads)
+    return open_backend(
+        artifact, "cpu", dtype=subject.dtype, threads=subject.threads, cpu=subject.cpu
+    )
 
 
 def _shape_model(subject: Subject) -> CpuModel:
-    """Random weights under the best kernels for this processor, built for the occasion."""
-    best = runnable_sets(["cpu"])[0]
+    """Random weights under the kernels asked for or the best, built for the occasion."""
+    best = choose_set(["cpu"], subject.cpu)
     with TemporaryDirectory() as folder:
         build_cpu(Path(folder), [best])
         library = open_library(Path(folder, f"{best}.so"))
@@ -120,7 +124,8 @@ def _shape_model(subject: Subject) -> CpuModel:
         threads=subject.threads,
         memory=weights,
     )
-    return CpuModel(engine, subject.plan, head_order(subject.plan), best)
+    order = head_order(subject.plan)
+    return CpuModel(engine, subject.plan, order, best, products(best, subject.dtype))
 
 
 def _cuda(subject: Subject) -> Backend:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moac.typed import check_seed, check_types
+from moac_runtime.backends.open import check_cpu
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import MOST_THREADS
 from moac_runtime.package.dtypes import DTYPE_BYTES
@@ -25,7 +26,8 @@ class BenchRequest:
     `against`: systems beside `moac`, None for all that can run here. `context`: tokens prefilled;
     a session's capacity is context + tokens. `repeats`: whole measurements, each with its own
     prefill. `dtype`: None is the package's, bfloat16 for a shape. `backend`: of our own rows, None
-    is the best of the package here, torch for a shape. `threads`: None is every core this
+    is the best of the package here, torch for a shape. `cpu`: the instruction set of the backend
+    cpu, None is the best here. `threads`: None is every core this
     process may use. `sequential`: one system at a time, where all at once do not fit in memory.
 
     Raises UsageError where a value or a combination cannot be.
@@ -41,6 +43,7 @@ class BenchRequest:
     repeats: int = 1
     dtype: str | None = None
     backend: str | None = None
+    cpu: str | None = None
     device: str = "cpu"
     density: float = 0.5
     seed: int = 0
@@ -60,6 +63,9 @@ class BenchRequest:
         _check_choices("system", self.against or (), SYSTEMS)
         _check_choices("backend", (self.backend,) if self.backend else (), BACKENDS)
         _check_choices("device", (self.device,), DEVICES)
+        check_cpu(self.cpu, self.backend)
+        if self.cpu is not None and self.device != "cpu":
+            raise UsageError("--cpu is for the backend cpu, which runs on the CPU; leave it out")
         if self.backend == "cuda" and self.device != "cuda":
             raise UsageError("the backend cuda runs on a GPU; give --device cuda as well")
         if self.backend in ("cpu", "onnx") and self.device != "cpu":

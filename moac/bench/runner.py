@@ -65,13 +65,16 @@ def with_backend(request: BenchRequest) -> BenchRequest:
     if request.backend is not None:
         return request
     if request.package is None:
-        return replace(request, backend="cuda" if request.device == "cuda" else "torch")
+        default = "cuda" if request.device == "cuda" else "torch"
+        return replace(request, backend="cpu" if request.cpu else default)
     targets = open_artifact(request.package, check="sizes").targets
     if request.device == "cuda":
         kernels = any(target.partition(":")[0] == "cuda" for target in targets)
         return replace(request, backend="cuda" if kernels else "torch")
     on_cpu = [target for target in targets if target.partition(":")[0] != "cuda"]
-    return replace(request, backend=choose_backend(None, on_cpu, dtype=request.dtype))
+    return replace(
+        request, backend=choose_backend(None, on_cpu, dtype=request.dtype, cpu=request.cpu)
+    )
 
 
 def choose_systems(request: BenchRequest) -> tuple[str, ...]:
@@ -178,6 +181,7 @@ def _subject(request: BenchRequest, model: _Target, plan: Plan) -> Subject:
         dtype=model.dtype,
         device=request.device,
         backend=request.backend or "torch",
+        cpu=request.cpu,
         package=request.package,
         source=request.source,
         shape=request.shape,

@@ -15,7 +15,8 @@ class Subject:
     """The model one system runs, as its process gets it.
 
     `plan`: what the system holds, which is everything for the dense ones. `package` or `shape`
-    tells where our runtime gets weights, `source` or `shape` where transformers does.
+    tells where our runtime gets weights, `source` or `shape` where transformers does. `cpu`: the
+    instruction set of native kernels, None is the best here.
     """
 
     spec: ModelSpec
@@ -23,6 +24,7 @@ class Subject:
     dtype: str
     device: str
     backend: str
+    cpu: str | None
     package: Path | None
     source: str | None
     shape: str | None

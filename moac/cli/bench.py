@@ -70,6 +70,9 @@ from moac_runtime.errors import MoacError
     help="backend of our runtime: cpu, torch, onnx, cuda  [the best that package and device have]",
 )
 @click.option(
+    "--cpu", metavar="SET", help="instruction set of the backend cpu: avx2, ...  [the best here]"
+)
+@click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="where it runs: cpu or cuda"
 )
 @click.option(

@@ -36,16 +36,18 @@ from moac_runtime.package.weight_formats import WEIGHTS
     "targets",
     callback=words,
     metavar="NAME,...",
-    help="backends to build for: torch, cpu (native kernels), onnx, cuda (every architecture), "
-    "cuda:80, cuda:90, ...  [torch, and cpu where there is a C++ compiler]",
+    help="backends to build for: torch, cpu (native kernels for this kind of processor), "
+    "cpu:avx2, cpu:arm64, ..., onnx, cuda (every architecture), cuda:80, cuda:90, ...  "
+    "[torch, and cpu where there is a C++ compiler]",
 )
 @click.option(
     "--weights",
     type=click.Choice(WEIGHTS),
     default="full",
     show_default=True,
-    help="how weights are stored: full (as --dtype says), or int8, every matrix in 8 bits "
-    "with a scale for each row, half the bytes of bfloat16",
+    help="how weights are stored: full (as --dtype says); int8, every matrix in 8 bits with a "
+    "scale for each row, half the bytes of bfloat16; int4, the layers' in 4 bits with a scale and "
+    "an offset for each 32, embedding and head in 8, about a third of the bytes",
 )
 @click.option(
     "--onnx-dtype",

@@ -74,6 +74,9 @@ from moac.extras import require
     help="what runs the model: cpu (the package's native kernels) or torch  [cpu where it runs]",
 )
 @click.option(
+    "--cpu", metavar="SET", help="instruction set of the backend cpu: avx2, ...  [the best here]"
+)
+@click.option(
     "--work-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",

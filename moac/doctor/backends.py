@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moac_runtime.backends.cpu.library import CPU_TARGETS, INSTRUCTION_SETS, runnable_sets
+from moac.doctor.machine import own_sets
+from moac_runtime.backends.cpu.library import CPU_TARGETS, runnable_sets
 from moac_runtime.backends.open import RUNNABLE, backend_obstacle
 from moac_runtime.package.artifact import open_artifact
 
@@ -16,7 +17,7 @@ def backends() -> dict[str, str | None]:
     """Of each backend, best first, why it cannot run here; None where it can."""
     found = {name: obstacle(name, [name]) for name in RUNNABLE}
     if not runnable_sets(CPU_TARGETS):
-        found["cpu"] = f"this processor runs none of {', '.join(INSTRUCTION_SETS)}"
+        found["cpu"] = f"this processor runs none of {', '.join(own_sets())}"
     return found
 
 

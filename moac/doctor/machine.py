@@ -11,7 +11,7 @@ from typing import Any
 
 from moac.host import cpu_name, memory_bytes
 from moac.store.work_dir import default_work_dir
-from moac_kernels.cpu_build import build_obstacle, compiler_version, find_compiler
+from moac_kernels.cpu_build import build_obstacle, compiler_version, find_compiler, host_sets
 from moac_runtime.backends.cpu.library import INSTRUCTION_SETS, host_features
 from moac_runtime.errors import MoacError
 from moac_runtime.host.cgroup import memory_limit
@@ -24,8 +24,13 @@ def processor() -> dict[str, Any]:
     return {
         "name": cpu_name(),
         "architecture": platform.machine(),
-        "kernels": {name: sorted(needed - features) for name, needed in INSTRUCTION_SETS.items()},
+        "kernels": {name: sorted(INSTRUCTION_SETS[name] - features) for name in own_sets()},
     }
+
+
+def own_sets() -> tuple[str, ...]:
+    """The instruction sets of this kind of processor; all of them where it is of no known one."""
+    return host_sets() or tuple(INSTRUCTION_SETS)
 
 
 def cores() -> dict[str, Any]:

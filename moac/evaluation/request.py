@@ -42,9 +42,9 @@ class EvalRequest:
     and length, half of them in each wording where a task has both; of "nll", windows of each kind
     of text. `against`: baselines and plan.json files beside the package's own plan. `batch`:
     cases run at once. `backend`: cpu (the package's native kernels) or torch, None is the first
-    that runs here. `wording`: "unseen" by calibration, "seen" or "both"; None means both. `text`:
-    kinds of text that "nll" reads; None means all. Raises UsageError for values that cannot be
-    meant.
+    that runs here. `cpu`: the instruction set of those kernels, None is the best here.
+    `wording`: "unseen" by calibration, "seen" or "both"; None means both. `text`: kinds of text
+    that "nll" reads; None means all. Raises UsageError for values that cannot be meant.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -55,6 +55,7 @@ class EvalRequest:
     task: Path | None = None
     batch: int = 8
     backend: str | None = None
+    cpu: str | None = None
     wording: str | None = None
     text: tuple[str, ...] | None = None
 
@@ -75,7 +76,7 @@ class EvalRequest:
         for name in ("samples", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
-        check_backend(self.backend)
+        check_backend(self.backend, self.cpu)
         check_seed(self.seed)
         self._check_wording()
         self._check_text()
@@ -167,6 +168,7 @@ class EvalRequest:
         words += ["--against", ",".join(self.against), "--seed", str(self.seed)]
         words += ["--batch", str(self.batch)]
         words += ["--backend", self.backend] if self.backend else []
+        words += ["--cpu", self.cpu] if self.cpu else []
         words += ["--wording", self.wording] if self.wording else []
         words += ["--text", ",".join(self.text)] if self.text else []
         return shlex.join([*words, *(["--task", str(self.task)] if self.task else [])])

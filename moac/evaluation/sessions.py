@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.backends.cpu.opening import host_obstacle
-from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.open import check_cpu, open_backend
 from moac_runtime.backends.session import Session
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import set_torch_threads
@@ -30,25 +30,30 @@ class Sessions:
     note: str | None = None
 
 
-def open_sessions(artifact: Artifact, backend: str | None = None) -> Sessions:
+def open_sessions(
+    artifact: Artifact, backend: str | None = None, cpu: str | None = None
+) -> Sessions:
     """Read a package's weights once. `backend`: "cpu" or "torch"; None is "cpu" where it runs.
 
-    Raises UsageError for another backend, MoacError where the one asked for cannot run here.
+    `cpu`: the instruction set of the native kernels, None is the best here. Raises UsageError for
+    another backend, MoacError where the one asked for cannot run here.
     """
-    check_backend(backend)
+    check_backend(backend, cpu)
+    backend = check_cpu(cpu, backend)
     set_torch_threads()
     shape = artifact.spec, artifact.dtype
     reason = host_obstacle(artifact.targets, None, model=shape) or obstacle(*shape)
     chosen = backend or ("cpu" if reason is None else "torch")
-    opened = open_backend(artifact, chosen)
+    opened = open_backend(artifact, chosen, cpu=cpu)
     if chosen == "cpu":
         return Sessions("cpu", f"the package's CPU kernels ({opened.kernels})", opened.session)
     note = reason if backend is None else None
     return Sessions("torch", "torch's own operators", opened.session, note)
 
 
-def check_backend(backend: str | None) -> None:
-    """Raise UsageError for a backend that no evaluation runs on."""
+def check_backend(backend: str | None, cpu: str | None = None) -> None:
+    """Raise UsageError for a backend that no evaluation runs on, or one without `cpu`."""
+    check_cpu(cpu, backend)
     if backend not in (None, *SESSION_BACKENDS):
         raise UsageError(
             f"there is no backend {backend!r} to evaluate on; choose from "

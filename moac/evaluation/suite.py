@@ -113,7 +113,7 @@ def evaluate(
     own = read_tokenizer(artifact)
     tokenizer = in_transformers(own, artifact.spec.vocab_size)
     cells = _cells(request, tokenizer, lengths)
-    sessions = open_sessions(artifact, request.backend)
+    sessions = open_sessions(artifact, request.backend, request.cpu)
     if sessions.note is not None:
         click.echo(f"note: running on {sessions.runs}: {sessions.note}", err=True)
     root = Path(work_dir) if work_dir is not None else default_work_dir()

@@ -12,7 +12,7 @@ import click
 from moac.store.kept import KERNELS, Damaged, Header, mark_used, read_folder, write_folder
 from moac.store.workspace import told_damaged, unwritable
 from moac_kernels.build import BuildError
-from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle
+from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle, host_sets
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.backends.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
 from moac_runtime.errors import MoacError, UsageError
@@ -23,15 +23,29 @@ CPU_NAMES = ("cpu", *CPU_TARGETS)
 
 
 def cpu_sets(targets: Sequence[str]) -> list[str]:
-    """The instruction sets that targets name, best first; `cpu` alone names all of them."""
-    return [name for name in INSTRUCTION_SETS if "cpu" in targets or f"cpu:{name}" in targets]
+    """The instruction sets that targets name, best first; `cpu` names those of this host."""
+    own = host_sets() if "cpu" in targets else ()
+    return [name for name in INSTRUCTION_SETS if name in own or f"cpu:{name}" in targets]
 
 
-def cpu_obstacle(spec: ModelSpec, dtype: str) -> str | None:
-    """Why this host cannot build CPU kernels for a model, None where it can."""
+def spelled_out(targets: Sequence[str]) -> list[str]:
+    """The targets with `cpu` as the instruction sets that it stood for where it was built."""
+    if "cpu" not in targets:
+        return list(targets)
+    others = [name for name in targets if name.partition(":")[0] != "cpu"]
+    return [*others, *(f"cpu:{name}" for name in cpu_sets(targets))]
+
+
+def cpu_obstacle(
+    spec: ModelSpec, dtype: str, instruction_sets: Sequence[str] | None = None
+) -> str | None:
+    """Why this host cannot build CPU kernels for a model, None where it can.
+
+    `instruction_sets`: None is this host's own.
+    """
     if (unserved := obstacle(spec, dtype)) is not None:
         return f"no CPU kernel serves this model: {unserved}"
-    return build_obstacle()
+    return build_obstacle(instruction_sets)
 
 
 def default_targets(spec: ModelSpec, dtype: str) -> tuple[str, ...]:
@@ -45,7 +59,9 @@ def default_targets(spec: ModelSpec, dtype: str) -> tuple[str, ...]:
 
 def require_cpu(spec: ModelSpec, dtype: str, targets: Sequence[str]) -> None:
     """Raises UsageError where targets name CPU kernels that cannot be built here."""
-    reason = cpu_obstacle(spec, dtype) if cpu_sets(targets) else None
+    sets = cpu_sets(targets)
+    asked = sets or any(target.partition(":")[0] == "cpu" for target in targets)
+    reason = cpu_obstacle(spec, dtype, sets or None) if asked else None
     if reason is not None:
         raise UsageError(f"{reason}; leave cpu out of --target")
 

@@ -53,13 +53,13 @@ def expected_prompts(
 ) -> list[GoldenPrompt]:
     """Each row of tokens as a golden prompt of a package that holds `model` in float32.
 
-    For `weights` of int8 the model's matrices are rounded in place, and its logits from before
-    become each prompt's `source`.
+    For `weights` of int8 or int4 the model's matrices are rounded in place, and its logits from
+    before become each prompt's `source`.
     """
     prompts = [golden_prompt(model, plan, row) for row in rows]
     if weights == "full":
         return prompts
-    round_weights(model)
+    round_weights(model, weights)
     return [
         replace(golden_prompt(model, plan, row), source=prompt.logits)
         for row, prompt in zip(rows, prompts, strict=True)

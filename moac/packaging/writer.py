@@ -50,8 +50,8 @@ def write_weights(
 ) -> int:
     """Write `(name, tensor)` pairs as `dtype` in shards and an index; return the tensors' bytes.
 
-    With `weights="int8"` matrices, as `dtype` has them, go into 8 bits. Holds one shard in
-    memory. A shard passes `max_shard_size` bytes only where one tensor does. Raises
+    With `weights` "int8" or "int4" matrices, as `dtype` has them, go into fewer bits. Holds one
+    shard in memory. A shard passes `max_shard_size` bytes only where one tensor does. Raises
     CheckpointError for a value `dtype` cannot hold, OSError.
     """
     folder = staging / "weights"
@@ -59,7 +59,7 @@ def write_weights(
     shards: list[list[str]] = []
     total = 0
     cast = _cast(tensors, dtype)
-    for shard in _shards(quantised(cast) if weights == "int8" else cast, max_shard_size):
+    for shard in _shards(cast if weights == "full" else quantised(cast, weights), max_shard_size):
         _save(shard, _part(folder, len(shards)), {"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -116,7 +116,7 @@ def write_manifest(
 ) -> None:
     """Write `moac.json` over everything the folder holds; writing it again replaces it.
 
-    `weights`: "full" or "int8". Raises ValueError for a NaN in the records, OSError.
+    `weights`: "full", "int8" or "int4". Raises ValueError for a NaN in the records, OSError.
     """
     names = [name for name in package_files(staging) if name != MANIFEST]
     content = {

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moac.calibration import plain_text_windows
 from moac.checkpoint import open_checkpoint
 from moac.export.target import emit_onnx
-from moac.packaging.cpu_kernels import emit_cpu_kernels
+from moac.packaging.cpu_kernels import emit_cpu_kernels, spelled_out
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
 from moac.packaging.kernels import emit_kernels
-from moac.packaging.quantise import disturb_weights
+from moac.packaging.quantise import disturb_weights, disturbed_activations
 from moac.packaging.staging import check_target, staged
 from moac.packaging.writer import (
     embed_runtime,
@@ -43,7 +43,7 @@ from moac.pipeline.planner import (
     taken_plan,
 )
 from moac.pipeline.stages import Workbench
-from moac.pipeline.verify import FLOAT32_LIMIT, QUANTISED, Check, verify
+from moac.pipeline.verify import ACTIVATIONS, FLOAT32_LIMIT, QUANTISED, Check, verify
 from moac.progress.cost import Costs, Kind
 from moac.progress.progress import notes, stage, step, whole
 from moac.request import PLANNING, CompileRequest
@@ -55,6 +55,9 @@ from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.golden import GoldenPrompt
 from moac_runtime.package.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "highspy")
 DISTURBED_DRAWS = 4
@@ -188,7 +191,7 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
                 dtype=dtype,
                 capacity=request.capacity or checkpoint.spec.context,
                 head_order=order,
-                targets=list(targets),
+                targets=spelled_out(targets),
                 provenance=provenance(bench, planned),
                 verification={"limits": limits},
                 weights=request.weights,
@@ -201,8 +204,9 @@ def golden_prompts(
     """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
 
     The limit of a low-precision dtype is twice what the original model itself errs in it. That of
-    int8 weights against unrounded ones is twice the most that random errors of the same size do in
-    several draws: the worst logits are few, and a single draw may hardly move them.
+    int8 or int4 weights against unrounded ones is twice the most that random errors of the same
+    size do in several draws: the worst logits are few, and a single draw may hardly move them. So
+    is what activations in 8 bits, which such weights are multiplied with, may add to the first.
     """
     checkpoint, weights, seed = bench.checkpoint, bench.request.weights, bench.request.seed
     tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
@@ -210,22 +214,33 @@ def golden_prompts(
     exact = checkpoint.load_model(dtype).float()
     prompts = expected_prompts(exact, plan, (short, tokens), weights=weights)
     limits = {"float32": FLOAT32_LIMIT}
+    draws = range(seed, seed + DISTURBED_DRAWS)
+    if weights != "full" and dtype == "bfloat16":
+        limits[ACTIVATIONS] = 2 * max(_rounded_error(exact, plan, prompts, draw) for draw in draws)
     if dtype != "float32":
         rounded = exact.to(getattr(torch, dtype))
         limits[dtype] = 2 * largest_error(rounded, plan, prompts)
-    if weights == "int8":
+    if ACTIVATIONS in limits:
+        limits[ACTIVATIONS] += limits[dtype]
+    if weights != "full":
         limits[QUANTISED] = 2 * max(
-            _disturbed_error(bench, plan, unrounded(prompts), dtype, draw)
-            for draw in range(seed, seed + DISTURBED_DRAWS)
+            _disturbed_error(bench, plan, unrounded(prompts), dtype, draw) for draw in draws
         )
     return prompts, limits
+
+
+def _rounded_error(
+    model: PreTrainedModel, plan: Plan, prompts: Sequence[GoldenPrompt], seed: int
+) -> float:
+    with disturbed_activations(model, seed=seed):
+        return largest_error(model, plan, prompts)
 
 
 def _disturbed_error(
     bench: Workbench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str, seed: int
 ) -> float:
     model = bench.checkpoint.load_model(dtype).float()
-    disturb_weights(model, seed=seed)
+    disturb_weights(model, seed=seed, weights=bench.request.weights)
     return largest_error(model, plan, prompts)
 
 

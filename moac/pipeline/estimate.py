@@ -102,7 +102,7 @@ def _told(ahead: Forecast, plans: int) -> dict[str, str]:
     request, lengths = ahead.request, ahead.lengths
     samples, later = sum(ahead.samples.values()), sum(ahead.later.values())
     at, drafts = ", ".join(map(str, lengths.profiled)), request.measuring.drafts
-    kind = "" if request.weights == "full" else "int8 "
+    kind = "" if request.weights == "full" else f"{request.weights} "
     return {
         "load": "the model, native kernels",
         "rehearse": "a pass of each kind, for the time left",
@@ -145,7 +145,7 @@ def held_bytes(spec: ModelSpec, dtype: str) -> int:
 def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
     """What golden logits and checks hold beside: float32, made of the weights in `dtype`.
 
-    Rounding errors of int8 `weights` are measured in a second model.
+    Rounding errors of int8 or int4 `weights` are measured in a second model.
     """
     models = 1 if weights == "full" else 2
     return parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype])

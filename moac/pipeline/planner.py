@@ -48,6 +48,7 @@ from moac.store.workspace import Workspace, peak_memory_bytes, pick_device
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.weight_formats import int4_obstacle
 
 _OF_THE_SEARCH = ("predicted_loss", "prediction", "solver", "front", "max_loss")
 
@@ -168,6 +169,8 @@ def check_packaging(checkpoint: Checkpoint, request: CompileRequest) -> CompileR
     """The request with its targets settled; raises, before any work, where they cannot be made."""
     check_capacity(checkpoint, request)
     spec, dtype = checkpoint.spec, request.dtype or checkpoint.dtype
+    if request.weights == "int4" and (reason := int4_obstacle(spec, request.targets or ())):
+        raise UsageError(reason)
     if request.targets is None:
         return replace(request, targets=default_targets(spec, dtype))
     if "onnx" in request.targets:

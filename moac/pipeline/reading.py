@@ -20,7 +20,13 @@ from moac.packaging.fuse import pack_weights
 from moac_kernels.build import BuildError
 from moac_kernels.cpu_build import sources_digest
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import CPU_TARGETS, open_library, runnable_sets
+from moac_runtime.backends.cpu.library import (
+    CPU_TARGETS,
+    choose_set,
+    open_library,
+    products,
+    runnable_sets,
+)
 from moac_runtime.backends.cpu.opening import CpuModel
 from moac_runtime.backends.session import Backend, Feed, Session
 from moac_runtime.backends.torch.decoder import Decoder
@@ -81,17 +87,16 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
         f"{library.stem} {sources_digest()}",
         checkpoint.eos_token_ids,
         dense,
-        CpuModel(engine, dense, order, library.stem),
+        CpuModel(engine, dense, order, library.stem, products(library.stem, dtype)),
     )
 
 
 def _native(checkpoint: Checkpoint, dtype: str, kept: Path) -> Path | None:
     """The kernels for this processor, built if need be; None where there can be none."""
-    sets = runnable_sets(CPU_TARGETS)
-    if not sets or cpu_obstacle(checkpoint.spec, dtype) is not None:
+    if not runnable_sets(CPU_TARGETS) or cpu_obstacle(checkpoint.spec, dtype) is not None:
         return None
     try:
-        return built_library(kept, sets[0])
+        return built_library(kept, choose_set(CPU_TARGETS))
     except BuildError as error:
         click.echo(f"note: {error}; the checkpoint is read by torch, which is slower", err=True)
         return None

@@ -29,7 +29,10 @@ FLOAT32_LIMIT = 2e-3
 """Largest difference of two float32 logits that reordered sums explain."""
 
 QUANTISED = "quantised"
-"""The name of the limit of a package of int8 weights against the checkpoint itself."""
+"""The name of the limit of a package of int8 or int4 weights against the checkpoint itself."""
+
+ACTIVATIONS = "activations"
+"""The name of the limit of products in whole numbers, whose activations are rounded to 8 bits."""
 
 SOURCE_LENGTHS = (64, 1000, 4000)
 _DECODED = 8
@@ -156,8 +159,9 @@ def _cuda_runner(artifact: Artifact) -> _Runner:
 
 def _cpu_runner(artifact: Artifact, dtype: str, instruction_set: str) -> _Runner:
     backend = open_cpu(artifact, dtype=dtype, instruction_set=instruction_set)
-    name = f"cpu {instruction_set} {dtype}"
-    return _runner(artifact, backend, name, dtype, exact=dtype == "float32")
+    name, whole = f"cpu {instruction_set} {dtype}", backend.products == "int8"
+    precision = ACTIVATIONS if whole else dtype
+    return _runner(artifact, backend, name, precision, exact=dtype == "float32")
 
 
 def _onnx_runner(artifact: Artifact) -> _Runner:

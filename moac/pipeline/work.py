@@ -38,7 +38,7 @@ _NATIVE = 2.0  # times as fast as torch read native kernels
 # In passes of the measured dtype: golden logits take float32 and attention without tiles, and a
 # check prefill, prefill with decode steps, and often a third with nothing dropped.
 _GOLDEN_PASSES, _CHECK_PASSES = 3, 4
-_DRAWS = 5  # more of golden logits for int8 weights
+_DRAWS = 5  # more of golden logits for weights of fewer bits, and again for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class Forecast:
         request, spec = self.request, self.checkpoint.spec
         dtype, targets = request.dtype or self.checkpoint.dtype, request.targets or ()
         dtypes = len({dtype, "float32"})
-        draws = 0 if request.weights == "full" else _DRAWS
+        draws = 0 if request.weights == "full" else (2 if dtype == "bfloat16" else 1) * _DRAWS
         sets = cpu_sets(targets)
         first = runnable_sets(CPU_TARGETS)[:1] if self.native else []
         builds = unbuilt(self.kept, [name for name in sets if name not in first])

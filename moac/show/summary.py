@@ -179,7 +179,11 @@ def _prompts(planning: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _stored(found: dict[str, Any]) -> str:
     dtype: str = found["dtype"]
-    narrow = {"int8": f"int8, norms and biases {dtype}", "mixed": f"int8 and {dtype}"}
+    narrow = {
+        "int8": f"int8, norms and biases {dtype}",
+        "int4": f"int4, embedding and head int8, norms and biases {dtype}",
+        "mixed": f"int8 and {dtype}",
+    }
     return narrow.get(found["weights"], dtype)
 
 

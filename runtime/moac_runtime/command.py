@@ -120,6 +120,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     add = group.add_argument
     add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
+    add(
+        "--cpu",
+        metavar="SET",
+        help="instruction set of the backend cpu: avx2, ... (the best here)",
+    )
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
     add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
     add("--capacity", type=int, metavar="N", help="tokens the session holds (prompt + answer)")
@@ -142,6 +147,7 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         backend=options.backend,
         dtype=options.dtype,
         threads=options.threads,
+        cpu=options.cpu,
     )
     chosen = model.sampling(**sampling)
     asked = {
@@ -258,6 +264,7 @@ def _document(
         "kernels": model.kernels,
         "note": model.note,
         "dtype": model.dtype,
+        "products": model.products,
         "capacity": results[0].capacity,
     }
 
@@ -281,7 +288,7 @@ def _print_stats(model: Model, stats: Stats) -> None:
         f"loaded in {model.load_s:.1f} s\n"
         f"KV {_mib(stats.kv_held_bytes)} held, {share:.0%} of dense; "
         f"peak memory {_mib(stats.peak_memory_bytes)}; "
-        f"{_backend(model)} {model.dtype}",
+        f"{_backend(model)} {model.dtype}{_products(model)}",
         file=sys.stderr,
     )
 
@@ -315,6 +322,11 @@ def _cut_notes(results: Sequence[Generation], chosen: ChosenSampling) -> Iterato
 
 def _backend(model: Model) -> str:
     return model.backend if model.kernels is None else f"{model.backend} ({model.kernels})"
+
+
+def _products(model: Model) -> str:
+    """What weights are multiplied in, where it is not what the package computes in."""
+    return "" if model.products in (None, model.dtype) else f", products in {model.products}"
 
 
 def _rate(tokens_per_s: float | None) -> str:

@@ -9,6 +9,7 @@
 enum WeightFormat : int64_t {
   WEIGHTS_PLAIN = 0,  // of the engine's type
   WEIGHTS_INT8 = 1,   // int8, to be multiplied by a float32 scale for each row
+  WEIGHTS_INT4 = 2,   // two a byte; scale and offset in bfloat16 for each group (packed.h)
 };
 
 // How the keys and values of a cache lie in memory.
@@ -18,8 +19,7 @@ enum CacheFormat : int64_t {
 
 // Weights [out, in], row-major. `scale`: what the format says, null where it says nothing.
 struct Matrix {
-  const void *at;
-  const float *scale;
+  const void *at, *scale;
   int64_t format;
 };
 

@@ -103,44 +103,36 @@ struct Partial {
 constexpr int64_t DECODE_BLOCK = 64;
 constexpr int MOST_GROUP = 64;
 
-#if defined(__AVX512BF16__)
 // out[g][d] += weights[g] . values[.][d], two tokens at a time in the dot product's pairs.
-template <int G>
-static inline void weigh(const bf16 *values, int64_t stride, int64_t n, int64_t d,
-                         const bf16 *weights, int64_t ldw, float *out) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i last =
-      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int64_t i = 0; i < d; i += 32) {
-    const __mmask32 inside = d - i >= 32 ? 0xffffffffu : 0xffffu;
+template <int G, class A>
+static inline void weigh_pairs(const A *values, int64_t stride, int64_t n, int64_t d,
+                               const A *weights, int64_t ldw, float *out) {
+  for (int64_t i = 0; i < d; i += 2 * W) {
     vec low[G], high[G];
     for (int g = 0; g < G; g++) low[g] = high[g] = vzero();
     for (int64_t j = 0; j < n; j += 2) {
-      const bf16 *at = values + j * stride + i;
-      __m512i v0 = _mm512_maskz_loadu_epi16(inside, at);
-      __m512i v1 = j + 1 < n ? _mm512_maskz_loadu_epi16(inside, at + stride) : _mm512_setzero_si512();
-      vec lo = _mm512_castsi512_ps(_mm512_unpacklo_epi16(v0, v1));
-      vec hi = _mm512_castsi512_ps(_mm512_unpackhi_epi16(v0, v1));
+      const A *at = values + j * stride + i;
+      vec lo, hi;
+      vzip(at, j + 1 < n ? at + stride : nullptr, d - i, lo, hi);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
         vec p = vlane(weights + g * ldw + j);
-        low[g] = vdot(low[g], p, lo, bf16());
-        high[g] = vdot(high[g], p, hi, bf16());
+        low[g] = vdot(low[g], p, lo, A());
+        high[g] = vdot(high[g], p, hi, A());
       }
     }
     for (int g = 0; g < G; g++) {
       float *to = out + g * d + i;
-      vstore(to, vadd(vload(to), _mm512_permutex2var_ps(low[g], first, high[g])));
-      if (d - i >= 32)
-        vstore(to + 16, vadd(vload(to + 16), _mm512_permutex2var_ps(low[g], last, high[g])));
+      vunzip(low[g], high[g], A());
+      vstore(to, vadd(vload(to), low[g]));
+      if (d - i >= 2 * W) vstore(to + W, vadd(vload(to + W), high[g]));
     }
   }
 }
-#endif
 
 template <int G, class T>
-static inline void weigh(const T *values, int64_t stride, int64_t n, int64_t d,
-                         const float *weights, int64_t ldw, float *out) {
+static inline void weigh_each(const T *values, int64_t stride, int64_t n, int64_t d,
+                              const float *weights, int64_t ldw, float *out) {
   for (int64_t i = 0; i < d; i += W) {
     vec acc[G];
     for (int g = 0; g < G; g++) acc[g] = vload(out + g * d + i);
@@ -151,6 +143,13 @@ static inline void weigh(const T *values, int64_t stride, int64_t n, int64_t d,
     }
     for (int g = 0; g < G; g++) vstore(out + g * d + i, acc[g]);
   }
+}
+
+template <int G, class A, class T>
+static inline void weigh(const T *values, int64_t stride, int64_t n, int64_t d, const A *weights,
+                         int64_t ldw, float *out) {
+  if constexpr (LANE<A> == 2) weigh_pairs<G>(values, stride, n, d, weights, ldw, out);
+  else weigh_each<G>(values, stride, n, d, weights, ldw, out);
 }
 
 // Take n scores of a row (row length `ld`) into its running softmax: their weights, under the new
@@ -197,7 +196,7 @@ static inline void score(const A *q, int64_t d, const T *keys, const T *values, 
                          int64_t n, float *scores) {
   for (int64_t j = 0; j < n; j++) {
     for (int64_t i = 0; i < d; i += 64 / sizeof(T))  // the values come next
-      _mm_prefetch((const char *)(values + j * stride + i), _MM_HINT_T0);
+      __builtin_prefetch(values + j * stride + i);
     dots<G, 1>(q, d, keys + j * stride, 0, d, scores + j, DECODE_BLOCK, DECODE_BLOCK * stride);
   }
 }
@@ -234,28 +233,22 @@ static void attend_one(const A *q, int64_t group, int64_t d, const T *keys, cons
 
 // ---- many query tokens: tiles of queries against blocks of keys ----
 
-#if defined(__AVX512BF16__)
-// Values [n][D] as a packed operand for columns `from` on: pairs of tokens in a lane.
-static inline void pack_values(const bf16 *values, int64_t stride, int64_t n, int64_t d, bf16 *to) {
-  const __mmask32 inside = d >= 32 ? 0xffffffffu : 0xffffu;
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  for (int64_t j = 0; j < n; j += 2, to += 64) {
-    __m512i v0 = _mm512_maskz_loadu_epi16(inside, values + j * stride);
-    __m512i v1 =
-        j + 1 < n ? _mm512_maskz_loadu_epi16(inside, values + (j + 1) * stride) : _mm512_setzero_si512();
-    __m512i lo = _mm512_unpacklo_epi16(v0, v1), hi = _mm512_unpackhi_epi16(v0, v1);
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(lo, first, hi));
-    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi64(lo, last, hi));
+// Values [n][D] as a packed operand for the first TILE_COLUMNS of `d` columns, in lanes of tokens.
+template <class A, class T>
+static inline void pack_values(const T *values, int64_t stride, int64_t n, int64_t d, A *to) {
+  for (int64_t j = 0; j < n; j += LANE<A>, to += TILE_COLUMNS * LANE<A>) {
+    const T *at = values + j * stride;
+    if constexpr (LANE<A> == 2) {
+      vec low, high;
+      vzip(at, j + 1 < n ? at + stride : nullptr, d, low, high);
+      vunzip(low, high, A());
+      vstore((float *)to, low);
+      vstore((float *)to + W, high);
+    } else {
+      for (int64_t i = 0; i < TILE_COLUMNS; i += W)
+        vstore(to + i, i < d ? vload(at + i) : vzero());
+    }
   }
-}
-#endif
-
-template <class T>
-static inline void pack_values(const T *values, int64_t stride, int64_t n, int64_t d, float *to) {
-  for (int64_t j = 0; j < n; j++, to += TILE_COLUMNS)
-    for (int64_t i = 0; i < TILE_COLUMNS; i += W)
-      vstore(to + i, i < d ? vload(values + j * stride + i) : vzero());
 }
 
 // Memory of one thread for a tile of `rows` query rows.

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "packed.h"
 #include "team.h"
 
 static void *allocate(int64_t bytes) {
@@ -15,7 +16,7 @@ static void *allocate(int64_t bytes) {
 }
 
 constexpr int64_t MOST_HEAD_DIM = 256;
-constexpr int64_t LAYER_PHASES = 8;
+constexpr int64_t LAYER_PHASES = 12;
 constexpr int64_t MOST_TILES = 64;   // of a task of a product
 constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t BLOCK_ROWS = 16;  // tokens of a task that takes them one by one, where many
@@ -38,6 +39,12 @@ static inline vec silu(vec x) {
 template <class A> struct Desk {
   float *columns, *more;  // [tokens][TILE_COLUMNS]: a block of a product, and of its partner
   TileMemory<A> tile;
+  A *unpacked;    // [TILE_COLUMNS][k] of 4-bit weights
+  Rounded whole;  // activations of a product that takes them in whole numbers
+  char *rounded;  // where those of a few tokens lie
+  const A *source;      // what they are of,
+  int64_t rounded_at;   // as it stood in this phase since the engine began
+  const Walk *walk;
   void *memory;
 };
 
@@ -80,6 +87,8 @@ template <class T> struct Engine {
   float *output;  // [m][hidden] of a sublayer that is normed before it is added
   A *normed, *q, *attended, *inner;
   T *k, *v;
+  char *rounded;  // activations in whole numbers, where tokens are many
+  int64_t widest;  // k of any product
   int64_t *position, *segment, *done, *piece;
   Desk<A> *desks;
   void *memory[16];
@@ -89,7 +98,7 @@ template <class T> struct Engine {
       : model(m), width((m.heads + 2 * m.kv_heads) * m.head_dim), by_hidden(m.hidden, threads),
         by_width(width, threads), by_vocab(m.vocab, threads) {
     team.threads = (int)threads;
-    team.num_phases = 1 + LAYER_PHASES * m.num_layers + 2;
+    team.num_phases = 1 + LAYER_PHASES * m.num_layers + 3;
     team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
     piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
     by_inner = (Split *)allocate(m.num_layers * sizeof(Split));
@@ -97,6 +106,7 @@ template <class T> struct Engine {
       by_inner[l] = Split(m.layers[l].inner, threads);
     group = m.heads / m.kv_heads;
     queries = m.heads * m.head_dim;
+    widest = larger(larger(m.hidden, m.inner), queries);
     desks = (Desk<A> *)calloc(threads, sizeof(Desk<A>));
   }
 
@@ -114,6 +124,15 @@ template <class T> struct Engine {
     for (int64_t l = 0; l < model.num_layers; l++)
       if (model.layers[l].attn_post_norm || model.layers[l].mlp_post_norm) return true;
     return false;
+  }
+
+  // Whether any matrix is of fewer bits than the engine's type.
+  bool narrow() const {
+    bool any = model.head.format != WEIGHTS_PLAIN;
+    for (int64_t l = 0; l < model.num_layers; l++)
+      for (const Matrix *weights = &model.layers[l].qkv; weights <= &model.layers[l].down; weights++)
+        any = any || weights->format != WEIGHTS_PLAIN;
+    return any;
   }
 
   template <class P> bool take(P *&at, int64_t count) {
@@ -142,7 +161,8 @@ template <class T> struct Engine {
               take(sines, turns) && take(normed, m * model.hidden) && take(q, m * queries) &&
               (!post_norms() || take(output, m * model.hidden)) &&
               take(attended, m * queries) && take(inner, m * model.inner) && take(k, m * kv) &&
-              take(v, m * kv) && take(position, m) && take(segment, m) && take(done, all_pairs) &&
+              take(v, m * kv) && take(rounded, narrow() ? Rounded::bytes(m, widest) : 0) &&
+              take(position, m) && take(segment, m) && take(done, all_pairs) &&
               take(partial, all_items * group * (d + 2));
     for (int i = 0; ok && i < team.threads; i++) ok = furnish(desks[i], m);
     if (!ok) return release(), false;
@@ -154,8 +174,10 @@ template <class T> struct Engine {
     const int64_t rows = padded(tile_tokens(group) * group, TILE_ROWS);
     const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS);
     const int64_t floats = 2 * m * TILE_COLUMNS + rows * (KEY_BLOCK + ld + 2);
-    const int64_t operands = rows * (d + KEY_BLOCK) + PANEL_LANES * TILE_COLUMNS * LANE<A>;
-    char *at = (char *)(desk.memory = allocate(4 * floats + sizeof(A) * operands));
+    const int64_t operands = rows * (d + KEY_BLOCK) + PANEL_LANES * TILE_COLUMNS * LANE<A> +
+                             (narrow() ? TILE_COLUMNS * widest : 0);
+    const int64_t whole = narrow() ? Rounded::bytes(FEW_ROWS, widest) : 0;
+    char *at = (char *)(desk.memory = allocate(4 * floats + sizeof(A) * operands + whole));
     if (!at) return false;
     auto floats_of = [&](int64_t n) { return (float *)(at += 4 * n, at - 4 * n); };
     desk.columns = floats_of(m * TILE_COLUMNS);
@@ -165,20 +187,80 @@ template <class T> struct Engine {
     desk.tile.pack = (A *)at;
     desk.tile.q = desk.tile.pack + PANEL_LANES * TILE_COLUMNS * LANE<A>;
     desk.tile.weights = desk.tile.q + rows * d;
+    desk.unpacked = desk.tile.weights + rows * KEY_BLOCK;
+    desk.rounded = (char *)desk.unpacked + sizeof(A) * (narrow() ? TILE_COLUMNS * widest : 0);
+    desk.rounded_at = NONE;
     return true;
   }
 
   // ---- products ----
 
-  // Columns `first` on of a [m][depth] times weights [.][depth].
+  // Columns `first` on of a [m][depth] times weights [.][depth]. `whole`: a in whole numbers, null
+  // where it is taken as it is.
   void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const Matrix &weights,
-               int64_t first, int64_t columns, float *c) {
+               int64_t first, int64_t columns, float *c, const Rounded *whole = nullptr) {
     const int64_t start = first * depth;
     if (weights.format == WEIGHTS_PLAIN)
       return dense(desk, a, m, depth, (const T *)weights.at + start, columns, c);
-    dense(desk, a, m, depth, (const int8_t *)weights.at + start, columns, c);
+    if (weights.format == WEIGHTS_INT4)
+      return packed(desk, a, m, depth, weights, first, columns, c, whole);
+    const int8_t *w = (const int8_t *)weights.at + start;
+    if (!whole) dense(desk, a, m, depth, w, columns, c);
+    else if (m <= FEW_ROWS) whole_few(*whole, m, w, columns, c, TILE_COLUMNS);
+    else whole_many(*whole, m, w, columns, c, TILE_COLUMNS, (int8_t *)desk.tile.pack);
+    const float *scale = (const float *)weights.scale + first;
     for (int64_t r = 0; r < m; r++)
-      for (int64_t j = 0; j < columns; j++) c[r * TILE_COLUMNS + j] *= weights.scale[first + j];
+      for (int64_t j = 0; j < columns; j++) c[r * TILE_COLUMNS + j] *= scale[j];
+  }
+
+  // The same of 4-bit weights, unpacked first where a is not in whole numbers.
+  void packed(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const Matrix &weights,
+              int64_t first, int64_t columns, float *c, const Rounded *whole) {
+    const Packed w = {(const uint8_t *)weights.at, (const bf16 *)weights.scale};
+    if (whole) return packed_few(*whole, m, w, first, columns, c, TILE_COLUMNS);
+    const int64_t groups = padded(depth, BLOCK) / GROUP;
+    for (int64_t j = 0; j < columns; j++)
+      unpack(w, first + j, groups, 0, depth, desk.unpacked + j * depth);
+    dense(desk, a, m, depth, desk.unpacked, columns, c);
+  }
+
+  // Whether m rows of activations are rounded to whole numbers for a product with weights: where
+  // that is faster, and never in float32, which is exact.
+  bool in_whole_numbers(const Matrix &weights, int64_t m) const {
+    if (sizeof(T) != sizeof(bf16)) return false;
+    return weights.format == WEIGHTS_INT8 || (weights.format == WEIGHTS_INT4 && m <= FEW_ROWS);
+  }
+
+  // m rows of a in whole numbers for a product with weights, null where it takes them as they are. A
+  // few rows each thread rounds for itself, once a phase; many were rounded in the phase before.
+  const Rounded *whole_numbers(Desk<A> &desk, const A *a, int64_t m, int64_t depth,
+                               const Matrix &weights) {
+    if (!in_whole_numbers(weights, m)) return nullptr;
+    if (m > FEW_ROWS) {
+      desk.whole.lie_at(rounded, padded(m, TILE_ROWS), depth);
+      return &desk.whole;
+    }
+    const int64_t now = desk.walk->step * team.num_phases + desk.walk->phase;
+    if (desk.rounded_at == now && desk.source == a) return &desk.whole;
+    desk.whole.lie_at(desk.rounded, m, depth);
+    for (int64_t r = 0; r < m; r++) desk.whole.round(r, a + r * depth);
+    desk.rounded_at = now, desk.source = a;
+    return &desk.whole;
+  }
+
+  int64_t round_tasks(const Matrix &weights, int64_t m) const {
+    return m > FEW_ROWS && in_whole_numbers(weights, m) ? row_tasks(m) : 0;
+  }
+
+  // The phase that rounds many rows for the product of the next one. `rows`: of the step, to be read
+  // with a task in hand.
+  void round_rows(Walk &walk, const A *a, const int64_t &rows, int64_t depth) {
+    walk.share([&](int64_t task) {
+      const int64_t m = rows;
+      Rounded to;
+      to.lie_at(rounded, padded(m, TILE_ROWS), depth);
+      each_row(task, m, [&](int64_t r) { to.round(r, a + r * depth); });
+    });
   }
 
   template <class P>
@@ -199,8 +281,9 @@ template <class T> struct Engine {
   template <class Out>
   void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
               const Matrix &weights, const void *bias, const Split &split, Out out) {
+    const Rounded *whole = whole_numbers(desk, a, m, depth, weights);
     blocks(task, split, [&](int64_t first, int64_t count) {
-      product(desk, a, m, depth, weights, first, count, desk.columns);
+      product(desk, a, m, depth, weights, first, count, desk.columns, whole);
       for (int64_t r = 0; r < m; r++) {
         float *c = desk.columns + r * TILE_COLUMNS;
         if (bias)
@@ -229,9 +312,10 @@ template <class T> struct Engine {
   void gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split) {
     const int64_t n = layer.inner, m = step.num_tokens;
     const T *bias = (const T *)layer.gate_up_bias;
+    const Rounded *whole = whole_numbers(desk, normed, m, model.hidden, layer.gate_up);
     blocks(task, split, [&](int64_t first, int64_t count) {
-      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns);
-      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more);
+      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns, whole);
+      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more, whole);
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
@@ -328,7 +412,7 @@ template <class T> struct Engine {
     const int64_t n = model.hidden, half = model.head_dim / 2;
     const int64_t token = step.tokens[m], row = token * n;
     const bool plain = model.embed.format == WEIGHTS_PLAIN;
-    const float scale = (plain ? 1 : model.embed.scale[token]) * (float)model.embedding_scale;
+    const float scale = (plain ? 1 : ((const float *)model.embed.scale)[token]) * (float)model.embedding_scale;
     for (int64_t i = row; i < row + n; i += W) {
       const vec stored =
           plain ? vload((const T *)model.embed.at + i) : vload((const int8_t *)model.embed.at + i);
@@ -596,22 +680,29 @@ template <class T> struct Engine {
     int64_t p = 0;
     team.prepare(p++, row_tasks(m));
     for (int64_t l = 0; l < model.num_layers; l++) {
+      const Layer &layer = model.layers[l];
       team.prepare(p++, row_tasks(m));
+      team.prepare(p++, round_tasks(layer.qkv, m));
       team.prepare(p++, by_width.tasks());
       team.prepare(p++, row_tasks(m) * model.kv_heads);
       team.prepare(p++, attention_tasks(l));
+      team.prepare(p++, round_tasks(layer.o, m));
       team.prepare(p++, store_tasks() + by_hidden.tasks());
       team.prepare(p++, row_tasks(m));
+      team.prepare(p++, round_tasks(layer.gate_up, m));
       team.prepare(p++, by_inner[l].tasks());
+      team.prepare(p++, round_tasks(layer.down, m));
       team.prepare(p++, by_hidden.tasks());
     }
     team.prepare(p++, larger(1, step.num_wanted));
+    team.prepare(p++, round_tasks(model.head, step.num_wanted));
     team.prepare(p++, step.num_wanted ? by_vocab.tasks() : 1);
   }
 
   void run(int64_t index, uint64_t number) {
     Desk<A> &desk = desks[index];
     Walk walk{team, number};
+    desk.walk = &walk;
     walk.share([&](int64_t task) {
       each_row(task, step.num_tokens, [&](int64_t m) { embed(m); });
     });
@@ -623,6 +714,7 @@ template <class T> struct Engine {
       settle(step.wanted[i], owed_before(model.num_layers));
       normalise(x + step.wanted[i] * model.hidden, model.hidden, last, normed + i * model.hidden);
     });
+    round_rows(walk, normed, step.num_wanted, model.hidden);
     walk.share([&](int64_t task) {
       linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr,
              by_vocab,
@@ -644,6 +736,7 @@ template <class T> struct Engine {
     walk.share([&](int64_t task) {
       norm(task, owed_before(l), norm_of(layer, layer.attn_norm, layer.attn_norm_bias));
     });
+    round_rows(walk, normed, step.num_tokens, model.hidden);
     walk.share([&](int64_t task) {
       linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
@@ -656,6 +749,7 @@ template <class T> struct Engine {
                [&](int64_t m) { project(l, layer, m, task % kv); });
     });
     attend(walk, desk, l);
+    round_rows(walk, attended, step.num_tokens, queries);
     walk.share([&](int64_t task) {
       const int64_t stores = store_tasks(), kv = model.kv_heads;
       if (task < stores) store(l, step.segments[task / kv], task % kv);
@@ -668,7 +762,9 @@ template <class T> struct Engine {
       if (layer.parallel) each_row(task, step.num_tokens, [&](int64_t m) { settle(m, post); });
       else norm(task, post, norm_of(layer, layer.mlp_norm, layer.mlp_norm_bias));
     });
+    round_rows(walk, normed, step.num_tokens, model.hidden);
     walk.share([&](int64_t task) { gate_up(desk, task, layer, by_inner[l]); });
+    round_rows(walk, inner, step.num_tokens, layer.inner);
     walk.share([&](int64_t task) {
       add_linear(desk, task, inner, layer.inner, layer.down, layer.down_bias,
                  layer.mlp_post_norm);
@@ -727,11 +823,11 @@ template <class T> static void *open_engine(const Model *model, int64_t threads)
 }
 
 static bool known(const Matrix &weights) {
-  return weights.format == WEIGHTS_PLAIN || weights.format == WEIGHTS_INT8;
+  return weights.format >= WEIGHTS_PLAIN && weights.format <= WEIGHTS_INT4;
 }
 
 static bool known_formats(const Model &model) {
-  bool all = known(model.embed) && known(model.head);
+  bool all = known(model.embed) && model.embed.format != WEIGHTS_INT4 && known(model.head);
   for (int64_t l = 0; l < model.num_layers; l++) {
     const Layer &layer = model.layers[l];
     all = all && known(layer.qkv) && known(layer.o) && known(layer.gate_up) && known(layer.down);
@@ -786,7 +882,7 @@ EXPORT void moac_convert(const void *from, int64_t kind, void *to, int64_t to_bf
   for (int64_t i = 0; i < count; i++) {
     const float value = kind == 0   ? ((const float *)from)[i]
                         : kind == 1 ? widen(((const bf16 *)from)[i])
-                                    : _cvtsh_ss(((const uint16_t *)from)[i]);
+                                    : from_half(((const uint16_t *)from)[i]);
     if (to_bf16) {
       bf16 narrow[W];
       vstore(narrow, vset(value));

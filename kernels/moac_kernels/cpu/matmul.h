@@ -26,20 +26,18 @@ static inline void dots(const A *a, int64_t lda, const T *w, int64_t ldw, int64_
 #pragma GCC unroll 8
     for (int q = 0; q < Q; q++) {
       const T *from = w + q * ldw + i;
-      _mm_prefetch((const char *)(from + ahead), _MM_HINT_T0);
+      __builtin_prefetch(from + ahead);
       vec y = vweights(from, A());
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[r][q] = vdot(acc[r][q], x[r], y, A());
     }
   }
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(A) == 2) {
+  if constexpr (step > 16) {  // half a vector may be left
     if (i < k)
       for (int q = 0; q < Q; q++)
         for (int r = 0; r < R; r++)
           acc[r][q] = vdot(acc[r][q], vraw_half(a + r * lda + i), vraw_half(w + q * ldw + i), A());
   }
-#endif
   for (int r = 0; r < R; r++)
     for (int q = 0; q < Q; q++) c[r * ldc + q] = vsum(acc[r][q]);
 }
@@ -61,7 +59,7 @@ static void few(const A *a, int64_t m, int64_t k, const T *w, int64_t columns, f
   for (int64_t n = 0; n < columns; n += 4) {
     int64_t block = smaller(4, columns - n), r = 0;
     const T *rows = w + n * k;
-    if constexpr (sizeof(T) == 1 && W == 16)
+    if constexpr (sizeof(T) == 1 && REGISTERS == 32)
       for (; r + 8 <= m; r += 8) dot_rows<8, 2>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
     for (; r + 4 <= m; r += 4) dot_rows<4, 4>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
     for (; r < m; r++) dot_rows<1, 4>(a + r * k, k, rows, k, k, c + r * ldc + n, ldc, block);
@@ -95,61 +93,32 @@ static inline void tile(int64_t lanes, const A *a, int64_t lda, const A *b, floa
   }
 }
 
-#if defined(__AVX512BF16__)
-// The transpose of 16 by 16 lanes: rows `ld` elements apart, those past `rows` and lanes past
-// `lanes` are zero; written as `lanes` rows of TILE_COLUMNS lanes of A.
+// W rows of weights, `ld` elements apart, as columns: those past `rows` are zero; written as `lanes`
+// rows, at most W, of TILE_COLUMNS lanes of A.
 template <class A, class T>
 static inline void transpose(const T *from, int64_t ld, int64_t rows, int64_t lanes, float *to) {
-  __m512 x[16], y[16];
-  for (int i = 0; i < 16; i++)
-    x[i] = i < rows ? vweights(from + i * ld, smaller(lanes, 16), A()) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y[i]), _mm512_castps_pd(y[i + 2])));
-    x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y[i]), _mm512_castps_pd(y[i + 2])));
-    x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y[i + 1]), _mm512_castps_pd(y[i + 3])));
-    x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y[i + 1]), _mm512_castps_pd(y[i + 3])));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    y[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
-    y[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
-    y[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
-    y[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    x[i] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0x88);
-    x[i + 4] = _mm512_shuffle_f32x4(y[i + 4], y[i + 12], 0x88);
-    x[i + 8] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0xdd);
-    x[i + 12] = _mm512_shuffle_f32x4(y[i + 4], y[i + 12], 0xdd);
-  }
+  vec x[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++)
-    if (i < lanes) _mm512_storeu_ps(to + i * TILE_COLUMNS, x[i]);
+  for (int i = 0; i < W; i++) {
+    if (i >= rows) x[i] = vzero();
+    else if constexpr (W * LANE<A> <= 16) x[i] = vweights(from + i * ld, A());  // k is whole
+    else x[i] = vweights(from + i * ld, smaller(lanes, W), A());
+  }
+  vtranspose(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (i < lanes) vstore(to + i * TILE_COLUMNS, x[i]);
 }
 
 // Rows [rows][k] become the columns of a packed operand: k / LANE rows of TILE_COLUMNS lanes.
 template <class A, class T>
 static void pack_columns(const T *from, int64_t ld, int64_t rows, int64_t k, A *to) {
-  int64_t lanes = k / LANE<A>;
+  const int64_t lanes = k / LANE<A>;
   for (int64_t half = 0; half < TILE_COLUMNS; half += W)
     for (int64_t i = 0; i < lanes; i += W)
       transpose<A>(from + half * ld + i * LANE<A>, ld, rows - half, lanes - i,
                    (float *)to + i * TILE_COLUMNS + half);
 }
-#else
-template <class T>
-static void pack_columns(const T *from, int64_t ld, int64_t rows, int64_t k, float *to) {
-  for (int64_t r = 0; r < TILE_COLUMNS; r++)
-    for (int64_t i = 0; i < k; i++) to[i * TILE_COLUMNS + r] = r < rows ? widen(from[r * ld + i]) : 0;
-}
-#endif
 
 constexpr int64_t PANEL_LANES = 1024;  // a packed panel of 128 KiB at most, half of a small L2
 

@@ -5,11 +5,9 @@
 // without: a task counts as in hand until it is added to `done`, and for whoever adds the last
 // one until the clock is moved. The threads themselves come from Python.
 #pragma once
-#include <immintrin.h>
-#include <linux/futex.h>
 #include <stdint.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "waiting.h"
 
 // How often a waiting thread looks before it sleeps. Tests define less, so that more of them sleep.
 #ifndef PHASE_SPINS
@@ -75,21 +73,19 @@ struct Team {
 
   void ring() {
     __atomic_add_fetch(&bell, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST))
-      syscall(SYS_futex, &bell, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST)) wake_all(&bell);
   }
 
   // Until `word` is at least `value`.
   void wait(const uint64_t *word, uint64_t value, int spins) {
     for (int i = 0; i < spins; i++) {
       if (__atomic_load_n(word, __ATOMIC_ACQUIRE) >= value) return;
-      _mm_pause();
+      relax();
     }
     for (;;) {
       const int32_t heard = __atomic_load_n(&bell, __ATOMIC_SEQ_CST);
       __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-      if (__atomic_load_n(word, __ATOMIC_SEQ_CST) < value)
-        syscall(SYS_futex, &bell, FUTEX_WAIT_PRIVATE, heard, nullptr, nullptr, 0);
+      if (__atomic_load_n(word, __ATOMIC_SEQ_CST) < value) sleep_while(&bell, heard);
       __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
       if (__atomic_load_n(word, __ATOMIC_ACQUIRE) >= value) return;
     }

@@ -30,14 +30,17 @@ def open_backend(
     *,
     dtype: str | None = None,
     threads: int | None = None,
+    cpu: str | None = None,
 ) -> Backend:
     """Read a package's weights into the backend `name`; of an `Opening`, once it is checked.
 
     `dtype`: of weights and caches, None is the package's own. `threads`: CPU threads, None is
-    every core this process may use. Raises UsageError for a dtype that the backend does not
-    compute in, ArtifactError where the package is not whole, and MoacError where the backend
-    cannot run here.
+    every core this process may use. `cpu`: the instruction set of the backend cpu, None is the
+    best here. Raises UsageError for a dtype that the backend does not compute in, ArtifactError
+    where the package is not whole, and MoacError where the backend cannot run here.
     """
+    if name == "cpu":
+        return _cpu(package, dtype, threads, cpu)
     return _OPENERS[name](package, dtype, threads)
 
 
@@ -77,21 +80,31 @@ def _cuda(package: Artifact | Opening, dtype: str | None, threads: int | None) -
     return open_cuda(artifact)
 
 
-def _cpu(package: Artifact | Opening, dtype: str | None, threads: int | None) -> Backend:
+def _cpu(
+    package: Artifact | Opening, dtype: str | None, threads: int | None, cpu: str | None
+) -> Backend:
     from moac_runtime.backends.cpu.opening import open_cpu
 
-    return open_cpu(_checked(package), dtype=dtype, threads=threads)
+    return open_cpu(_checked(package), dtype=dtype, threads=threads, instruction_set=cpu)
 
 
-_OPENERS = {"cpu": _cpu, "cuda": _cuda, "onnx": _onnx, "torch": _torch}
+_OPENERS = {"cuda": _cuda, "onnx": _onnx, "torch": _torch}
 
 
-def choose_backend(asked: str | None, targets: Sequence[str], *, dtype: str | None = None) -> str:
+def choose_backend(
+    asked: str | None,
+    targets: Sequence[str],
+    *,
+    dtype: str | None = None,
+    cpu: str | None = None,
+) -> str:
     """The backend to run a package built for `targets` in `dtype`, None for its own.
 
-    One asked for by name is never replaced by another. Raises UsageError or MoacError.
+    One asked for by name is never replaced by another; an instruction set (`cpu`) asks for the
+    backend cpu. Raises UsageError or MoacError.
     """
     check_choice("backend", asked, BACKENDS)
+    asked = check_cpu(cpu, asked)
     built = {target.partition(":")[0] for target in targets}
     wanted = built if asked is None else {asked}
     runnable = [name for name in RUNNABLE if name in wanted & built]
@@ -128,6 +141,20 @@ def backend_obstacle(backend: str, targets: Sequence[str], dtype: str | None = N
     from moac_runtime.backends.cuda.opening import device_obstacle
 
     return device_obstacle(targets)
+
+
+def check_cpu(cpu: str | None, backend: str | None) -> str | None:
+    """The backend that is asked for together with an instruction set: the cpu backend has them.
+
+    Raises UsageError for an instruction set of another backend.
+    """
+    if cpu is None:
+        return backend
+    if backend not in (None, "cpu"):
+        raise UsageError(
+            f"--cpu is for the backend cpu, and --backend asks for {backend}; leave out one"
+        )
+    return "cpu"
 
 
 def check_choice(kind: str, asked: str | None, choices: Collection[str]) -> None:

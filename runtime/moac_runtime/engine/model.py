@@ -71,7 +71,7 @@ class Model:
 
     `capacity`: most tokens a session may hold, prompt and answer. `dtype`: of weights and cache,
     by name. `open_session(capacity)`: an empty session of the backend, for rows of so many tokens.
-    `load_s`: seconds loading took.
+    `load_s`: seconds loading took. `products`: what native kernels multiply weights in, by name.
     `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
     be told. `defaults`: the sampling that the checkpoint recommends, None where it does not count.
     """
@@ -87,6 +87,7 @@ class Model:
         open_session: Callable[[int], Session],
         load_s: float = 0.0,
         kernels: str | None = None,
+        products: str | None = None,
         note: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
@@ -97,6 +98,7 @@ class Model:
         self.backend = backend
         self.load_s = load_s
         self.kernels = kernels
+        self.products = products
         self.note = note
         self.defaults = defaults
         self._open_session = open_session
@@ -209,13 +211,15 @@ def load(
     backend: str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
+    cpu: str | None = None,
 ) -> Model:
     """Open the package at `path`, check it, and read its weights.
 
     `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
-    `threads`: CPU threads, None is every core this process may use (`cores`). Raises UsageError,
-    ArtifactError where the package is not whole, and MoacError where the backend asked for
-    cannot run here.
+    `threads`: CPU threads, None is every core this process may use (`cores`). `cpu`: the
+    instruction set of the native kernels, None is what MOAC_CPU says, else the best one here.
+    Raises UsageError, ArtifactError where the package is not whole, and MoacError where the
+    backend or the instruction set asked for cannot run here.
     """
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
@@ -225,8 +229,8 @@ def load(
             f"to load this package, whose weights take {opening.weight_bytes / 2**20:.1f} MiB"
         )
         with telling_shortage(purpose, _FEWER_WEIGHTS):
-            chosen = choose_backend(backend, opening.targets, dtype=dtype)
-            opened = open_backend(opening, chosen, dtype=dtype, threads=threads)
+            chosen = choose_backend(backend, opening.targets, dtype=dtype, cpu=cpu)
+            opened = open_backend(opening, chosen, dtype=dtype, threads=threads, cpu=cpu)
         artifact = opening.result()
     except BaseException:
         opening.cancel()
@@ -240,6 +244,7 @@ def load(
         open_session=lambda capacity: opened.session(),
         load_s=time.perf_counter() - started,
         kernels=opened.kernels,
+        products=getattr(opened, "products", None),
         note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
         defaults=_defaults(artifact),
     )

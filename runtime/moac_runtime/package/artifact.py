@@ -52,7 +52,7 @@ class Artifact:
 
     @property
     def weights(self) -> str:
-        """How the matrices are stored: "full" (in `dtype`), "int8", or "mixed" by their kinds."""
+        """How matrices are stored: "full" (in `dtype`), "int8", "int4", or "mixed" by kinds."""
         return described(self.weight_formats)
 
     def path(self, name: str) -> Path:

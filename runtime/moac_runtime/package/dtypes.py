@@ -22,5 +22,8 @@ DTYPES = {
     "float16": Dtype(2, "F16", 2),
 }
 DTYPE_BYTES = {name: dtype.bytes for name, dtype in DTYPES.items()}
-STORED_BYTES = {dtype.safetensors: dtype.bytes for dtype in DTYPES.values()} | {"I8": 1}
-"""Bytes of an element by safetensors' name, those of 8-bit weights among them."""
+STORED_BYTES = {dtype.safetensors: dtype.bytes for dtype in DTYPES.values()} | {
+    "I8": 1,
+    "U8": 1,
+}
+"""Bytes of an element by safetensors' name, those of 8-bit and 4-bit weights among them."""

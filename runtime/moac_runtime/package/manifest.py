@@ -17,7 +17,7 @@ from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
 from moac_runtime.package.records import has_neutral, record_in, records_in
 from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec, RopeSpec
-from moac_runtime.package.weight_formats import matrix_kinds
+from moac_runtime.package.weight_formats import formats_of, matrix_kinds
 
 FORMAT = "moac"
 SCHEMA_VERSION = 3
@@ -30,7 +30,7 @@ class Manifest:
     """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
 
     `kv_format`: how keys and values are held, `dtype` so far. `weight_formats`: of each kind of
-    matrix (see `weight_formats.py`), `dtype` or "int8".
+    matrix (see `weight_formats.py`), `dtype`, "int8" or "int4".
     """
 
     model: ModelSpec
@@ -277,8 +277,8 @@ def _weight_formats(data: Mapping[str, Any], spec: ModelSpec, dtype: str) -> dic
     if sorted(found) != sorted(kinds):
         raise _wrong("weight_formats", found, f"a format for each of {', '.join(kinds)}")
     for kind in found:
-        if found[kind] not in (dtype, "int8"):
-            raise _wrong(f"weight_formats.{kind}", found[kind], f"one of {dtype}, int8")
+        if found[kind] not in (formats := formats_of(kind, dtype)):
+            raise _wrong(f"weight_formats.{kind}", found[kind], f"one of {', '.join(formats)}")
     return found
 
 

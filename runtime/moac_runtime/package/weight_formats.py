@@ -1,17 +1,22 @@
 """How the matrices of a package are stored: each kind of matrix has a format of its own.
 
-The formats: the package's dtype, and "int8", whole numbers of -127 to 127 with a float32 scale
-for each row. Norms and biases are always of the package's dtype.
+The formats: the package's dtype; "int8", whole numbers of -127 to 127 with a float32 scale for
+each row; and "int4", numbers of 0 to 15, two a byte, with a bfloat16 scale and offset for each
+group of a row. Norms and biases are always of the package's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from moac_runtime.package.spec import ModelSpec
 
-WEIGHTS = ("full", "int8")
-"""What a compile may ask for: every matrix in the package's dtype, or every one in 8 bits."""
+WEIGHTS = ("full", "int8", "int4")
+"""What a compile may ask for: every matrix in the package's dtype, every one in 8 bits, or those
+of the layers in 4 bits and embedding and head in 8."""
+
+GROUP, BLOCK = 32, 64
+"""Of 4-bit weights: how many of a row share a scale, and how many lie together in memory."""
 
 _OF_LAYERS = ("qkv", "o", "gate_up", "down")
 
@@ -27,12 +32,50 @@ def kind_of(name: str) -> str:
     return name.split(".")[-2]
 
 
+def format_of(kind: str, weights: str) -> str:
+    """The format, "int8" or "int4", of a kind of matrix where `weights` are rounded."""
+    return weights if kind in _OF_LAYERS else "int8"
+
+
+def formats_of(kind: str, dtype: str) -> tuple[str, ...]:
+    """The formats that a kind of matrix may have in a package of `dtype`."""
+    return (dtype, "int8", "int4") if kind in _OF_LAYERS else (dtype, "int8")
+
+
 def weight_formats(spec: ModelSpec, weights: str, dtype: str) -> dict[str, str]:
     """The formats of `weights`, one of `WEIGHTS`, in a package of `dtype`."""
-    return dict.fromkeys(matrix_kinds(spec), "int8" if weights == "int8" else dtype)
+    kinds = matrix_kinds(spec)
+    return {kind: dtype if weights == "full" else format_of(kind, weights) for kind in kinds}
 
 
 def described(formats: Mapping[str, str]) -> str:
-    """The formats in a word: "full", "int8", or "mixed" where kinds differ."""
-    narrow = [format == "int8" for format in formats.values()]
-    return "int8" if all(narrow) else "mixed" if any(narrow) else "full"
+    """The formats in a word, one of `WEIGHTS`, or "mixed" where kinds differ in another way."""
+    found = {kind: format for kind, format in formats.items() if format in ("int8", "int4")}
+    if not found:
+        return "full"
+    for weights in WEIGHTS[1:]:
+        if formats == {kind: format_of(kind, weights) for kind in formats}:
+            return weights
+    return "mixed"
+
+
+def padded_columns(columns: int) -> int:
+    """Columns of 4-bit weights as they lie, in whole blocks."""
+    return -(-columns // BLOCK) * BLOCK
+
+
+def int4_obstacle(spec: ModelSpec, targets: Collection[str]) -> str | None:
+    """Why a model is not packaged in 4 bits for some targets, None where it is."""
+    if spec.head_dim % GROUP:
+        return (
+            f"--weights int4 needs a head_dim that is a multiple of {GROUP}, since heads are "
+            f"permuted and a group may not straddle two, and the model has {spec.head_dim}; give "
+            "--weights int8"
+        )
+    others = sorted({name.partition(":")[0] for name in targets} - {"torch", "cpu"})
+    if others:
+        return (
+            f"--weights int4 and the target {others[0]} do not go together yet; leave "
+            f"{others[0]} out of --target, or give --weights int8"
+        )
+    return None

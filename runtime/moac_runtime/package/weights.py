@@ -1,7 +1,10 @@
 """Tensors of a package: which ones a spec asks for, and reading them memory-mapped.
 
 A matrix of the format int8 stands there as whole numbers of -127 to 127 and beside it, under
-`scale` in place of `weight`, one float32 for each of its rows: weight = number x scale.
+`scale` in place of `weight`, one float32 for each of its rows: weight = number x scale. One of the
+format int4 stands there in blocks of 64 columns, the last filled up: byte i of a block's 32 holds
+number i, of 0 to 15, in its low half and number 32 + i in its high half; under `scale` stand two
+bfloat16 for each group of 32 columns: weight = number x scale + offset.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import LayerSpec, ModelSpec
-from moac_runtime.package.weight_formats import kind_of
+from moac_runtime.package.weight_formats import BLOCK, GROUP, kind_of, padded_columns
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +54,31 @@ class Entry:
 
 def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
     """Every tensor in a package's files by name, scales among them."""
-    stored, entries = DTYPES[artifact.dtype].safetensors, {}
+    stored = DTYPES[artifact.dtype].safetensors
+    entries: dict[str, Entry] = {}
     for name, shape in expected_tensors(artifact.spec).items():
-        if is_matrix(shape) and artifact.weight_formats[kind_of(name)] == "int8":
-            entries[name] = Entry(shape, "I8")
-            entries[scale_name(name)] = Entry(shape[:1], "F32")
-        else:
-            entries[name] = Entry(shape, stored)
+        form = artifact.weight_formats[kind_of(name)] if is_matrix(shape) else artifact.dtype
+        entries |= _entries(name, shape, form, stored)
     return entries
+
+
+def _entries(name: str, shape: Shape, form: str, stored: str) -> dict[str, Entry]:
+    """A tensor in a format, and its scales where it has any."""
+    if form == "int8":
+        return {name: Entry(shape, "I8"), scale_name(name): Entry(shape[:1], "F32")}
+    if form == "int4":
+        rows, columns = shape[0], padded_columns(shape[1])
+        return {
+            name: Entry((rows, columns // 2), "U8"),
+            scale_name(name): Entry((rows, 2 * columns // GROUP), "BF16"),
+        }
+    return {name: Entry(shape, stored)}
+
+
+def packed_names(artifact: Artifact) -> frozenset[str]:
+    """The names of the 4-bit weights."""
+    entries = stored_tensors(artifact)
+    return frozenset(name for name, entry in entries.items() if entry.stored == "U8")
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
@@ -67,15 +87,15 @@ def is_matrix(shape: Sequence[int]) -> bool:
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of an 8-bit weight."""
+    """The name of the scales of an 8-bit or 4-bit weight."""
     return f"{name.removesuffix('weight')}scale"
 
 
 def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every weight by name, on the CPU, memory-mapped; copied only where `dtype` differs.
 
-    8-bit weights are multiplied out to `dtype`. Raises ArtifactError where a tensor is missing,
-    unknown, or of another shape or dtype.
+    Weights of 8 and 4 bits are multiplied out to `dtype`. Raises ArtifactError where a tensor is
+    missing, unknown, or of another shape or dtype.
     """
     found: dict[str, torch.Tensor] = {}
     expected = stored_tensors(artifact)
@@ -84,12 +104,19 @@ def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tens
             for name in names:
                 _check_entry(file, shard, name, expected[name])
                 found[name] = file.get_tensor(name)
-    return {name: _loaded(found, name, dtype) for name in expected_tensors(artifact.spec)}
+    shapes = expected_tensors(artifact.spec)
+    return {name: _loaded(found, name, shape, dtype) for name, shape in shapes.items()}
 
 
-def _loaded(found: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
-    scales = found.get(scale_name(name))
-    return found[name].to(dtype) if scales is None else dequantised(found[name], scales, dtype)
+def _loaded(
+    found: Mapping[str, torch.Tensor], name: str, shape: Shape, dtype: torch.dtype
+) -> torch.Tensor:
+    numbers, scales = found[name], found.get(scale_name(name))
+    if scales is None:
+        return numbers.to(dtype)
+    if len(scales.shape) == 1:
+        return dequantised(numbers, scales, dtype)
+    return unpacked(numbers, scales, shape[1], dtype)
 
 
 def dequantised(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -102,6 +129,26 @@ def dequantised(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
         strict=True,
     ):
         part.copy_(some * scale[:, None])
+    return weight
+
+
+def unpacked(
+    numbers: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight `[out, columns]` that 4-bit `numbers` `[out, padded / 2]` and `scales` mean.
+
+    `scales` `[out, 2 padded / 32]`: of each group a bfloat16 scale and offset, side by side.
+    """
+    weight = numbers.new_empty((len(numbers), columns), dtype=dtype)
+    for part, some, pairs in zip(
+        weight.split(_ROWS), numbers.split(_ROWS), scales.split(_ROWS), strict=True
+    ):
+        blocks = some.unflatten(1, (-1, 1, BLOCK // 2))
+        halves = blocks.new_empty((*blocks.shape[:2], 2, BLOCK // 2))
+        halves[:, :, 0], halves[:, :, 1] = blocks[:, :, 0] & 15, blocks[:, :, 0] >> 4
+        scale, offset = pairs.float().unflatten(1, (-1, 1, 2)).unbind(-1)
+        wide = halves.flatten(1).unflatten(1, (-1, GROUP)) * scale + offset
+        part.copy_(wide.flatten(1)[:, :columns])
     return weight
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from moac_runtime.backends.cpu.library import (
     SHORT_OF_MEMORY,
+    WEIGHTS_INT4,
     WEIGHTS_INT8,
     WEIGHTS_PLAIN,
     LayerStruct,
@@ -59,8 +60,8 @@ class CpuEngine:
 
     `addresses`: of the weights by name, in `dtype`, heads in packed order (docs/FORMAT.md,
     "Weights"); `memory` is what they lie in, and is held. A matrix is int8 where it has
-    scales. `threads`: None is every core this process may use. Raises MoacError where memory
-    is short or the system lets no more threads start.
+    scales, or int4 where `packed` has its name. `threads`: None is every core this process may
+    use. Raises MoacError where memory is short or the system lets no more threads start.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class CpuEngine:
         dtype: str,
         threads: int | None = None,
         memory: object = None,
+        packed: Collection[str] = (),
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -79,7 +81,7 @@ class CpuEngine:
         self._library = library
         self._memory = memory
         self._lock = threading.Lock()
-        self._model = _model(spec, addresses, dtype)
+        self._model = _model(spec, addresses, dtype, packed)
         handle = ctypes.c_void_p()
         _check(library.moac_open(ctypes.byref(self._model), self.threads, ctypes.byref(handle)))
         self._handle = handle.value or 0
@@ -143,10 +145,15 @@ def _check(status: int) -> None:
         )
 
 
-def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelStruct:
+def _model(
+    spec: ModelSpec, addresses: Mapping[str, int], dtype: str, packed: Collection[str]
+) -> ModelStruct:
+    def matrix(name: str) -> MatrixStruct:
+        return _matrix(addresses, name, packed)
+
     names = [f"layers.{index}" for index in range(spec.num_layers)]
     layers = (LayerStruct * spec.num_layers)(
-        *(_layer(addresses, name, spec.layer(index)) for index, name in enumerate(names))
+        *(_layer(addresses, name, spec.layer(index), matrix) for index, name in enumerate(names))
     )
     scalings = [factor for rope in spec.ropes for factor in rope_scalings(rope, spec.head_dim)]
     head = "embed" if spec.tied_embeddings else "lm_head"
@@ -162,8 +169,8 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
         norm_eps=spec.norm.eps,
         plus_one=spec.norm.plus_one,
         centred=spec.norm.centred,
-        embed=_matrix(addresses, "embed"),
-        head=_matrix(addresses, head),
+        embed=matrix("embed"),
+        head=matrix(head),
         norm=addresses["norm.weight"],
         norm_bias=addresses.get("norm.bias"),
         layers=layers,
@@ -176,18 +183,23 @@ def _model(spec: ModelSpec, addresses: Mapping[str, int], dtype: str) -> ModelSt
     )
 
 
-def _matrix(addresses: Mapping[str, int], name: str) -> MatrixStruct:
-    """A matrix as it is stored: in 8 bits where it has scales."""
-    scale = addresses.get(f"{name}.scale")
-    stored = WEIGHTS_PLAIN if scale is None else WEIGHTS_INT8
-    return MatrixStruct(addresses[f"{name}.weight"], scale, stored)
+def _matrix(addresses: Mapping[str, int], name: str, packed: Collection[str]) -> MatrixStruct:
+    """A matrix as it is stored: in 8 or 4 bits where it has scales."""
+    scale, weight = addresses.get(f"{name}.scale"), f"{name}.weight"
+    narrow = WEIGHTS_INT4 if weight in packed else WEIGHTS_INT8
+    return MatrixStruct(addresses[weight], scale, WEIGHTS_PLAIN if scale is None else narrow)
 
 
-def _layer(addresses: Mapping[str, int], name: str, layer: LayerSpec) -> LayerStruct:
+def _layer(
+    addresses: Mapping[str, int],
+    name: str,
+    layer: LayerSpec,
+    matrix: Callable[[str], MatrixStruct],
+) -> LayerStruct:
     return LayerStruct(
         **{norm: addresses.get(f"{name}.{norm}.weight") for norm in _NORMS},
         **{f"{norm}_bias": addresses.get(f"{name}.{norm}.bias") for norm in _WIDE_NORMS},
-        **{weight: _matrix(addresses, f"{name}.{weight}") for weight in _LINEAR},
+        **{weight: matrix(f"{name}.{weight}") for weight in _LINEAR},
         **{f"{weight}_bias": addresses.get(f"{name}.{weight}.bias") for weight in _LINEAR},
         inner=layer.intermediate_size,
         activation=_activation(layer),

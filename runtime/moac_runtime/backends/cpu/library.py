@@ -6,28 +6,36 @@ The structs mirror `kernels/moac_kernels/cpu/abi.h`. Nothing here needs torch or
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from collections.abc import Collection, Iterable
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from moac_runtime.errors import ArtifactError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 
 ABI = 4
 
 # How weights and caches lie in memory, and what the functions return, as abi.h numbers them.
-WEIGHTS_PLAIN, WEIGHTS_INT8 = 0, 1
+WEIGHTS_PLAIN, WEIGHTS_INT8, WEIGHTS_INT4 = 0, 1, 2
 CACHE_PLAIN = 0
 DONE, SHORT_OF_MEMORY, UNKNOWN_FORMAT = 0, 1, 2
 
+_AVX2 = frozenset(("avx2", "fma", "f16c"))
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+
 # What each build asks of the processor, by the names of /proc/cpuinfo; best first.
 INSTRUCTION_SETS = {
-    "avx512bf16": frozenset(
-        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma", "f16c")
-    ),
-    "avx2": frozenset(("avx2", "fma", "f16c")),
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "arm64": frozenset(("asimd", "asimddp")),
 }
 CPU_TARGETS = tuple(f"cpu:{name}" for name in INSTRUCTION_SETS)
+MOAC_CPU = "MOAC_CPU"  # the environment variable that asks for an instruction set
+
+_WITH_BFLOAT16 = ("avx512bf16",)  # the others multiply bfloat16 as float32
 
 
 class MatrixStruct(Structure):
@@ -113,12 +121,30 @@ def library_name(instruction_set: str) -> str:
 
 def host_features() -> frozenset[str]:
     """What this processor offers, by the names of /proc/cpuinfo; nothing where that is absent."""
+    if sys.platform == "darwin":
+        return _apple_features()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), ":")
+    names = ("flags", "Features")  # on x86-64 and on arm64
+    flags = next((line for line in text.splitlines() if line.startswith(names)), ":")
     return frozenset(flags.partition(":")[2].split())
+
+
+def _apple_features() -> frozenset[str]:
+    """The same of a Mac, which has no /proc: every Apple chip has NEON, and says of the rest."""
+    named = {"asimd": "hw.optional.arm64", "asimddp": "hw.optional.arm.FEAT_DotProd"}
+    return frozenset(name for name, key in named.items() if _sysctl(key))
+
+
+def _sysctl(key: str) -> bool:
+    value, size = ctypes.c_int(0), ctypes.c_size_t(4)
+    system: Any = ctypes.CDLL(None)
+    failed = system.sysctlbyname(
+        key.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return not failed and bool(value.value)
 
 
 def runnable_sets(targets: Iterable[str], features: Collection[str] | None = None) -> list[str]:
@@ -133,6 +159,43 @@ def runnable_sets(targets: Iterable[str], features: Collection[str] | None = Non
         for name, needed in INSTRUCTION_SETS.items()
         if ("cpu" in built or f"cpu:{name}" in built) and needed.issubset(found)
     ]
+
+
+def choose_set(targets: Iterable[str], asked: str | None = None) -> str:
+    """The instruction set to run of a package's targets: the one asked for, else the best.
+
+    `asked`: None is what the environment variable MOAC_CPU says, if anything. Raises UsageError
+    for a name that there is not, MoacError where the processor or the package lacks it.
+    """
+    built = list(targets)
+    runnable = runnable_sets(built)
+    by = "--cpu" if asked is not None else MOAC_CPU
+    name = asked if asked is not None else os.environ.get(MOAC_CPU) or None
+    if name is None:
+        return runnable[0]
+    if name in runnable:
+        return name
+    if name not in INSTRUCTION_SETS:
+        raise UsageError(f"{by} asks for {name!r}, expected one of {', '.join(INSTRUCTION_SETS)}")
+    here = f"choose from {', '.join(runnable)}"
+    lacking = sorted(INSTRUCTION_SETS[name] - host_features())
+    if lacking:
+        raise MoacError(
+            f"{by} asks for {name}, and this processor lacks {', '.join(lacking)}; {here}"
+        )
+    raise MoacError(f"{by} asks for {name}, for which the package has no kernels; {here}")
+
+
+def products(instruction_set: str, dtype: str, *, whole: bool = False) -> str:
+    """What weights are multiplied in: float32, bfloat16, or int8 where `whole` numbers are.
+
+    `dtype`: what a package computes in. Whole numbers are multiplied as such in bfloat16 alone.
+    """
+    if dtype != "bfloat16":
+        return dtype
+    if whole:
+        return "int8"
+    return "bfloat16" if instruction_set in _WITH_BFLOAT16 else "float32"
 
 
 def open_library(path: Path) -> Any:

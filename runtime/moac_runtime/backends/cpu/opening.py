@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from moac_runtime.backends.cpu.engine import CpuEngine, obstacle
-from moac_runtime.backends.cpu.library import library_name, open_library, runnable_sets
+from moac_runtime.backends.cpu.library import (
+    choose_set,
+    library_name,
+    open_library,
+    products,
+    runnable_sets,
+)
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.backends.cpu.weights import map_weights
 from moac_runtime.errors import MoacError, UsageError
@@ -15,6 +21,7 @@ from moac_runtime.host.extras import missing
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.weights import packed_names
 
 
 def host_obstacle(
@@ -51,13 +58,15 @@ def host_obstacle(
 class CpuModel:
     """A model on the native kernels, a `Backend`. `kernels`: the instruction set in use.
 
-    `plan`: the one that sessions run under where they are given no other.
+    `plan`: the one that sessions run under where they are given no other. `products`: what most
+    weights are multiplied in, by name.
     """
 
     engine: CpuEngine
     plan: Plan
     head_order: Sequence[Sequence[int]]
     kernels: str
+    products: str
 
     @property
     def dtype(self) -> str:
@@ -78,8 +87,9 @@ def open_cpu(
 ) -> CpuModel:
     """Open a package's kernels and map its weights. `threads`: None is every core at hand.
 
-    `instruction_set`: None is the best this processor has. Raises UsageError for a dtype that no
-    kernel computes in, ArtifactError, MoacError where no kernel fits this processor.
+    `instruction_set`: None is what MOAC_CPU says, else the best this processor has. Raises
+    UsageError for a dtype that no kernel computes in, ArtifactError, MoacError where no kernel
+    fits this processor.
     """
     reason = host_obstacle(artifact.targets, dtype, model=(artifact.spec, artifact.dtype))
     if reason is not None:
@@ -89,7 +99,7 @@ def open_cpu(
         raise UsageError(
             f"the CPU kernels do not serve this ({unserved}); run with --backend torch"
         )
-    chosen = instruction_set or runnable_sets(artifact.targets)[0]
+    chosen = choose_set(artifact.targets, instruction_set)
     library = open_library(artifact.path(library_name(chosen)))
     weights = map_weights(artifact, library, precision)
     engine = CpuEngine(
@@ -99,5 +109,12 @@ def open_cpu(
         dtype=precision,
         threads=threads,
         memory=weights.memory,
+        packed=packed_names(artifact),
     )
-    return CpuModel(engine, artifact.plan, artifact.head_order, chosen)
+    return CpuModel(
+        engine,
+        artifact.plan,
+        artifact.head_order,
+        chosen,
+        products(chosen, precision, whole=artifact.weights != "full"),
+    )

@@ -33,7 +33,7 @@ class MappedWeights:
 
 
 def map_weights(artifact: Artifact, library: Any, dtype: str) -> MappedWeights:
-    """Every weight of a package as `dtype`, float32 or bfloat16; of 8 bits as it lies, and scales.
+    """Every weight of a package as `dtype`, float32 or bfloat16; of fewer bits as it lies.
 
     Files are mapped and not copied where they hold `dtype`; else what is converted is the only
     copy of it that stays. Raises ArtifactError as `weights.load_weights` does.
@@ -100,7 +100,7 @@ def _converted(
     counts = {
         name: math.prod(shape)
         for name, shape in expected_tensors(artifact.spec).items()
-        if entries[name].stored != "I8"
+        if entries[name].stored not in ("I8", "U8")
     }
     itemsize, stored_as = DTYPES[dtype].bytes, DTYPES[artifact.dtype].number
     memory = mmap.mmap(-1, sum(counts.values()) * itemsize)

@@ -1,0 +1,155 @@
+"""Every instruction set's kernels as programs of their own; arm64's in an emulator on x86-64."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CONTEXT, Compiled, request
+
+from moac import compile_model
+from moac_kernels.cpu_build import INSTRUCTION_SETS, SOURCES, find_compiler, host_sets
+from moac_runtime.backends.cpu.library import INSTRUCTION_SETS as FEATURES
+from moac_runtime.backends.cpu.library import host_features
+from moac_runtime.backends.layout import head_runs, packed_spans, rope_tables
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.golden import load_golden
+
+TESTS = Path(__file__).parent
+EMULATOR = "qemu-aarch64"
+FORMATS = {"int8": 1, "int4": 2}
+Run = Callable[..., str]
+
+
+def obstacle(name: str) -> str | None:
+    """Why programs for an instruction set cannot be built and run here; None where they can."""
+    if find_compiler(name) is None:
+        return f"there is no compiler for {name} here"
+    if name in host_sets():
+        lacking = FEATURES[name] - host_features()
+        return f"this processor has no {name}" if lacking else None
+    return None if shutil.which(EMULATOR) else f"there is no {EMULATOR} here"
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, scope="module")
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(driver, *words)`: what a driver of this folder prints, built for an instruction set."""
+    name: str = request.param
+    if reason := obstacle(name):
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp(name)
+    emulator = [] if name in host_sets() else [EMULATOR]
+
+    def start(driver: str, *words: object) -> str:
+        program = folder / driver
+        if not program.exists():
+            flags = ("-std=c++17", "-O2", "-pthread", "-static", *INSTRUCTION_SETS[name])
+            include = ("-I", str(SOURCES))
+            source = str(TESTS / f"{driver}.cpp")
+            command = [str(find_compiler(name)), *flags, *include, source, "-o", str(program)]
+            built = subprocess.run(command, capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr
+        done = subprocess.run(
+            [*emulator, str(program), *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return start
+
+
+def test_whole_numbers_are_multiplied_exactly(run: Run) -> None:
+    assert run("whole_numbers") == "exact\n"
+
+
+@pytest.fixture(scope="module", params=["full", "int8", "int4"])
+def package(
+    request: Any,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_package: Compiled,
+    tmp_path_factory: Any,
+) -> Path:
+    source = tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
+    out: Path = tmp_path_factory.mktemp("sets") / "out"
+    asked = request_of(request.param)
+    compile_model(source, out, request=asked, work_dir=tiny_package.work_dir)
+    return out
+
+
+def request_of(weights: str) -> Any:
+    return request(weights=weights, targets=("torch",), dtype="bfloat16")
+
+
+def integers(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def described(artifact: Artifact, tokens: Sequence[int], capacity: int, *, bf16: bool) -> bytes:
+    """The package for `golden_logits.cpp`, in bfloat16 or widened to float32."""
+    spec = artifact.spec
+    layer = spec.kinds[0]
+    (shard,) = (artifact.root / "weights").glob("*.safetensors")
+    tensors = load_file(shard)
+    kinds = ("embed", "qkv", "o", "gate_up", "down", "lm_head")
+    formats = [FORMATS.get(artifact.weight_formats.get(kind, ""), 0) for kind in kinds]
+    shape = (spec.num_layers, spec.hidden_size, layer.intermediate_size, spec.num_heads)
+    rest = (spec.num_kv_heads, spec.head_dim, spec.vocab_size, bf16, spec.tied_embeddings)
+    parts = [integers((*shape, *rest, len(tokens), *formats, *tokens))]
+    for heads in packed_spans(artifact.plan, artifact.head_order, capacity):
+        runs = head_runs(heads)
+        parts.append(integers([len(runs)]))
+        for found in runs:
+            head = found.layout.head
+            parts.append(integers([found.first, found.num_heads, head.size, head.sink]))
+    (table,) = rope_tables(spec.ropes, spec.head_dim, capacity)
+    parts.append(np.array([*table, spec.norm.eps], dtype="<f4").tobytes())
+
+    def add(name: str) -> None:
+        matrix = tensors[f"{name}.weight"]
+        narrow = matrix.dtype in (torch.int8, torch.uint8)
+        parts.append(_bytes(matrix if narrow or bf16 else matrix.float()))
+        if len(matrix.shape) == 2:
+            parts.append(_bytes(tensors[f"{name}.scale"]) if narrow else integers([0]))
+
+    add("embed")
+    for index in range(spec.num_layers):
+        for part in ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"):
+            add(f"layers.{index}.{part}")
+    add("norm")
+    if not spec.tied_embeddings:
+        add("lm_head")
+    return b"".join(parts)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return integers([len(data)]) + data
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_golden_logits_are_those_of_the_package(
+    run: Run, package: Path, tmp_path: Path, bf16: bool
+) -> None:
+    artifact = open_artifact(package)
+    limits = artifact.verification["limits"]
+    narrow = artifact.weights != "full"
+    limit = limits[("activations" if narrow else "bfloat16") if bf16 else "float32"]
+    for prompt in load_golden(artifact):
+        tokens = prompt.tokens.tolist()
+        model, out = tmp_path / "model", tmp_path / "logits"
+        model.write_bytes(described(artifact, tokens, prompt.capacity, bf16=bf16))
+        run("golden_logits", model, out, 8, 2)
+        logits = torch.from_numpy(np.fromfile(out, dtype="<f4")).view(len(tokens), -1)
+        error = float((logits[prompt.positions] - prompt.logits).abs().max())
+        assert error <= limit
