@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
-_CHOICE: tuple[tuple[str, type, str, str], ...] = (
+CHOICE: tuple[tuple[str, type, str, str], ...] = (
     ("--temperature", float, "T", "0 takes the likeliest token (the checkpoint's, else 0)"),
     ("--top-k", int, "K", "draw from the K likeliest tokens (the checkpoint's, else all)"),
     ("--top-p", float, "P", "draw from the likeliest of mass P (the checkpoint's, else all)"),
@@ -76,8 +76,8 @@ def _parser(package: Path | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run_parser() -> argparse.ArgumentParser:
-    """What `moac run` takes, for whoever completes or documents it."""
+def parser() -> argparse.ArgumentParser:
+    """What `moac run` takes."""
     return _parser(None)
 
 
@@ -114,7 +114,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    for name, kind, metavar, told in _CHOICE:
+    for name, kind, metavar, told in CHOICE:
         add(name, type=kind, metavar=metavar, help=told)
     add(
         "--stop",

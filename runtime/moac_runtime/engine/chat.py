@@ -29,11 +29,17 @@ class Chat:
     """
 
     def __init__(
-        self, model: Model, engine: Engine, *, system: str | None, options: SamplingOptions
+        self,
+        model: Model,
+        engine: Engine,
+        *,
+        system: str | None,
+        options: SamplingOptions,
+        open_ended: bool,
     ) -> None:
         self._model, self._engine = model, engine
         self.options = options
-        self.open_ended = False
+        self.open_ended = open_ended
         self.system = system
         self.messages: list[dict[str, Any]] = []
         self.last: Turn | None = None
@@ -74,6 +80,7 @@ class Chat:
     def set(self, **changes: Any) -> None:
         """Change sampling from the next turn on. Raises UsageError for a wrong value."""
         self.options = replace(self.options, **changes)
+        self.open_ended = self.open_ended and "max_tokens" not in changes
 
     def save(self, path: str | FilePath) -> None:
         """Write the conversation and the cache of its last turn to a safetensors file."""

@@ -319,6 +319,7 @@ class Engine:
         if request.constraint is not None:
             request.constraint.accept(token)
         active.answer.push(token)
+        self.totals.chosen += 1
         if active.done:
             self._end(active)
 

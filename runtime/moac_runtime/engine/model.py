@@ -107,7 +107,6 @@ class Model:
         self.defaults = defaults
         self.digest = digest
         self._open_session = open_session
-        self._chats: Engine | None = None
 
     def sampling(self, **sampling: Unpack[Sampling]) -> ChosenSampling:
         """The sampling that an answer with these keywords gets, and whence each value came.
@@ -166,11 +165,27 @@ class Model:
         rows = self._rows([prompt], system=system, raw=raw, parse_special=parse_special)
         return Stream(self._batch(rows, options, capacity=capacity))
 
-    def chat(self, *, system: str | None = None, **sampling: Unpack[Sampling]) -> Chat:
-        """A conversation that goes on from what it has read. Raises as `generate`."""
-        if self._chats is None:
-            self._chats = self.engine(kept_bytes=KEPT_BYTES)
-        return Chat(self, self._chats, system=system, options=self.sampling(**sampling).options)
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+        fixed_capacity: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Chat:
+        """A conversation that goes on from what it has read.
+
+        `context`: most tokens it may have, None for the model's capacity. `fixed_capacity`: it
+        ends where its row is full, instead of growing. Answers are as long as the model makes them
+        unless `max_tokens` says less. Raises as `generate`.
+        """
+        open_ended = sampling.get("max_tokens") is None
+        if open_ended:
+            sampling["max_tokens"] = self.capacity
+        session_capacity([0], 1, asked=context, most=self.capacity)
+        engine = self.engine(context=context, kept_bytes=KEPT_BYTES, fixed_capacity=fixed_capacity)
+        options = self.sampling(**sampling).options
+        return Chat(self, engine, system=system, options=options, open_ended=open_ended)
 
     def engine(self, *, kv_bytes: int | None = None, **limits: Any) -> Engine:
         """An engine with a session of its own; `limits` are those of `engine.Limits`.

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 class Totals:
     """Counts since the engine was made.
 
-    `read`: prompt tokens fed; `reused`: prompt tokens that kept caches held; `written`: answer
-    tokens fed. A step's seconds are shared out between reading and writing by their tokens.
-    `held`: most bytes of rows at once; `dense`: what full attention would have held then.
+    `read`: prompt tokens fed; `reused`: prompt tokens that kept caches held; `chosen`: answer
+    tokens; `written`: those of them that were fed. A step's seconds are shared out between reading
+    and writing by their tokens. `held`: most bytes of rows at once; `dense`: what full attention
+    would have held then.
     """
 
     steps: int = 0
     read: int = 0
     reused: int = 0
     written: int = 0
+    chosen: int = 0
     read_s: float = 0.0
     write_s: float = 0.0
     finished: int = 0

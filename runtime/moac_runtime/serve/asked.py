@@ -10,7 +10,7 @@ from moac_runtime.engine.chosen import ChosenSampling
 from moac_runtime.engine.model import Model
 from moac_runtime.errors import UsageError
 from moac_runtime.serve.errors import ApiError, wrong
-from moac_runtime.serve.fields import Fields
+from moac_runtime.serve.fields import BodyFields
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -32,7 +32,7 @@ class Asked:
     include_usage: bool
 
 
-def read_asked(fields: Fields, model: Model, *, most: int, length: int | None = None) -> Asked:
+def read_asked(fields: BodyFields, model: Model, *, most: int, length: int | None = None) -> Asked:
     """The fields that both endpoints share.
 
     `most`: tokens of the largest row; `length`: of an answer where none is asked for, None to let
@@ -58,16 +58,16 @@ def read_asked(fields: Fields, model: Model, *, most: int, length: int | None = 
         open_ended=not (given or length),
         choices=fields.whole("n", 1, _MOST_CHOICES) or 1,
         stream=fields.flag("stream"),
-        include_usage=Fields(options or {}).flag("include_usage"),
+        include_usage=BodyFields(options or {}).flag("include_usage"),
     )
 
 
-def likely_tokens(fields: Fields, name: str) -> int | None:
+def likely_tokens(fields: BodyFields, name: str) -> int | None:
     """How many likely tokens a field asks for beside each chosen one."""
     return fields.whole(name, 0, _MOST_LIKELY)
 
 
-def check_model(fields: Fields, name: str) -> None:
+def check_model(fields: BodyFields, name: str) -> None:
     """Raises ApiError where a request names another model than the one that is served."""
     asked = fields.text("model")
     if asked is not None and asked != name:

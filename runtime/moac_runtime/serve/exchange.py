@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from moac_runtime.engine.engine import QueueFull
 from moac_runtime.engine.request import Request
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.serve.engine_thread import EngineThread, News
 from moac_runtime.serve.errors import ApiError
-from moac_runtime.serve.worker import News, Worker
 
 
 class Exchange:
     """`requests`: the choices of one HTTP request. Raises ApiError where none can be taken."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
+    def __init__(self, worker: EngineThread, requests: Sequence[Request]) -> None:
         self._worker = worker
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

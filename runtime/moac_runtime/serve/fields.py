@@ -47,7 +47,7 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Fields:
+class BodyFields:
     """A JSON object whose fields are asked for one by one; null is as if left out."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:

@@ -8,8 +8,15 @@ from typing import Any
 from moac_runtime.backends.arrays import Array, library_of
 from moac_runtime.errors import MoacError
 from moac_runtime.serve.errors import wrong
-from moac_runtime.serve.fields import Fields
+from moac_runtime.serve.fields import BodyFields
 from moac_runtime.text.tokenizer import Tokenizer
+
+# One space where people write one: a model that may write any number may never stop.
+_SPACING: dict[str, Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -30,7 +37,7 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACING)
             refused = LLMatcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as error:
             refused = str(error)
@@ -67,7 +74,7 @@ class JsonAnswer:
         self._matcher.consume_token(token)
 
 
-def asked_schema(fields: Fields) -> dict[str, Any] | None:
+def asked_schema(fields: BodyFields) -> dict[str, Any] | None:
     """The schema of a request's `response_format`, None where any text will do.
 
     Raises ApiError.

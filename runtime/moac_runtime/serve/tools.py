@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from moac_runtime.serve.errors import ApiError, wrong
-from moac_runtime.serve.fields import Fields
+from moac_runtime.serve.fields import BodyFields
 
 Delta = dict[str, Any]
 Style = Literal["hermes", "llama3"]
@@ -53,7 +53,7 @@ class Tools:
         }
 
 
-def read_tools(fields: Fields) -> Tools | None:
+def read_tools(fields: BodyFields) -> Tools | None:
     """The tools that a request offers, None where it offers none or forbids them.
 
     Raises ApiError.
@@ -104,7 +104,7 @@ def _chosen(choice: Any, names: Sequence[str]) -> str:
 # ---- an answer's text as deltas
 
 
-class Reader(Protocol):
+class DeltaReader(Protocol):
     """Turns an answer's text into deltas of a message."""
 
     def push(self, text: str) -> list[Delta]:
@@ -226,7 +226,7 @@ class Llama3Calls:
         return [_call_delta(index, *call) for index, call in enumerate(whole)]
 
 
-def reader_of(tools: Tools | None, style: Style) -> Reader:
+def reader_of(tools: Tools | None, style: Style) -> DeltaReader:
     """What reads an answer to a request with these tools."""
     if tools is None:
         return PlainText()

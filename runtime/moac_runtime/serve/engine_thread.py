@@ -61,7 +61,7 @@ class Ticket:
     cancelled: bool = False
 
 
-class Worker(threading.Thread):
+class EngineThread(threading.Thread):
     """Runs `engine` until closed. Other threads submit, cancel and read `state`."""
 
     def __init__(self, engine: Engine) -> None:
