@@ -44,7 +44,7 @@ def read_chat(fields: BodyFields, served: Served) -> ChatAsked:
         marks=marks,
         logprobs=likely,
     )
-    served.check(request)
+    served.check(request, "messages")
     requests = choices(request, asked.choices)
     constraints = [_constraint(served, tools, schema) for _ in requests]
     return ChatAsked(

@@ -60,7 +60,7 @@ def read_completion(fields: BodyFields, served: Served) -> CompletionAsked:
             options=asked.sampling.options,
             logprobs=likely_tokens(fields, "logprobs"),
         )
-        served.check(request)
+        served.check(request, "prompt")
         found += choices(request, asked.choices)
     return CompletionAsked(asked, tuple(found))
 

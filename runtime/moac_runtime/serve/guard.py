@@ -69,7 +69,7 @@ class Guard:
 def check_key(authorization: str, keys: Sequence[str]) -> None:
     """Raises ApiError unless the header holds one of `keys`; takes as long for any wrong one."""
     kind, _, given = authorization.partition(" ")
-    found = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    found = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
     if kind.lower() != "bearer" or not any(found):
         raise ApiError(
             401,

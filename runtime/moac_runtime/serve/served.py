@@ -51,14 +51,12 @@ class Served:
         """How the model writes calls of tools."""
         return style_of(self.model.tokenizer.chat_template or "")
 
-    def check(self, request: Request) -> None:
-        """Raises ApiError for a request that can never run."""
+    def check(self, request: Request, param: str) -> None:
+        """Raises ApiError, which names `param`, for a request that can never run."""
         try:
             self.engine.check(request)
         except UsageError as error:
-            raise ApiError(
-                400, str(error), param="messages", code="context_length_exceeded"
-            ) from None
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
 
     def about(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""

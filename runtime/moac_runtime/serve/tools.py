@@ -141,6 +141,7 @@ class HermesCalls:
     def __init__(self, *, inside: bool = False) -> None:
         self._text = ""
         self._inside = inside
+        self._after_call = False
         self._calls = 0
 
     @property
@@ -158,32 +159,31 @@ class HermesCalls:
             if at < 0:
                 break
             before, self._text = self._text[:at], self._text[at + len(mark) :]
-            found += self._part(before, mark if self._inside else "")
+            found += self._call(before, mark) if self._inside else self._show(before.rstrip())
             self._inside = not self._inside
-        if not self._inside:
-            found += self._content(self._text[: len(self._text) - self._begun()])
+        if not self._inside:  # white space waits, since it may stand before a call
+            ready = self._text[: len(self._text) - self._begun()].rstrip()
+            self._text = self._text[len(ready) :]
+            found += self._show(ready)
         return found
 
     def finish(self) -> list[Delta]:
         """A call that was not closed counts where it is whole; else it is text."""
         rest, self._text = self._text, ""
-        return self._part(rest, "") if self._inside else self._content(rest, held=True)
+        return self._call(rest, "") if self._inside else self._show(rest)
 
-    def _part(self, text: str, mark: str) -> list[Delta]:
-        if not self._inside:
-            return _shown(text.rstrip() if self._calls == 0 else text.strip())
+    def _call(self, text: str, mark: str) -> list[Delta]:
         call = read_call(text, "hermes")
         if call is None:
-            return _shown(_OPEN + text + mark)
+            return self._show(_OPEN + text + mark)
         self._calls += 1
+        self._after_call = True
         return [_call_delta(self._calls - 1, *call)]
 
-    def _content(self, text: str, *, held: bool = False) -> list[Delta]:
-        """Text outside calls; white space waits, since it may stand before a call."""
-        shown = text if held and not self._calls else text.rstrip()
-        if self._calls:
-            shown = shown.strip()
-        self._text = "" if held else self._text[len(text.rstrip()) :]
+    def _show(self, text: str) -> list[Delta]:
+        """Content; white space right behind a call is none."""
+        shown = text.lstrip() if self._after_call else text
+        self._after_call = self._after_call and not shown
         return _shown(shown)
 
     def _begun(self) -> int:
