@@ -49,7 +49,7 @@ Script = Callable[[list[int]], list[int]]
 class ScriptedSession:
     """Rows whose next token is what `script` makes of the prompt; a session as generation uses it.
 
-    `batch`: rows that were fed in all, each of `room` tokens; `held`: what each was fed; `steps`:
+    `batch`: rows that were fed in all, the last one of `room` tokens; `held`: what each was fed; `steps`:
     rows of each step that reads no prompt; `most`: rows present at once.
     """
 
@@ -61,6 +61,7 @@ class ScriptedSession:
         self.steps: list[int] = []
         self.held: list[list[int]] = []
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
+        self._capacity: dict[int, int] = {}
         self._next = 0
 
     @property
@@ -72,9 +73,9 @@ class ScriptedSession:
         return tuple(self._rows)
 
     def admit(self, capacity: int) -> int:
-        assert self.room in (0, capacity)
         self.room = capacity
         self._next += 1
+        self._capacity[self._next] = capacity
         self._rows[self._next] = [], []
         self.most = max(self.most, len(self._rows))
         return self._next
@@ -96,7 +97,7 @@ class ScriptedSession:
         return len(self._rows[row][0])
 
     def capacity(self, row: int) -> int:
-        return self.room
+        return self._capacity[row]
 
     def snapshot(self, row: int) -> Snapshot:
         raise NotImplementedError

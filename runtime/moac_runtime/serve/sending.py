@@ -49,17 +49,18 @@ def events(exchange: Exchange, chunks: AsyncIterator[dict[str, Any]]) -> Respons
                 yield _event(chunk)
         except ApiError as error:
             yield _event(error.body())
-        finally:
-            exchange.cancel()
         yield "data: [DONE]\n\n"
 
-    return _EventStream(
-        written(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-    )
+    return _EventStream(written(), exchange)
 
 
 class _EventStream(StreamingResponse):
     """Ends when the client leaves, also while there is nothing to send."""
+
+    def __init__(self, content: AsyncIterator[str], exchange: Exchange) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self.stream_response(send))
@@ -71,6 +72,7 @@ class _EventStream(StreamingResponse):
         except OSError:  # the client left while something was being sent
             return
         finally:
+            self._exchange.cancel()
             for task in (sending, gone):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
