@@ -49,8 +49,8 @@ Script = Callable[[list[int]], list[int]]
 class ScriptedSession:
     """Rows whose next token is what `script` makes of the prompt; a session as generation uses it.
 
-    `batch`: rows that were fed in all, the last one of `room` tokens; `held`: what each was fed; `steps`:
-    rows of each step that reads no prompt; `most`: rows present at once.
+    `batch`: rows that were fed in all, the last one of `room` tokens; `held`: what each was fed;
+    `steps`: rows of each step that reads no prompt; `most`: rows present at once.
     """
 
     fixed_batch = False
@@ -115,6 +115,8 @@ class ScriptedSession:
             answer += self.script(list(feed.tokens))
         fed += feed.tokens
         assert self.length(feed.row) <= self.capacity(feed.row)
+        if feed.wanted == ():
+            return torch.empty(0, VOCAB)
         wanted = answer.pop(0) if answer else EOS
         return torch.nn.functional.one_hot(torch.tensor([wanted]), VOCAB).float() * 50
 
