@@ -23,9 +23,9 @@ from torch import Tensor
 
 from moac.packaging import writer
 from moac.packaging.staging import check_target, staged
-from moac.sizes import parse_size
 from moac.store import rename
 from moac_runtime.errors import ArtifactError, CheckpointError, MoacError, UsageError
+from moac_runtime.host.sizes import parse_size
 from moac_runtime.package.artifact import (
     WEIGHT_INDEX,
     load_plan_record,
@@ -868,7 +868,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from moac.sizes import parse_size
+from moac_runtime.host.sizes import parse_size
 from moac.packaging.staging import staged
 from moac.packaging.writer import write_weights
 

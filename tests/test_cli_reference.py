@@ -13,7 +13,8 @@ import click
 import pytest
 
 from moac.cli.group import cli
-from moac_runtime.command import run_parser
+from moac_runtime.commands import COMMANDS as RUNTIME
+from moac_runtime.commands import command_parser
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "cli_reference.py"
@@ -52,7 +53,7 @@ def test_every_command_has_a_section() -> None:
     assert sorted(re.findall(r"^## moac (\w+)$", PAGE, re.MULTILINE)) == COMMANDS
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "run"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in RUNTIME])
 def test_every_option_stands_there_with_default_and_meaning(command: str) -> None:
     options = [found for found in cli.commands[command].params if isinstance(found, click.Option)]
     told = rows(section(command))
@@ -68,11 +69,12 @@ def test_every_option_stands_there_with_default_and_meaning(command: str) -> Non
             assert default == "off"
 
 
-def test_every_option_of_run_stands_there() -> None:
-    told = rows(section("run"))
+@pytest.mark.parametrize("command", RUNTIME)
+def test_every_option_of_the_runtime_stands_there(command: str) -> None:
+    told = rows(section(command))
     actions = {
         name: action
-        for action in run_parser()._actions
+        for action in command_parser(command)._actions
         for name in action.option_strings
         if name.startswith("--") and name != "--help"
     }
@@ -81,7 +83,6 @@ def test_every_option_of_run_stands_there() -> None:
         stated = action.default
         if isinstance(stated, int) and not isinstance(stated, bool):
             assert told[name][0] == str(stated)
-    assert told["--json"] == ("off", "one JSON document on standard output")
     assert told["--threads"][0] == "every core it may use"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moac.cli.group import cli
-from moac_runtime.command import run_parser
+from moac_runtime.command import parser as run_parser
 
 MOAC = "from moac.cli.main import main; main()"
 

@@ -49,52 +49,55 @@ Script = Callable[[list[int]], list[int]]
 class ScriptedSession:
     """Rows whose next token is what `script` makes of the prompt; a session as generation uses it.
 
-    `batch`: rows admitted in all, each of `room` tokens; `steps`: rows of each step after the
-    first; `held`: tokens of the rows that are present.
+    `batch`: rows that were fed in all, the last one of `room` tokens; `held`: what each was fed;
+    `steps`: rows of each step that reads no prompt; `most`: rows present at once.
     """
 
     fixed_batch = False
 
     def __init__(self, script: Script, *, interrupt_at: int | None = None) -> None:
         self.script, self.interrupt_at = script, interrupt_at
-        self.batch, self.room = 0, 0
+        self.room, self.most = 0, 0
         self.steps: list[int] = []
+        self.held: list[list[int]] = []
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
+        self._capacity: dict[int, int] = {}
+        self._next = 0
 
     @property
-    def held(self) -> list[list[int]]:
-        return [tokens for tokens, _ in self._rows.values()]
+    def batch(self) -> int:
+        return len(self.held)
 
     @property
     def rows(self) -> tuple[int, ...]:
         return tuple(self._rows)
 
     def admit(self, capacity: int) -> int:
-        assert self.room in (0, capacity)
         self.room = capacity
-        self._rows[self.batch] = [], []
-        self.batch += 1
-        return self.batch - 1
+        self._next += 1
+        self._capacity[self._next] = capacity
+        self._rows[self._next] = [], []
+        self.most = max(self.most, len(self._rows))
+        return self._next
 
     def release(self, row: int) -> None:
         del self._rows[row]
 
     def step(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        if not all(self._rows[feed.row][0] for feed in feeds):
-            return torch.cat([self._begin(feed) for feed in feeds])
-        self.steps.append(len(feeds))
-        if len(self.steps) == self.interrupt_at:
-            raise KeyboardInterrupt
-        return torch.cat([self._continue(feed) for feed in feeds])
+        if all(self._rows[feed.row][0] for feed in feeds):
+            self.steps.append(len(feeds))
+            if len(self.steps) == self.interrupt_at:
+                raise KeyboardInterrupt
+        return torch.cat([self._fed(feed) for feed in feeds])
 
     def kv_bytes(self, row: int | None = None) -> int:
-        return 7 * len(self._rows)
+        return 7 if row is not None else 7 * len(self._rows)
 
     def length(self, row: int) -> int:
         return len(self._rows[row][0])
 
     def capacity(self, row: int) -> int:
-        return self.room
+        return self._capacity[row]
 
     def snapshot(self, row: int) -> Snapshot:
         raise NotImplementedError
@@ -105,19 +108,15 @@ class ScriptedSession:
     def grow(self, row: int, capacity: int) -> None:
         raise NotImplementedError
 
-    def _begin(self, feed: Feed) -> torch.Tensor:
-        prompt = list(feed.tokens)
-        self._rows[feed.row] = prompt, list(self.script(prompt))
-        return self._logits(feed.row)
-
-    def _continue(self, feed: Feed) -> torch.Tensor:
-        (token,) = feed.tokens
-        self._rows[feed.row][0].append(token)
+    def _fed(self, feed: Feed) -> torch.Tensor:
+        fed, answer = self._rows[feed.row]
+        if not fed:
+            self.held.append(fed)
+            answer += self.script(list(feed.tokens))
+        fed += feed.tokens
         assert self.length(feed.row) <= self.capacity(feed.row)
-        return self._logits(feed.row)
-
-    def _logits(self, row: int) -> torch.Tensor:
-        answer = self._rows[row][1]
+        if feed.wanted == ():
+            return torch.empty(0, VOCAB)
         wanted = answer.pop(0) if answer else EOS
         return torch.nn.functional.one_hot(torch.tensor([wanted]), VOCAB).float() * 50
 
@@ -341,21 +340,31 @@ def test_the_stream_is_not_read_ahead() -> None:
     assert len(sessions[0].steps) == 1
 
 
-def test_prompts_beyond_the_largest_batch_wait() -> None:
+@pytest.mark.parametrize("limit", [{"max_batch": 2}, {"max_kv_bytes": 7 * 3 - 1}])
+def test_prompts_beyond_what_may_run_at_once_wait(limit: dict[str, int]) -> None:
     model, sessions = scripted_model(echo)
     prompts = ["first one", "b", "third", "the fourth", "e"]
     together = model.generate(prompts, raw=True, max_tokens=20)
-    apart = model.generate(prompts, raw=True, max_tokens=20, max_batch=2)
+    apart = model.generate(prompts, raw=True, max_tokens=20, **limit)  # type: ignore[arg-type]
     assert [r.text for r in apart] == prompts
-    assert [session.batch for session in sessions[1:]] == [2, 2, 1]
+    assert [session.most for session in sessions] == [5, 2]
+    # the third begins when "b" has ended, while the first goes on
+    assert sessions[1].steps[:2] == [2, 2]
     assert {session.room for session in sessions} == {len("the fourth") + 1 + 20}
     whole, parts = together[0].stats, apart[0].stats
     assert {result.stats for result in apart} == {parts}
     assert parts.prompt_tokens == whole.prompt_tokens
     assert parts.decoded_tokens == whole.decoded_tokens
-    assert parts.kv_held_bytes == 7 * 2
+    assert (whole.kv_held_bytes, parts.kv_held_bytes) == (7 * 5, 7 * 2)
+    assert parts.kv_dense_bytes * 5 == whole.kv_dense_bytes * 2
     with pytest.raises(UsageError, match="max_batch must be >= 1, got 0"):
         model.generate(prompts, max_batch=0)
+
+
+def test_a_limit_that_one_prompt_passes_is_refused() -> None:
+    model, _ = scripted_model(echo)
+    with pytest.raises(UsageError, match="takes 7 bytes of keys and values, and the limit is 6"):
+        model.generate(["a", "b"], raw=True, max_kv_bytes=6)
 
 
 def test_an_interrupt_keeps_waiting_prompts_from_starting() -> None:

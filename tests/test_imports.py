@@ -28,17 +28,18 @@ ALLOWED = {
         *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
         *("numpy", "onnxruntime"),  # the onnx backend's
         "cuda",  # the cuda backend's
+        *("starlette", "uvicorn", "prometheus_client", "llguidance"),  # the server's
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }
 
 # No module of the room imports, anywhere, one of these rooms.
 ONE_WAY = {
-    "moac_runtime.host": ("package", "text", "backends", "engine", "command"),
-    "moac_runtime.package": ("text", "backends", "engine", "command"),
-    "moac_runtime.text": ("backends", "engine", "command"),
-    "moac_runtime.backends": ("text", "engine", "command"),
-    "moac_runtime.engine": ("command",),
+    "moac_runtime.host": ("package", "text", "backends", "engine", "serve", "command"),
+    "moac_runtime.package": ("text", "backends", "engine", "serve", "command"),
+    "moac_runtime.text": ("backends", "engine", "serve", "command"),
+    "moac_runtime.backends": ("text", "engine", "serve", "command"),
+    "moac_runtime.engine": ("serve", "command"),
     "moac.store": ("packaging", "pipeline", "show", "cli"),
     "moac.planning": ("checkpoint", "calibration", "packaging", "pipeline", "show", "cli"),
     "moac.show": ("pipeline", "evaluation", "bench", "cli"),

@@ -25,10 +25,10 @@ from moac.pipeline.cap import KvCap
 from moac.pipeline.planner import plan_model
 from moac.planning import HeadLayout
 from moac.planning.problem import allowed_tokens
-from moac.sizes import parse_size
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.host.sizes import parse_size
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights

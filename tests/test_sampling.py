@@ -6,6 +6,7 @@ import math
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -22,6 +23,7 @@ from moac_runtime.engine.sampling import (
     SamplingOptions,
     check_chosen,
     filter_scores,
+    next_tokens,
     penalise,
     probabilities,
     sample,
@@ -122,8 +124,8 @@ def test_temperature_zero_is_greedy_whatever_the_filters() -> None:
 
 def test_greedy_heeds_the_repetition_penalty() -> None:
     logits = torch.tensor([[5.0, 4.0, -1.0]])
-    sampler = Sampler(SamplingOptions(repetition_penalty=2.0), [[2]])
-    assert [sampler.next(logits).item() for _ in range(3)] == [0, 1, 0]
+    sampler = Sampler(SamplingOptions(repetition_penalty=2.0), [2])
+    assert [next_tokens(logits, [sampler])[0] for _ in range(3)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-8])
@@ -135,8 +137,8 @@ def test_tiny_temperatures_do_not_overflow(temperature: float) -> None:
 
 def test_samples_follow_the_probabilities() -> None:
     logits = torch.tensor([[math.log(0.7), math.log(0.2), math.log(0.1)]])
-    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0), [[0]])
-    drawn = torch.cat([sampler.next(logits) for _ in range(4000)])
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0), [0])
+    drawn = torch.tensor([next_tokens(logits, [sampler])[0] for _ in range(4000)])
     share = drawn.bincount(minlength=3) / 4000
     # Four standard deviations of a share of 4000 draws.
     torch.testing.assert_close(share, logits[0].exp(), atol=4 * (0.25 / 4000) ** 0.5, rtol=0)
@@ -145,36 +147,35 @@ def test_samples_follow_the_probabilities() -> None:
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}])
 def test_filtered_tokens_are_never_drawn(options: dict[str, Any]) -> None:
     settings = SamplingOptions(temperature=2.0, seed=0, **options)
-    sampler = Sampler(settings, [[0]])
+    sampler = Sampler(settings, [0])
     logits = random_logits(1)
     allowed = probabilities(logits, settings)[0].nonzero().flatten().tolist()
-    drawn = {sampler.next(logits).item() for _ in range(500)}
+    drawn = {next_tokens(logits, [sampler])[0] for _ in range(500)}
     assert 1 < len(allowed) < VOCAB
     assert drawn == set(allowed)
 
 
-def test_a_row_does_not_depend_on_its_mates() -> None:
-    options = SamplingOptions(temperature=1.5, repetition_penalty=1.2, seed=11)
-    together = Sampler(options, [[1], [2, 3], [4]])
-    alone = Sampler(options, [[4]])
-    batch, single = [], []
+@pytest.mark.parametrize("library", [torch.asarray, np.asarray])
+def test_a_row_does_not_depend_on_its_mates(library: Any) -> None:
+    wild = SamplingOptions(temperature=1.5, repetition_penalty=1.2, seed=11)
+    options = [wild, SamplingOptions(), SamplingOptions(temperature=0.9, top_p=0.7, seed=3), wild]
+    prompts = [[1], [2, 3], [4], [5]]
+    together = [Sampler(*one) for one in zip(options, prompts, strict=True)]
+    alone = [Sampler(*one) for one in zip(options, prompts, strict=True)]
+    places = [0, 1, 2, 3]
     for step in range(30):
-        if step == 10:
-            together.keep([0, 2])
-        if step == 20:
-            together.keep([1])
-        logits = random_logits(seed=step)
-        rows = logits if step < 10 else logits[[0, 2]] if step < 20 else logits[2:]
-        batch.append(together.next(rows)[-1].item())
-        single.append(alone.next(logits[2:]).item())
-    assert batch == single
+        places = {10: [0, 2, 3], 20: [3, 0]}.get(step, places)
+        logits = library(random_logits(4, seed=step))
+        found = next_tokens(logits[places], [together[place] for place in places])
+        assert found == [next_tokens(logits[[p]], [alone[p]])[0] for p in places]
 
 
 def test_seeds() -> None:
     def draw(seed: int | None) -> list[list[int]]:
-        sampler = Sampler(SamplingOptions(temperature=5.0, seed=seed), [[0], [0]])
+        samplers = [Sampler(SamplingOptions(temperature=5.0, seed=seed), [0]) for _ in range(2)]
         logits = random_logits(1).expand(2, -1)
-        return torch.stack([sampler.next(logits) for _ in range(20)], dim=1).tolist()
+        drawn = [next_tokens(logits, samplers) for _ in range(20)]
+        return [list(row) for row in zip(*drawn, strict=True)]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)

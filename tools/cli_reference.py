@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from moac.cli.group import cli
-from moac_runtime.command import run_parser
+from moac_runtime.commands import COMMANDS, command_parser
 
 Row = tuple[str, str, str]
 
@@ -75,7 +75,7 @@ _MOAC_COMPLETE=fish_source moac | source
 def reference() -> str:
     """The whole page."""
     commands = [
-        run_section() if name == "run" else command_section(name, command)
+        runtime_section(name) if name in COMMANDS else command_section(name, command)
         for name, command in cli.commands.items()
     ]
     return "\n".join([HEAD, "\n\n".join(commands)]) + "\n"
@@ -90,13 +90,18 @@ def command_section(name: str, command: click.Command) -> str:
     return "\n\n".join([*parts, table(rows)])
 
 
-def run_section() -> str:
-    """`moac run`, whose parser is argparse's and which `python PACKAGE` shares."""
-    parser = run_parser()
+_OTHERWISE = {"run": "python PACKAGE [OPTIONS]"}
+_ALSO = {"run": " A package takes the same options when Python runs it."}
+
+
+def runtime_section(name: str) -> str:
+    """A command of the runtime's, whose parser is argparse's."""
+    parser = command_parser(name)
+    other = _OTHERWISE.get(name, f"python -m moac_runtime {name} PACKAGE [OPTIONS]")
     parts = [
-        "## moac run",
-        "```text\nmoac run PACKAGE [OPTIONS]\npython PACKAGE [OPTIONS]\n```",
-        f"{parser.description} A package takes the same options when Python runs it.",
+        f"## moac {name}",
+        f"```text\nmoac {name} PACKAGE [OPTIONS]\n{other}\n```",
+        f"{parser.description}{_ALSO.get(name, '')}",
     ]
     for group in parser._action_groups:
         rows = [_run_row(found) for found in group._group_actions if _is_run_option(found)]
@@ -158,9 +163,10 @@ def undescribed() -> Iterator[str]:
         for option in command.params:
             if isinstance(option, click.Option) and not (option.help or option.hidden):
                 yield f"{name} {option.opts[-1]}"
-    for action in run_parser()._actions:
-        if not action.help:
-            yield f"run {action.dest}"
+    for name in COMMANDS:
+        for action in command_parser(name)._actions:
+            if not action.help:
+                yield f"{name} {action.dest}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a shell offers to complete after `moac run`, whose options argparse knows, not click."""
+"""What a shell completes after `moac run` and its like, whose options argparse knows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     import argparse
 
 
-class RunCommand(click.Command):
+class RuntimeCommand(click.Command):
     """Takes every word as it is; a shell that completes is shown the runtime's parameters."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Those of the runtime's parser where a shell asks (`resilient_parsing`), else its own."""
         if not ctx.resilient_parsing:
             return super().get_params(ctx)
-        from moac_runtime.command import run_parser
+        from moac_runtime.commands import command_parser
 
-        return [_parameter(action) for action in run_parser()._actions]
+        return [_parameter(action) for action in command_parser(str(self.name))._actions]
 
 
 def _parameter(action: argparse.Action) -> click.Parameter:

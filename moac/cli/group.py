@@ -14,7 +14,7 @@ from moac.cli.eval import eval_command
 from moac.cli.inspect import inspect_command
 from moac.cli.plan import plan_command
 from moac.cli.report import report_command
-from moac.cli.run import run_command
+from moac.cli.run import chat_command, run_command, serve_command
 from moac.cli.verify import verify_command
 
 
@@ -30,6 +30,8 @@ def cli() -> None:
 # In this order the reference tells of them.
 for command in (
     run_command,
+    serve_command,
+    chat_command,
     check_command,
     plan_command,
     compile_command,

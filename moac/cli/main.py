@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from moac_runtime.commands import COMMANDS, command_main
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import spin_briefly
 from moac_runtime.host.process import run_process
@@ -13,11 +14,9 @@ from moac_runtime.host.process import run_process
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code: 0, 1, 2, 3 (check not held) or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["run"]:
+    if arguments and arguments[0] in COMMANDS:
         # One parser for `moac run` and `python PACKAGE`, and nothing but the runtime loaded.
-        from moac_runtime.command import main as run_main
-
-        sys.exit(run_main(arguments[1:]))
+        sys.exit(command_main(arguments[0])(arguments[1:]))
     if arguments[:1] != ["bench"]:  # which measures torch as it comes
         spin_briefly()
     sys.exit(_invoke(arguments))

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from moac.effort import EFFORTS, STANDARD
-from moac.sizes import parse_size
 from moac_runtime.errors import UsageError
+from moac_runtime.host.sizes import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

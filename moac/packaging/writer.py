@@ -96,7 +96,7 @@ def embed_runtime(staging: Path) -> None:
     """Copy the runtime's sources and write `__main__.py`, so that `python PACKAGE` runs."""
     source, target = Path(runtime_module.__file__).parent, staging / "moac_runtime"
     for name in package_files(source):
-        if name.endswith((".py", "py.typed")):
+        if name.endswith((".py", "py.typed", ".html")):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
     (staging / "__main__.py").write_text(_MAIN, encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.process import INTERRUPTED, run_process
+from moac_runtime.host.sizes import parse_size
 from moac_runtime.text.plain_text import decode_prompt
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _SHORT_OF_MEMORY = "end other programs, or raise the limit"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
-_CHOICE: tuple[tuple[str, type, str, str], ...] = (
+CHOICE: tuple[tuple[str, type, str, str], ...] = (
     ("--temperature", float, "T", "0 takes the likeliest token (the checkpoint's, else 0)"),
     ("--top-k", int, "K", "draw from the K likeliest tokens (the checkpoint's, else all)"),
     ("--top-p", float, "P", "draw from the likeliest of mass P (the checkpoint's, else all)"),
@@ -45,7 +46,15 @@ def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> i
     )
 
 
-class _Parser(argparse.ArgumentParser):
+def size_option(text: str) -> int:
+    """Bytes, for an option that takes them."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
     """Wrong usage becomes the same kind of sentence as every other error."""
 
     def error(self, message: str) -> NoReturn:
@@ -53,9 +62,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(package: Path | None) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="moac run" if package is None else f"python {package.name}",
-        description="Answer prompts with a package. Several prompts run as one batch.",
+        description="Answer prompts with a package. Several prompts run side by side.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
         allow_abbrev=False,
     )
@@ -67,8 +76,8 @@ def _parser(package: Path | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run_parser() -> argparse.ArgumentParser:
-    """What `moac run` takes, for whoever completes or documents it."""
+def parser() -> argparse.ArgumentParser:
+    """What `moac run` takes."""
     return _parser(None)
 
 
@@ -105,7 +114,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-    for name, kind, metavar, told in _CHOICE:
+    for name, kind, metavar, told in CHOICE:
         add(name, type=kind, metavar=metavar, help=told)
     add(
         "--stop",
@@ -128,7 +137,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
     add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
     add("--capacity", type=int, metavar="N", help="tokens the session holds (prompt + answer)")
-    add("--max-batch", type=int, metavar="N", help="prompts that run at once (all of them)")
+    add("--max-batch", type=int, metavar="N", help="prompts that run at once (as memory allows)")
+    add(
+        "--max-kv-bytes",
+        type=size_option,
+        metavar="SIZE",
+        help="most bytes of keys and values at once, as 500MiB (2GiB, or one prompt's)",
+    )
     add("--json", action="store_true", help="one JSON document on standard output")
 
 
@@ -157,7 +172,8 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         "capacity": options.capacity,
     }
     if options.json or len(prompts) > 1:
-        results = model.generate(prompts, max_batch=options.max_batch, **asked, **sampling)
+        limits = {"max_batch": options.max_batch, "max_kv_bytes": options.max_kv_bytes}
+        results = model.generate(prompts, **limits, **asked, **sampling)
         if options.json:
             _print_json(_document(model, prompts, results, chosen))
         else:

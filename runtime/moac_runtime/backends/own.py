@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from moac_runtime.backends.feeding import check_sizes
-from moac_runtime.backends.layout import HeadRun, head_runs, packed_spans
+from moac_runtime.backends.layout import HeadRun, grown_runs, head_runs, packed_spans
 from moac_runtime.backends.rows import Row, Rows
+from moac_runtime.backends.session import Snapshot
+from moac_runtime.errors import ArtifactError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan
 
@@ -60,6 +62,37 @@ class OwnRows(Rows[R], ABC):
             return self._row(row).bytes
         return sum(present.bytes for present in self._by_number.values())
 
+    def packed(self, snapshot: Snapshot) -> bytes:
+        """The keys and values of a snapshot, to be kept in a file."""
+        self._check_snapshot(snapshot)
+        return b"".join(self._parts(snapshot))
+
+    def unpacked(self, path: Sequence[tuple[int, int]], length: int, data: bytes) -> Snapshot:
+        """The snapshot that gave `packed` data, of a row of `length` tokens.
+
+        `path`: the capacities that the row passed through, each with its tokens when it took it.
+        Raises ArtifactError for data that is not of the size of such a row.
+        """
+        row = self._new_row(self._layers_after(path), path[-1][0])
+        row.length = length
+        if len(data) != (size := self._held_bytes(row)):
+            raise ArtifactError(
+                f"the cache of {length} tokens has {len(data)} bytes, expected {size}: it was "
+                "saved otherwise or is damaged, so begin a new chat"
+            )
+        content = self._content(row, data)
+        return Snapshot(len(data), length, path[-1][0], self._origin, content)
+
+    def _layers_after(self, path: Sequence[tuple[int, int]]) -> list[list[HeadRun]]:
+        (first, _), *later = path
+        layers = [head_runs(heads) for heads in self._spans(first)]
+        for capacity, length in later:
+            layers = [
+                [grown.run for grown in grown_runs(runs, heads, length)]
+                for runs, heads in zip(layers, self._spans(capacity), strict=True)
+            ]
+        return layers
+
     def _spans(self, capacity: int) -> list[list[HeadSpan]]:
         """Every layer's spans in a row of `capacity` tokens, heads in packed order."""
         return packed_spans(self._plan, self._head_order, capacity)
@@ -67,3 +100,15 @@ class OwnRows(Rows[R], ABC):
     @abstractmethod
     def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> R:
         """An empty row with memory for these runs of heads."""
+
+    @abstractmethod
+    def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
+        """The keys and values of a snapshot, piece by piece."""
+
+    @abstractmethod
+    def _held_bytes(self, row: R) -> int:
+        """Bytes of the filled slots of a row as it stands."""
+
+    @abstractmethod
+    def _content(self, row: R, data: bytes) -> object:
+        """What a snapshot of `row` holds whose pieces are `data`."""

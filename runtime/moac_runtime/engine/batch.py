@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
-from moac_runtime.backends.session import Feed, Session
-from moac_runtime.engine.sampling import Sampler, check_chosen
-from moac_runtime.engine.sequence import Answer, FinishReason, Generation
+from moac_runtime.engine.engine import Engine
+from moac_runtime.engine.request import Active, Request
+from moac_runtime.engine.sequence import FinishReason, Generation
 from moac_runtime.engine.stats import Stats, peak_memory_bytes
+from moac_runtime.engine.totals import Totals
 from moac_runtime.errors import MoacError
 from moac_runtime.host.shortage import telling_shortage
 
@@ -19,36 +19,24 @@ _LESS_MEMORY = (
 
 
 class Batch:
-    """One ragged batch from prompt tokens to answers; iterate it for `(row, new text)`.
+    """Requests of one capacity from prompt tokens to answers; iterate it for `(row, new text)`.
 
-    `open_session(capacity)`: an empty session for rows of so many tokens. It opens with the first
-    step.
+    `open_engine`: called with the first step. `dense_bytes`: of a row that drops nothing.
     """
 
     def __init__(
-        self,
-        open_session: Callable[[int], Session],
-        sampler: Sampler,
-        prompts: Sequence[list[int]],
-        answers: Sequence[Answer],
-        *,
-        capacity: int,
-        dense_bytes: int,
+        self, open_engine: Callable[[], Engine], requests: Sequence[Request], *, dense_bytes: int
     ) -> None:
-        self._open_session = open_session
-        self._sampler = sampler
-        self._prompts = list(prompts)
-        self._answers = list(answers)
-        self._capacity = capacity
+        self._open_engine = open_engine
+        self._requests = list(requests)
         self._dense_bytes = dense_bytes
-        self._held_bytes = 0
-        self._prefill_s = 0.0
-        self._decode_s = 0.0
+        self._engine: Engine | None = None
+        self._active: list[Active] = []
+        self._interrupted = False
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        steps = self._steps()
         try:
-            while self._step(steps):
+            while self._step():
                 yield from self._news()
         except KeyboardInterrupt:
             self.interrupt()
@@ -56,82 +44,75 @@ class Batch:
 
     def interrupt(self) -> None:
         """End every unfinished answer with what it has."""
-        for answer in self._answers:
-            if answer.finish_reason is None:
-                answer.finish("interrupted")
+        self._interrupted = True
+        if self._engine is not None:
+            for active in self._active:
+                self._engine.cancel(active)
 
     def generations(self) -> list[Generation]:
         """The answers in the order of the prompts, once all have ended."""
+        begun: Sequence[Active | None] = self._active or [None] * len(self._requests)
         stats = self._stats()
         return [
-            Generation(
-                text=answer.text,
-                token_ids=tuple(answer.token_ids),
-                prompt_tokens=len(prompt),
-                finish_reason=_reason(answer),
-                capacity=self._capacity,
-                stats=stats,
-            )
-            for prompt, answer in zip(self._prompts, self._answers, strict=True)
+            self._generation(request, active, stats)
+            for request, active in zip(self._requests, begun, strict=True)
         ]
 
-    def _step(self, steps: Iterator[None]) -> bool:
+    def _step(self) -> bool:
         """Take a step; whether there was one. Raises MoacError where memory is short."""
+        if self._interrupted:
+            return False
         purpose = (
-            f"for a session of {len(self._prompts)} x {self._capacity} tokens, whose KV cache "
-            f"takes at most {self._dense_bytes / 2**20:.1f} MiB"
+            f"for a session of {len(self._requests)} x {self._requests[0].capacity} tokens, whose "
+            f"KV cache takes at most {self._most_bytes / 2**20:.1f} MiB"
         )
         with telling_shortage(purpose, _LESS_MEMORY):
-            return next(steps, self) is None
+            if self._engine is None:
+                self._engine = self._open_engine()
+                self._active = [self._engine.submit(request) for request in self._requests]
+            going = self._engine.step()
+        for active in self._active:
+            if active.error is not None:
+                raise active.error
+        return going
 
-    def _steps(self) -> Iterator[None]:
-        """One item per token of the batch; finished rows leave it."""
-        session = self._open_session(self._capacity)
-        rows = [session.admit(self._capacity) for _ in self._prompts]
-        started = time.perf_counter()
-        tokens = self._sampler.next(session.step(list(map(Feed, rows, self._prompts))))
-        self._prefill_s = time.perf_counter() - started
-        self._held_bytes = session.kv_bytes()
-        active = self._answers
-        while True:
-            chosen = tokens.tolist()  # the one wait for the device in a step
-            check_chosen(chosen)
-            for answer, token in zip(active, chosen, strict=True):
-                answer.push(token)
-            yield
-            started = time.perf_counter()
-            going = [i for i, answer in enumerate(active) if answer.finish_reason is None]
-            if not going:
-                return
-            if len(going) < len(active):
-                for place in {*range(len(rows))} - {*going}:
-                    session.release(rows[place])
-                active, rows = [active[i] for i in going], [rows[i] for i in going]
-                chosen = [chosen[i] for i in going]
-                self._sampler.keep(going)
-            feeds = [Feed(row, (token,)) for row, token in zip(rows, chosen, strict=True)]
-            tokens = self._sampler.next(session.step(feeds))
-            self._decode_s += time.perf_counter() - started
+    @property
+    def _most_bytes(self) -> int:
+        return len(self._requests) * self._dense_bytes
 
     def _news(self) -> Iterator[tuple[int, str]]:
-        for row, answer in enumerate(self._answers):
-            if piece := answer.take():
+        for row, active in enumerate(self._active):
+            if piece := active.answer.take():
                 yield row, piece
 
-    def _stats(self) -> Stats:
-        made = [len(answer.token_ids) for answer in self._answers]
-        return Stats(
-            prompt_tokens=sum(len(prompt) for prompt in self._prompts),
-            decoded_tokens=sum(max(count - 1, 0) for count in made),
-            prefill_s=self._prefill_s,
-            decode_s=self._decode_s,
-            kv_held_bytes=self._held_bytes,
-            kv_dense_bytes=self._dense_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
+    def _generation(self, request: Request, active: Active | None, stats: Stats) -> Generation:
+        answer = None if active is None else active.answer
+        return Generation(
+            text="" if answer is None else answer.text,
+            token_ids=() if answer is None else tuple(answer.token_ids),
+            prompt_tokens=len(request.tokens),
+            reused_tokens=0 if active is None else active.reused,
+            finish_reason=self._reason(None if answer is None else answer.finish_reason),
+            capacity=request.capacity or 0,
+            stats=stats,
         )
 
+    def _reason(self, found: FinishReason | None) -> FinishReason:
+        if found is None and not self._interrupted:
+            raise MoacError(
+                "the answer is not complete; read the stream to its end, or interrupt it"
+            )
+        return found or "interrupted"
 
-def _reason(answer: Answer) -> FinishReason:
-    if answer.finish_reason is None:
-        raise MoacError("the answer is not complete; read the stream to its end, or interrupt it")
-    return answer.finish_reason
+    def _stats(self) -> Stats:
+        totals = Totals() if self._engine is None else self._engine.totals
+        made = [len(active.answer.token_ids) for active in self._active]
+        return Stats(
+            prompt_tokens=sum(len(request.tokens) for request in self._requests),
+            decoded_tokens=sum(max(count - 1, 0) for count in made),
+            prefill_s=totals.read_s,
+            decode_s=totals.write_s,
+            kv_held_bytes=totals.held,
+            kv_dense_bytes=totals.dense or self._most_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
+        )

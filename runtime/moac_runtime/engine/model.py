@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from moac_runtime.backends.open import BACKENDS, check_choice, choose_backend, open_backend
 from moac_runtime.backends.session import Session
 from moac_runtime.engine.batch import Batch
+from moac_runtime.engine.chat import Chat
 from moac_runtime.engine.chosen import ChosenSampling, choose_sampling
+from moac_runtime.engine.engine import Engine, Limits
+from moac_runtime.engine.memory import KEPT_BYTES, KV_BYTES, KvMemory
 from moac_runtime.engine.prompts import Prompt, prompt_list, session_capacity, token_rows
-from moac_runtime.engine.sampling import Sampler, SamplingOptions
-from moac_runtime.engine.sequence import Answer, Generation
-from moac_runtime.engine.stats import joined
+from moac_runtime.engine.request import Request
+from moac_runtime.engine.sampling import SamplingOptions
+from moac_runtime.engine.sequence import Generation
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import MOST_THREADS
 from moac_runtime.host.shortage import telling_shortage
 from moac_runtime.package.artifact import Artifact, Opening, start_opening
 from moac_runtime.package.dtypes import DTYPE_BYTES
-from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.integrity import MANIFEST, REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import ModelSpec
 from moac_runtime.text.tokenizer import Tokenizer
@@ -74,6 +78,7 @@ class Model:
     `load_s`: seconds loading took. `products`: what native kernels multiply weights in, by name.
     `kernels`: which build of native kernels runs; `note`: why it is none, None where nothing is to
     be told. `defaults`: the sampling that the checkpoint recommends, None where it does not count.
+    `digest`: of the package, "" for weights at hand.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Model:
         products: str | None = None,
         note: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        digest: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
@@ -101,6 +107,7 @@ class Model:
         self.products = products
         self.note = note
         self.defaults = defaults
+        self.digest = digest
         self._open_session = open_session
 
     def sampling(self, **sampling: Unpack[Sampling]) -> ChosenSampling:
@@ -119,31 +126,31 @@ class Model:
         parse_special: bool = False,
         capacity: int | None = None,
         max_batch: int | None = None,
+        max_kv_bytes: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Generation]:
-        """Answers to one prompt or several, which then run as one ragged batch.
+        """Answers to one prompt or several, which then run side by side as memory allows.
 
         A prompt is text or a conversation, a list of `{"role", "content"}` messages. `system`:
         a system message before each. `raw`: the text itself, no chat template. Control tokens
         that a message spells are text; `parse_special` lets them act, as they do in raw text.
         `capacity`: tokens the session holds; left out, the longest prompt plus `max_tokens`. Spans
         follow from it, so a batch's rows answer as they would alone at the same capacity.
-        `max_batch`: prompts that run at once, None for all; the rest waits. A KeyboardInterrupt
-        ends the answers early. Raises UsageError and MoacError.
+        `max_batch`: prompts that run at once, None for all. `max_kv_bytes`: of keys and values of
+        those that run at once, None for 2 GiB, or for one prompt where that takes more. The rest
+        waits, and each begins when another has ended. A KeyboardInterrupt ends the answers early.
+        Raises UsageError and MoacError.
         """
-        each = prompt_list(prompts)
         options = self.sampling(**sampling).options
-        found: list[Generation] = []
-        rows = self._rows(each, system=system, raw=raw, parse_special=parse_special)
-        for batch in self._batches(rows, options, capacity=capacity, max_batch=max_batch):
-            if any(answer.finish_reason == "interrupted" for answer in found):
-                batch.interrupt()  # it has not begun
-            else:
-                for _ in batch:
-                    pass
-            found.extend(batch.generations())
-        stats = joined([found[i].stats for i in range(0, len(found), max_batch or len(found))])
-        return [replace(answer, stats=stats) for answer in found]
+        rows = self._rows(
+            prompt_list(prompts), system=system, raw=raw, parse_special=parse_special
+        )
+        batch = self._batch(
+            rows, options, capacity=capacity, max_batch=max_batch, max_kv_bytes=max_kv_bytes
+        )
+        for _ in batch:
+            pass
+        return batch.generations()
 
     def stream(
         self,
@@ -158,7 +165,42 @@ class Model:
         """The answer to one prompt, piece by piece; keywords as in `generate`."""
         options = self.sampling(**sampling).options
         rows = self._rows([prompt], system=system, raw=raw, parse_special=parse_special)
-        return Stream(next(self._batches(rows, options, capacity=capacity, max_batch=None)))
+        return Stream(self._batch(rows, options, capacity=capacity))
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+        fixed_capacity: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Chat:
+        """A conversation that goes on from what it has read.
+
+        `context`: most tokens it may have, None for the model's capacity. `fixed_capacity`: it
+        ends where its row is full, instead of growing. Answers are as long as the model makes them
+        unless `max_tokens` says less. Raises as `generate`.
+        """
+        open_ended = sampling.get("max_tokens") is None
+        if open_ended:
+            sampling["max_tokens"] = self.capacity
+        session_capacity([0], 1, asked=context, most=self.capacity)
+        engine = self.engine(context=context, kept_bytes=KEPT_BYTES, fixed_capacity=fixed_capacity)
+        options = self.sampling(**sampling).options
+        return Chat(self, engine, system=system, options=options, open_ended=open_ended)
+
+    def engine(self, *, kv_bytes: int | None = None, **limits: Any) -> Engine:
+        """An engine with a session of its own; `limits` are those of `engine.Limits`.
+
+        Its rows hold at most the model's capacity unless `context` says less.
+        """
+        context = min(limits.pop("context", None) or self.capacity, self.capacity)
+        return Engine(
+            self._open_session(context),
+            self.tokenizer,
+            Limits(context=context, kv_bytes=kv_bytes, **limits),
+            dense_bytes=self._dense_bytes,
+        )
 
     def _rows(
         self, prompts: Sequence[Prompt], *, system: str | None, raw: bool, parse_special: bool
@@ -172,34 +214,46 @@ class Model:
             parse_special=parse_special,
         )
 
-    def _batches(
+    def _batch(
         self,
         rows: list[list[int]],
         options: SamplingOptions,
         *,
         capacity: int | None,
-        max_batch: int | None,
-    ) -> Iterator[Batch]:
-        """The prompts in groups of at most `max_batch`, all at the capacity of the whole."""
+        max_batch: int | None = None,
+        max_kv_bytes: int | None = None,
+    ) -> Batch:
+        """The prompts as one batch, all at the capacity of the whole."""
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch must be >= 1, got {max_batch}")
         size = session_capacity(
             list(map(len, rows)), options.max_tokens, asked=capacity, most=self.capacity
         )
-        count = max_batch or len(rows)
-        for first in range(0, len(rows), count):
-            yield self._batch(rows[first : first + count], options, size)
-
-    def _batch(self, rows: list[list[int]], options: SamplingOptions, size: int) -> Batch:
-        limits = [min(options.max_tokens, size - len(row)) for row in rows]
+        requests = [
+            Request(tokens=tuple(row), options=options, capacity=size, keep=False) for row in rows
+        ]
         return Batch(
-            self._open_session,
-            Sampler(options, rows),
-            rows,
-            [Answer(self.tokenizer, options.stop, limit=limit) for limit in limits],
-            capacity=size,
-            dense_bytes=len(rows) * self._dense_bytes(size),
+            lambda: self._batch_engine(size, max_batch, max_kv_bytes),
+            requests,
+            dense_bytes=self._dense_bytes(size),
         )
+
+    def _batch_engine(
+        self, capacity: int, max_batch: int | None, max_kv_bytes: int | None
+    ) -> Engine:
+        """An engine for rows of one capacity, which answers as fast as it can and keeps none."""
+        session = self._open_session(capacity)
+        limit = max_kv_bytes
+        if limit is None and not session.fixed_batch:
+            limit = max(KV_BYTES, KvMemory(session, None).planned(capacity))
+        limits = Limits(
+            context=self.capacity,
+            kv_bytes=limit,
+            rows=max_batch,
+            step_tokens=sys.maxsize,
+            step_s=math.inf,
+        )
+        return Engine(session, self.tokenizer, limits, dense_bytes=self._dense_bytes)
 
     def _dense_bytes(self, capacity: int) -> int:
         return self.spec.dense_tokens(capacity) * self.spec.kv_token_bytes(DTYPE_BYTES[self.dtype])
@@ -247,6 +301,7 @@ def load(
         products=getattr(opened, "products", None),
         note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
         defaults=_defaults(artifact),
+        digest=read_json(artifact.root / MANIFEST, MANIFEST)["digest"],
     )
 
 

@@ -1,4 +1,4 @@
-"""Choice of the next token: options, their checks, and one sampler per batch.
+"""Choice of the next token: options, their checks, and one sampler per sequence.
 
 Meaning and order of the filters are those of transformers' logits processors: repetition penalty,
 temperature, top-k, top-p, min-p. The same rules choose from torch tensors and numpy arrays, and
@@ -170,40 +170,53 @@ def _min_p(scores: Array, p: float) -> Array:
 
 
 class Sampler:
-    """`sample` for a batch that shrinks: keeps every row's history and random generator."""
+    """One sequence's choice of tokens: its options, its history, random numbers of its own."""
 
-    def __init__(self, options: SamplingOptions, prompts: Sequence[Sequence[int]]) -> None:
-        self._options = options
-        self._prompts = prompts
-        self._generators = self._seeded(len(prompts)) if options.temperature > 0 else []
-        self._seen: Array | None = None
+    def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
+        self.options = options
+        seed = secrets.randbits(63) if options.seed is None else options.seed
+        self._generators = [Random(seed)] if options.temperature > 0 else []
+        self._seen = set(prompt) if options.repetition_penalty != 1 else None
 
-    def _seeded(self, rows: int) -> list[Random]:
-        seed = self._options.seed
-        return [Random(secrets.randbits(63) if seed is None else seed) for _ in range(rows)]
-
-    def next(self, logits: Array) -> Array:
-        """The next token of every row, `[B]` int64, remembered as part of its history."""
-        if self._options.repetition_penalty == 1:
-            return sample(logits, self._options, generators=self._generators)
-        if self._seen is None:
-            self._seen = _seen(logits, self._prompts)
-        tokens = sample(logits, self._options, seen=self._seen, generators=self._generators)
-        for row, token in enumerate(tokens.tolist()):
-            self._seen[row, token] = True
-        return tokens
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with `rows` alone, indices into the present batch, in that order."""
-        if self._generators:
-            self._generators = [self._generators[row] for row in rows]
-        if self._seen is not None:
-            self._seen = self._seen[list(rows)]
+    @property
+    def kind(self) -> tuple[float, ...]:
+        """What sequences must share to choose from one array."""
+        one = self.options
+        return one.temperature, one.top_k, one.top_p, one.min_p, one.repetition_penalty
 
 
-def _seen(logits: Array, prompts: Sequence[Sequence[int]]) -> Array:
+def next_tokens(logits: Array, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each of the sequences of `logits` `[B, V]`, remembered by each.
+
+    A sequence's token does not depend on those beside it. -1 where its logits are not finite
+    numbers, as `sample` says.
+    """
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for place, sampler in enumerate(samplers):
+        alike.setdefault(sampler.kind, []).append(place)
+    found = [-1] * len(samplers)
+    for places in alike.values():
+        part = logits if len(places) == len(samplers) else logits[places]
+        tokens = _sample_alike(part, [samplers[place] for place in places])
+        for place, token in zip(places, tokens, strict=True):
+            found[place] = token
+    return found
+
+
+def _sample_alike(logits: Array, samplers: Sequence[Sampler]) -> list[int]:
+    generators = [own for sampler in samplers for own in sampler._generators]
+    seen = _seen(logits, samplers) if samplers[0]._seen is not None else None
+    tokens = sample(logits, samplers[0].options, seen=seen, generators=generators)
+    chosen: list[int] = tokens.tolist()  # the one wait for the device
+    for sampler, token in zip(samplers, chosen, strict=True):
+        if sampler._seen is not None and token >= 0:
+            sampler._seen.add(token)
+    return chosen
+
+
+def _seen(logits: Array, samplers: Sequence[Sampler]) -> Array:
     library = library_of(logits)
     seen = library.unseen(logits)
-    for row, prompt in enumerate(prompts):
-        library.mark(seen, row, prompt)
+    for row, sampler in enumerate(samplers):
+        library.mark(seen, row, list(sampler._seen or ()))
     return seen

@@ -16,12 +16,14 @@ FinishReason = Literal["stop", "length", "interrupted"]
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One answer. `token_ids` is all the model chose, the ending token or stop string included;
-    `text` leaves those out. `capacity`: tokens the session could hold. `stats`: of its batch.
+    `text` leaves those out. `reused_tokens`: of the prompt, those that a kept cache held already.
+    `capacity`: tokens the session could hold. `stats`: of its batch.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
+    reused_tokens: int
     finish_reason: FinishReason
     capacity: int
     stats: Stats

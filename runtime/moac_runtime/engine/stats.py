@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What an answer's batches cost. Tokens are summed over rows; None where not measured.
+    """What an answer's batch cost. Tokens are summed over rows; None where not measured.
 
     `decoded_tokens`: answer tokens but the first of each row, which the prefill yields.
-    `kv_dense_bytes`: what the model holds by itself at the same capacity.
+    `kv_held_bytes`: most at once; `kv_dense_bytes`: what the model holds by itself at the same
+    capacities.
     """
 
     prompt_tokens: int
@@ -32,20 +32,6 @@ class Stats:
     def decode_tokens_per_s(self) -> float | None:
         """Tokens decoded per second, all rows together."""
         return self.decoded_tokens / self.decode_s if self.decode_s else None
-
-
-def joined(parts: Sequence[Stats]) -> Stats:
-    """Of batches that ran one after another: what each took, and the most that was held."""
-    held = max(parts, key=lambda stats: stats.kv_held_bytes)
-    return Stats(
-        prompt_tokens=sum(stats.prompt_tokens for stats in parts),
-        decoded_tokens=sum(stats.decoded_tokens for stats in parts),
-        prefill_s=sum(stats.prefill_s for stats in parts),
-        decode_s=sum(stats.decode_s for stats in parts),
-        kv_held_bytes=held.kv_held_bytes,
-        kv_dense_bytes=held.kv_dense_bytes,
-        peak_memory_bytes=parts[-1].peak_memory_bytes,
-    )
 
 
 def peak_memory_bytes() -> int | None:

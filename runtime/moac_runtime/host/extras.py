@@ -12,6 +12,7 @@ EXTRAS = {
         *("gguf", "sentencepiece", "google", "tiktoken", "triton"),
     ),
     "eval": ("lm_eval",),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "llguidance"),
 }
 
 

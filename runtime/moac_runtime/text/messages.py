@@ -7,6 +7,7 @@ other reaches the template, as in transformers, since some templates have fields
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,23 @@ def _check_calls(message: Mapping[str, Any], where: str) -> None:
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UsageError(f"tool_calls of {where} must be a list of JSON objects")
+    for call in calls:
+        function = call.get("function")
+        _check_arguments(
+            (function if isinstance(function, dict) else call).get("arguments"), where
+        )
+
+
+def _check_arguments(arguments: Any, where: str) -> None:
+    """Of a call: a JSON object, or one written as text, as clients of servers send it."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        found = arguments
+    if found is not None and not isinstance(found, dict):
+        raise UsageError(
+            f"the arguments of a tool call of {where} are no JSON object, got {arguments!r:.60}"
+        )
 
 
 def _content(message: Mapping[str, Any], where: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from moac_runtime.errors import ArtifactError, MoacError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.text.messages import REASONING, Message
 
 
@@ -32,19 +32,27 @@ class ChatTemplate:
         add_generation_prompt: bool,
         special_tokens: Mapping[str, str],
         now: datetime | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation of `plain_messages` as text; `now`: the time that templates are told.
 
-        Raises MoacError where the template refuses it.
+        `tools`: the functions that the model may call, as JSON objects. `variables`: what else
+        the template reads, such as `enable_thinking`. Raises UsageError for a variable that is
+        given otherwise, MoacError where the template refuses the conversation.
         """
+        given = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+        if taken := sorted((given | special_tokens.keys()) & (variables or {}).keys()):
+            raise UsageError(f"{taken[0]} is no variable of a template to be set; leave it out")
         try:
             text: str = self._template.render(
-                messages=[_with_reasoning(message) for message in messages],
-                tools=None,
+                messages=[_for_templates(message) for message in messages],
+                tools=None if tools is None else list(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=(now or datetime.now()).strftime,
                 **special_tokens,
+                **(variables or {}),
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise MoacError(
@@ -52,6 +60,13 @@ class ChatTemplate:
                 "change the messages, or use --raw (raw=True) to send the prompt as is"
             ) from None
         return text
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template writes the functions that a model may call."""
+        from jinja2.meta import find_undeclared_variables
+
+        return "tools" in find_undeclared_variables(self._environment.parse(self.source))
 
     def literals(self) -> list[str]:
         """The texts that stand in the template: what it writes, and its string constants."""
@@ -61,6 +76,48 @@ class ChatTemplate:
         written = [node.data for node in tree.find_all(nodes.TemplateData)]
         constants = [node.value for node in tree.find_all(nodes.Const)]
         return written + [value for value in constants if isinstance(value, str)]
+
+
+class _Arguments(dict[str, Any]):
+    """The arguments of a call, for templates that read them and for those that write them.
+
+    `written`: as the JSON text that came with the message.
+    """
+
+    def __init__(self, values: Mapping[str, Any], written: str) -> None:
+        super().__init__(values)
+        self._written = written
+
+    def __str__(self) -> str:
+        return self._written
+
+    def __add__(self, after: str) -> str:
+        return self._written + after
+
+    def __radd__(self, before: str) -> str:
+        return before + self._written
+
+
+def _for_templates(message: Message) -> dict[str, Any]:
+    """A message as templates read it: reasoning under the names in use, arguments of calls."""
+    calls = message.get("tool_calls")
+    shown = _with_reasoning(message)
+    return {**shown, "tool_calls": [_call(call) for call in calls]} if calls else shown
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, Mapping) and "arguments" in function:
+        return {**call, "function": {**function, "arguments": _arguments(function["arguments"])}}
+    return (
+        {**call, "arguments": _arguments(call["arguments"])} if "arguments" in call else {**call}
+    )
+
+
+def _arguments(found: Any) -> Any:
+    if isinstance(found, str):
+        return _Arguments(json.loads(found), found)
+    return _Arguments(found, _to_json(found)) if isinstance(found, Mapping) else found
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:

@@ -80,18 +80,29 @@ class Tokenizer:
         )
 
     def encode_chat(
-        self, messages: Sequence[Message], *, parse_special: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        parse_special: bool = False,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation up to where its answer starts.
 
         Control tokens that a message spells are text, unless `parse_special` lets them act.
-        Raises as `chat`.
+        `tools` and `variables` are the template's. Raises as `chat`.
         """
         template, plain, now = self._template(), plain_messages(messages), datetime.now()
 
         def render(chat: Sequence[Message]) -> str:
             return template.render(
-                chat, add_generation_prompt=True, special_tokens=self.special_tokens, now=now
+                chat,
+                add_generation_prompt=add_generation_prompt,
+                special_tokens=self.special_tokens,
+                now=now,
+                tools=tools,
+                variables=variables,
             )
 
         text = text_of(render(plain), "what the chat template writes")
@@ -99,6 +110,11 @@ class Tokenizer:
             return self.encode(text, special=False)
         control: ControlTokens = self._once("control", self._control_tokens)
         return control.encode(text, plain, render, source=template.source)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the package has a chat template that writes tools."""
+        return self.chat_template is not None and self._template().takes_tools
 
     def _template(self) -> ChatTemplate:
         source = self.chat_template

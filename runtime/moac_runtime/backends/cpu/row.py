@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from moac_runtime.backends.cpu.library import CACHE_PLAIN, CacheStruct, integers
@@ -63,6 +63,16 @@ class CpuRow:
         """A copy of what the row holds, free slots left out."""
         parts = [ctypes.string_at(*place) for place in self._filled()]
         return Held(self.layers, parts)
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes of the slots in use."""
+        return sum(size for _, size in self._filled())
+
+    def held_from(self, data: memoryview) -> Held:
+        """What a copy of this row held whose parts, one after another, are `data`."""
+        ends = accumulate((size for _, size in self._filled()), initial=0)
+        return Held(self.layers, [data[first:stop].tobytes() for first, stop in pairwise(ends)])
 
     def take(self, held: Held, length: int) -> None:
         """Hold what another row of the same layers held after `length` tokens."""

@@ -6,13 +6,13 @@ A step is one native call for all rows that are fed, whether one adds one token 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from moac_runtime.backends.arrays import Array
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import SegmentStruct, StepStruct, integers
-from moac_runtime.backends.cpu.row import CpuRow
+from moac_runtime.backends.cpu.row import CpuRow, Held
 from moac_runtime.backends.feeding import Piece, check_growth, cut, num_wanted
 from moac_runtime.backends.layout import HeadRun, grown_runs, rope_tables
 from moac_runtime.backends.own import OwnRows
@@ -109,6 +109,15 @@ class CpuSession(OwnRows[CpuRow]):
         )
         self._engine.check_caches(row.caches)
         return row
+
+    def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
+        return iter(snapshot.content.parts)
+
+    def _held_bytes(self, row: CpuRow) -> int:
+        return row.filled_bytes
+
+    def _content(self, row: CpuRow, data: bytes) -> Held:
+        return row.held_from(memoryview(data))
 
     def _call_of(
         self, feeds: Sequence[Feed], pieces: Sequence[Piece], rows: Sequence[CpuRow]

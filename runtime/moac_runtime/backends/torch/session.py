@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,33 @@ class TorchSession(OwnRows[TorchRow]):
     def _new_row(self, layers: list[list[HeadRun]], capacity: int) -> TorchRow:
         caches = [[self._cache(run) for run in runs] for runs in layers]
         return TorchRow(capacity, 0, caches, self._frequencies(capacity))
+
+    def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
+        for layer in snapshot.content:
+            for _, keys, values in layer:
+                for part in (keys, values):
+                    yield part.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+    def _held_bytes(self, row: TorchRow) -> int:
+        filled = (cache.filled(row.length) for layer in row.layers for cache in layer)
+        return sum(part.nbytes for parts in filled for part in parts)
+
+    @torch.inference_mode()
+    def _content(self, row: TorchRow, data: bytes) -> list[list[tuple[HeadRun, Tensor, Tensor]]]:
+        rest = memoryview(bytearray(data))
+
+        def taken(like: Tensor) -> Tensor:
+            nonlocal rest
+            part, rest = rest[: like.nbytes], rest[like.nbytes :]
+            if not part:
+                return like
+            return torch.frombuffer(part, dtype=like.dtype).view(like.shape).to(like.device)
+
+        def held(cache: SpanCache) -> tuple[HeadRun, Tensor, Tensor]:
+            keys, values = cache.filled(row.length)
+            return cache.run, taken(keys), taken(values)
+
+        return [[held(cache) for cache in layer] for layer in row.layers]
 
     def _cache(self, run: HeadRun) -> SpanCache:
         spec, decoder = self._decoder.spec, self._decoder

@@ -1,0 +1,1 @@
+"""A package behind an OpenAI-compatible server; needs the extra `serve`."""

@@ -1,0 +1,227 @@
+"""`moac serve PACKAGE` and `python -m moac_runtime serve PACKAGE`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moac_runtime.command import Parser, size_option
+from moac_runtime.errors import UsageError
+from moac_runtime.host.extras import EXTRAS, missing
+from moac_runtime.host.process import run_process
+
+if TYPE_CHECKING:
+    from moac_runtime.engine.engine import Engine
+    from moac_runtime.engine.model import Model
+    from moac_runtime.serve.served import Served
+
+_SHORT_OF_MEMORY = "lower --max-kv-bytes or --kept-bytes, or end other programs"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it, and return the exit code (0, 1 or 2)."""
+    # torch warns where numpy is absent; running a package does without it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    return run_process(lambda: _serve(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = Parser(
+        prog="moac serve",
+        description="Serve a package to OpenAI's clients, and a chat page at /.",
+        epilog="Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.",
+        allow_abbrev=False,
+    )
+    made.add_argument("package", type=Path, metavar="PACKAGE", help="the package directory")
+    _add_network(made)
+    _add_memory(made)
+    _add_running(made)
+    return made
+
+
+def _add_network(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument_group("network").add_argument
+    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (8000)")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="a file of keys, one a line, of which clients must send one (no key)",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web page's origin that may ask from a browser; may be repeated (no other)",
+    )
+    add(
+        "--served-model-name",
+        metavar="NAME",
+        help="what clients call the model (the package's folder name)",
+    )
+    add(
+        "--drain-seconds",
+        type=int,
+        default=30,
+        metavar="N",
+        help="after SIGTERM, how long answers under way may still take (30)",
+    )
+
+
+def _add_memory(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument_group("memory").add_argument
+    add(
+        "--max-kv-bytes",
+        type=size_option,
+        metavar="SIZE",
+        help="most bytes of keys and values of all sequences, as 500MiB (2GiB)",
+    )
+    add(
+        "--kept-bytes",
+        type=size_option,
+        metavar="SIZE",
+        help="most bytes of kept caches, beside them (1GiB)",
+    )
+    add(
+        "--no-kept-caches",
+        action="store_true",
+        help="keep no caches: every prompt is read from its start",
+    )
+    add("--context", type=int, metavar="N", help="most tokens of a sequence (the package's)")
+    add(
+        "--fixed-capacity",
+        action="store_true",
+        help="end an answer where its sequence is full, instead of growing it",
+    )
+    add("--max-batch", type=int, metavar="N", help="sequences at once (as memory allows)")
+    add("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (256)")
+
+
+def _add_running(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument_group("running").add_argument
+    add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
+    add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    for name in EXTRAS["serve"]:
+        if find_spec(name) is None:
+            raise UsageError(f"this command needs {missing(name, extra='serve')}")
+    _check(options)
+    keys = _read_keys(options.api_key_file)
+    _log_to_stderr()
+    served = _served(options, keys)
+    _tell(served, options)
+    return _run(served, options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be refused before anything is loaded."""
+    for name in ("context", "max_batch", "max_queue", "drain_seconds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if not 0 <= options.port < 65536:
+        raise UsageError(f"--port must be 0 to 65535, got {options.port}")
+
+
+def _read_keys(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the file of keys {path} cannot be read ({error}); correct it") from None
+    if not lines:
+        raise UsageError(f"the file of keys {path} holds none; write one key a line")
+    return lines
+
+
+def _served(options: argparse.Namespace, keys: Sequence[str]) -> Served:
+    from moac_runtime.engine.model import load
+    from moac_runtime.serve.served import Served
+
+    model = load(
+        options.package, backend=options.backend, dtype=options.dtype, threads=options.threads
+    )
+    if options.context is not None and options.context > model.capacity:
+        raise UsageError(
+            f"--context is {options.context}, and this package opens at most {model.capacity} "
+            "tokens; give less, or compile it for more"
+        )
+    name = options.served_model_name or options.package.resolve().name
+    return Served(model, _engine(model, options), name, keys)
+
+
+def _engine(model: Model, options: argparse.Namespace) -> Engine:
+    from moac_runtime.engine.memory import KEPT_BYTES, KV_BYTES
+
+    engine = model.engine(
+        context=options.context,
+        kv_bytes=options.max_kv_bytes,
+        kept_bytes=0 if options.no_kept_caches else options.kept_bytes or KEPT_BYTES,
+        rows=options.max_batch,
+        waiting=options.max_queue,
+        fixed_capacity=options.fixed_capacity,
+    )
+    if engine.memory.limit is None and not engine.session.fixed_batch:
+        engine.memory.limit = KV_BYTES
+    engine.memory.check(min(512, engine.limits.context))
+    return engine
+
+
+def _tell(served: Served, options: argparse.Namespace) -> None:
+    """What runs, before the first request."""
+    model, limits = served.model, served.engine.limits
+    kernels = "" if model.kernels is None else f" ({model.kernels})"
+    lines = [
+        f"{served.name}: {model.backend}{kernels} {model.dtype}, at most {limits.context} tokens "
+        f"a sequence, sampling {model.sampling().told()}"
+    ]
+    if served.engine.session.fixed_batch:
+        lines.append(
+            f"note: {model.backend} runs fixed batches, so requests wait for those that run"
+        )
+    if model.note is not None:
+        lines.append(f"note: {model.note}")
+    if options.host not in _LOOPBACK and not served.keys:
+        lines.append(
+            f"note: {options.host} may be reached by others, and no key is asked for "
+            "(--api-key-file)"
+        )
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _run(served: Served, options: argparse.Namespace) -> int:
+    """Serve; a first signal lets answers end, a second one does not."""
+    from moac_runtime.serve.app import build_app
+    from moac_runtime.serve.listening import listen, serve
+
+    with listen(options.host, options.port) as socket:
+        host, port = socket.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving http://{shown}:{port}", file=sys.stderr, flush=True)
+        app = build_app(served, origins=options.allow_origin)
+        ended_by = serve(app, socket, drain_s=options.drain_seconds)
+    return 128 + ended_by if ended_by not in (0, signal.SIGTERM, signal.SIGINT) else 0
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("moac.serve", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "moac.serve" else logging.WARNING)
