@@ -11,7 +11,7 @@ from moac_runtime.backends.own import OwnRows
 from moac_runtime.engine.capacity import Path
 from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.kept import Kept
-from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 
 if TYPE_CHECKING:
     from moac_runtime.engine.model import Model
@@ -27,8 +27,9 @@ def write_chat(
     messages: list[dict[str, Any]],
     path: Path | None,
 ) -> None:
-    """Write `messages` and the longest cache of them that is kept; raises UsageError, OSError."""
+    """Write `messages` and the longest cache of them that is kept; raises MoacError."""
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     session = _session(engine)
@@ -43,7 +44,10 @@ def write_chat(
         "path": json.dumps([] if kept is None else kept.path),
         "messages": json.dumps(messages),
     }
-    save_file(tensors, file, metadata=metadata)
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except (SafetensorError, OSError) as error:  # which wraps what the system said
+        raise MoacError(f"{file} cannot be written ({error}); name a file that can be") from None
 
 
 def read_chat(
@@ -56,6 +60,8 @@ def read_chat(
     from safetensors import SafetensorError, safe_open
 
     session = _session(engine)
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}; name one that /save wrote")
     try:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
