@@ -68,7 +68,7 @@ def read_chat(
             _check_origin(file, metadata, _origin(model))
             tokens = tuple(int(token) for token in opened.get_tensor("tokens"))
             data = opened.get_tensor("kv").tobytes()
-        messages = json.loads(metadata["messages"])
+        messages = _messages(metadata["messages"])
         path = tuple((int(size), int(length)) for size, length in json.loads(metadata["path"]))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(
@@ -79,6 +79,17 @@ def read_chat(
         snapshot = session.unpacked(path, len(tokens), data)
         engine.kept.put(Kept(tokens, path, snapshot))
     return messages, path or None
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    """Raises ValueError for what is no conversation."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one
+        for one in found
+    ):
+        raise ValueError(f"its messages are {found!r:.60}")
+    return found
 
 
 def _session(engine: Engine) -> OwnRows[Any]:
