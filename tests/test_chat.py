@@ -124,6 +124,9 @@ def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, str]], Non
     save_file(tensors, file, metadata=metadata)
 
 
+# more tokens than the smallest span holds at 512
+LONG = "Name a fish, please, and say at length why it is one, in words of your own. " * 2
+
 HOSTILE: list[tuple[Callable[[Any, Any], None], str]] = [
     (lambda t, m: m.update(package="1" * 64), "has package '1111"),
     (lambda t, m: m.update(dtype="bfloat16"), "has dtype 'bfloat16', expected 'float32'"),
@@ -147,7 +150,7 @@ def test_a_file_of_something_else_is_refused(
 ) -> None:
     file = tmp_path / "chat.safetensors"
     talk = chat()
-    talk.say("Name a fish, please.")
+    talk.say(LONG)
     talk.save(file)
     rewritten(file, change)
     before = list(talk.messages)
@@ -162,7 +165,7 @@ def test_a_file_of_something_else_is_refused(
 def test_a_path_with_a_wrong_growth_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "chat.safetensors"
     talk = chat()
-    talk.say("Name a fish, please.")
+    talk.say(LONG)
     talk.save(file)
     rewritten(file, lambda t, m: m.update(path=json.dumps([[512, 0], [1024, 600]])))
     with pytest.raises(ArtifactError, match="has the path"):
@@ -200,7 +203,8 @@ def test_the_command(
         ("/set temperature=warm", "'warm' is no value of temperature; give a number"),
         ("/set temperature=-1", "temperature must be >= 0, got -1.0"),
         ("/save", "/save takes the name of a file"),
-        ("/load nowhere", "nowhere"),
+        ("/load nowhere", "there is no file nowhere; name one that /save wrote"),
+        ("/save no/where", "no/where cannot be written"),
         ("/stats", "there is no answer yet; ask something"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cpu_kernels import needs_avx2, needs_compiler
 from engines import answers, asked
+from servers import server
 from test_engine import text
 
 from moac_runtime.engine.model import Model, load
@@ -77,3 +78,13 @@ def test_a_chat_grows(native: Model) -> None:
     assert talk.last is not None
     assert talk.last.capacity > 512
     assert talk.last.reused_tokens > 0
+
+
+def test_the_server_answers_as_the_model_does(native: Model) -> None:
+    with server(native) as running:
+        (wanted,) = native.generate("hi", max_tokens=12, capacity=512)
+        for _ in range(2):
+            _, found = running.chat("hi", max_tokens=12)
+            assert found["choices"][0]["message"]["content"] == wanted.text
+        held = found["usage"]["moac"]
+        assert 0 < held["kv_bytes"] < held["dense_bytes"]

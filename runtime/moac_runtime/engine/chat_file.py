@@ -11,7 +11,7 @@ from moac_runtime.backends.own import OwnRows
 from moac_runtime.engine.capacity import Path
 from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.kept import Kept
-from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 
 if TYPE_CHECKING:
     from moac_runtime.engine.model import Model
@@ -27,8 +27,9 @@ def write_chat(
     messages: list[dict[str, Any]],
     path: Path | None,
 ) -> None:
-    """Write `messages` and the longest cache of them that is kept; raises UsageError, OSError."""
+    """Write `messages` and the longest cache of them that is kept; raises MoacError."""
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     session = _session(engine)
@@ -43,7 +44,10 @@ def write_chat(
         "path": json.dumps([] if kept is None else kept.path),
         "messages": json.dumps(messages),
     }
-    save_file(tensors, file, metadata=metadata)
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except (SafetensorError, OSError) as error:  # which wraps what the system said
+        raise MoacError(f"{file} cannot be written ({error}); name a file that can be") from None
 
 
 def read_chat(
@@ -56,13 +60,15 @@ def read_chat(
     from safetensors import SafetensorError, safe_open
 
     session = _session(engine)
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}; name one that /save wrote")
     try:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
             _check_origin(file, metadata, _origin(model))
             tokens = tuple(int(token) for token in opened.get_tensor("tokens"))
             data = opened.get_tensor("kv").tobytes()
-        messages = json.loads(metadata["messages"])
+        messages = _messages(metadata["messages"])
         path = tuple((int(size), int(length)) for size, length in json.loads(metadata["path"]))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(
@@ -73,6 +79,17 @@ def read_chat(
         snapshot = session.unpacked(path, len(tokens), data)
         engine.kept.put(Kept(tokens, path, snapshot))
     return messages, path or None
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    """Raises ValueError for what is no conversation."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one
+        for one in found
+    ):
+        raise ValueError(f"its messages are {found!r:.60}")
+    return found
 
 
 def _session(engine: Engine) -> OwnRows[Any]:

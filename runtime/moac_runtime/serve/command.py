@@ -121,7 +121,6 @@ def _serve(options: argparse.Namespace) -> int:
             raise UsageError(f"this command needs {missing(name, extra='serve')}")
     _check(options)
     keys = _read_keys(options.api_key_file)
-    _log_to_stderr()
     served = _served(options, keys)
     _tell(served, options)
     return _run(served, options)
@@ -213,6 +212,7 @@ def _run(served: Served, options: argparse.Namespace) -> int:
         host, port = socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving http://{shown}:{port}", file=sys.stderr, flush=True)
+        _log_to_stderr()
         app = build_app(served, origins=options.allow_origin)
         ended_by = serve(app, socket, drain_s=options.drain_seconds)
     return 128 + ended_by if ended_by not in (0, signal.SIGTERM, signal.SIGINT) else 0
