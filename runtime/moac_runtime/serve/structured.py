@@ -12,7 +12,7 @@ from moac_runtime.serve.fields import BodyFields
 from moac_runtime.text.tokenizer import Tokenizer
 
 # One space where people write one: a model that may write any number may never stop.
-_SPACING: dict[str, Any] = {
+_SPACING: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
