@@ -35,7 +35,7 @@ def write_chat(
     session = _session(engine)
     kept = _longest(model, engine, messages, path)
     data = b"" if kept is None else session.packed(kept.snapshot)
-    tensors = {
+    tensors: dict[str, Any] = {
         "tokens": np.array([] if kept is None else kept.tokens, np.int32),
         "kv": np.frombuffer(data, np.uint8),
     }
