@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -420,3 +421,37 @@ def test_metrics(running: Running) -> None:
     running.ask("/nowhere/1")
     running.ask("/nowhere/2")
     assert "/nowhere" not in running.ask("/metrics")[1]
+
+
+def test_a_conversation_that_branches_or_goes_back_answers_as_a_cold_one() -> None:
+    def user(text: str) -> dict[str, str]:
+        return {"role": "user", "content": text}
+
+    with server() as warm, server(kept_bytes=0) as cold:
+        talk = [{"role": "system", "content": "Be brief. " * 12}, user("One?")]
+        turns = [list(talk)]
+        for text in ("Two?", "Three?", "Four?"):
+            said = warm.chat(messages=talk, max_tokens=25)[1]["choices"][0]["message"]["content"]
+            talk = [*talk, {"role": "assistant", "content": said}, user(text)]
+            turns.append(list(talk))
+        branch = [*turns[1][:-1], user("Else?")]
+        for messages in (turns[3], branch, turns[1], turns[3], turns[0], turns[2]):
+            found = warm.chat(messages=messages, max_tokens=25)[1]
+            wanted = cold.chat(messages=messages, max_tokens=25)[1]
+            assert found["choices"] == wanted["choices"]
+            assert found["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+            cached = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert 0 < cached < found["usage"]["prompt_tokens"]
+
+
+def test_many_clients_at_once_are_answered_as_one() -> None:
+    words = ["fox", "hen", "the quick brown fox " * 20, "red", "a " * 90, "key"]
+    asked = [
+        {"content": word, "max_tokens": 5 + 7 * place, "temperature": place % 2, "seed": place}
+        for place, word in enumerate(words * 2)
+    ]
+    with server(kept_bytes=0) as running:
+        alone = [running.chat(**one)[1]["choices"] for one in asked]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            together = list(pool.map(lambda one: running.chat(**one)[1]["choices"], asked))
+    assert together == alone

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,13 @@ def test_keys_of_a_file_open_it(tiny_package: Compiled, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first\nsecond\n")
     with serving(tiny_package.package, "--api-key-file", str(keys)) as (process, port, _):
-        assert post(port, {**ASKED, "max_tokens": 1}).getresponse().status == 401
-        opened = post(port, {**ASKED, "max_tokens": 1}, Authorization="Bearer second")
-        assert opened.getresponse().status == 200
+        found = []
+        for headers in ({}, {"Authorization": "Bearer second"}):
+            with closing(post(port, {**ASKED, "max_tokens": 1}, **headers)) as connection:
+                reply = connection.getresponse()
+                reply.read()
+                found.append(reply.status)
+        assert found == [401, 200]
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
 
