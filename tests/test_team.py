@@ -142,8 +142,8 @@ FAULTS = {
         "a hang",
     ),
     "the bell is heard after the word was read": (
-        "FUTEX_WAIT_PRIVATE, heard,",
-        "FUTEX_WAIT_PRIVATE, __atomic_load_n(&bell, __ATOMIC_SEQ_CST),",
+        "sleep_while(&bell, heard)",
+        "sleep_while(&bell, __atomic_load_n(&bell, __ATOMIC_SEQ_CST))",
         "a hang",
     ),
     "the next phase begins at once": (
