@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import CHAT_TEMPLATE, FAMILIES, ONE_ROPE, ROPES, save_checkpoint, tiny_model
+from families import (
+    CHAT_TEMPLATE,
+    FAMILIES,
+    ONE_ROPE,
+    ROPES,
+    checkpoint_tensors,
+    save_checkpoint,
+    tiny_model,
+)
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,7 +115,7 @@ def test_context_is_what_the_scaling_stretches_to(
 def test_tensors_are_the_models_own(tiny_checkpoint: Make, family: str) -> None:
     folder = tiny_checkpoint(family)
     checkpoint = open_checkpoint(str(folder))
-    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    state = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(folder))
     tied = {"lm_head.weight"} if checkpoint.spec.tied_embeddings else set()
     assert set(checkpoint.names()) == set(state) - tied
     for name in checkpoint.names():
@@ -303,7 +311,10 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
 
 # ---- what is not served
 
-SERVED = "gemma3_text, granite, llama, mistral, qwen2, qwen3, smollm3"
+SERVED = (
+    "gemma3_text, gpt_oss, granite, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe, "
+    "smollm3"
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import math
 
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.package.weights import expected_tensors, is_matrix
+from moac_runtime.package.weight_formats import has_format
+from moac_runtime.package.weights import Shape, expected_tensors
 
 _SCALE_BYTES = 4
 
@@ -14,17 +15,28 @@ _SCALE_BYTES = 4
 def weight_bytes_read(spec: ModelSpec, itemsize: int, *, int8: bool = False) -> int:
     """Bytes of weights that one step reads: all, but the embedding where it is only looked up.
 
-    `int8`: matrices are read in 8 bits, with a scale a row.
+    Of experts those chosen for one row: several rows may choose the same. `int8`: matrices are
+    read in 8 bits, with a scale a row.
     """
     shapes = expected_tensors(spec)
     if not spec.tied_embeddings:
         del shapes["embed.weight"]
     return sum(
-        math.prod(shape) + _SCALE_BYTES * shape[0]
-        if int8 and is_matrix(shape)
-        else itemsize * math.prod(shape)
-        for shape in shapes.values()
+        _bytes(name, _read(spec, name, shape), itemsize, int8=int8)
+        for name, shape in shapes.items()
     )
+
+
+def _read(spec: ModelSpec, name: str, shape: Shape) -> Shape:
+    """Of a weight of this shape, what one row's step reads."""
+    own = None if ".experts." not in name else spec.layer(int(name.split(".")[1])).experts
+    return shape if own is None else (shape[0] // own.count * own.chosen, *shape[1:])
+
+
+def _bytes(name: str, shape: Shape, itemsize: int, *, int8: bool) -> int:
+    if int8 and has_format(name, shape):
+        return math.prod(shape) + _SCALE_BYTES * shape[0]
+    return itemsize * math.prod(shape)
 
 
 def kv_bytes_read(

@@ -14,7 +14,7 @@ from moac.checkpoint.folders import check_whole_model, no_config
 from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
 from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
-from moac.checkpoint.library import quiet_library
+from moac.checkpoint.library import attention_of, quiet_library
 from moac.checkpoint.source import (
     download_settings,
     download_weights,
@@ -292,11 +292,13 @@ def _load_directory(folder: Path, dtype: Any) -> Any:
 
     config = _read_config(folder)
     config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
+    if getattr(config, "router_jitter_noise", None):
+        config.router_jitter_noise = 0.0  # of training, in whose mode activations are made anew
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(config),
         local_files_only=True,
         use_safetensors=True,
     )

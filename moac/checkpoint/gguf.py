@@ -12,6 +12,7 @@ from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
+from moac.checkpoint.library import attention_of
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ModelSpec
@@ -150,7 +151,11 @@ def load_gguf_model(path: Path, dtype: Any) -> Any:
     state = {name: weights.tensor(name).to(kind) for name in weights.names()}
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return classes[type(config)].from_pretrained(
-        None, config=config, state_dict=state, dtype=kind, attn_implementation="sdpa"
+        None,
+        config=config,
+        state_dict=state,
+        dtype=kind,
+        attn_implementation=attention_of(config),
     )
 
 

@@ -1,10 +1,18 @@
-"""transformers kept quiet: its bars and its advice are for its own callers."""
+"""transformers as this project uses it: quiet, and with the attention that a model has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def attention_of(config: Any) -> str:
+    """The library's attention for a model of `config`: the fused one, where it has that."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return "sdpa" if classes[type(config)]._supports_sdpa else "eager"
 
 
 @contextmanager

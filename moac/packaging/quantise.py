@@ -1,4 +1,5 @@
-"""Weights in 8 bits: every matrix as whole numbers and one scale for each of its rows.
+"""Weights in 8 bits: every matrix but the routers of experts, as whole numbers and one scale for
+each of its rows.
 
 A row is an output of a product, or a token of the embedding. Symmetric, rounded to nearest, so a
 weight is wrong by half a scale at most: `|w - scale n| <= scale / 2`, `scale = max |w| / 127`.
@@ -9,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from moac.checkpoint.families import family_of
+from moac_runtime.package.weight_formats import has_format
 from moac_runtime.package.weights import dequantised, is_matrix, scale_name
 
 _MOST = 127
 _LEAST_SCALE = 1e-30  # rows of zeros have one too
+# Matrices without a format, as the library's modules call them: routers, and experts' biases.
+_KEPT = (".mlp.gate.weight", ".mlp.router.weight", "_bias")
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a package, each matrix as int8 numbers and, after it, float32 scales."""
+    """The tensors of a package, each matrix that has a format as int8 numbers and, after it,
+    float32 scales."""
     for name, tensor in tensors:
-        if is_matrix(tensor.shape):
+        if has_format(name, tensor.shape):
             numbers, scales = quantise(tensor)
             yield name, numbers
             yield scale_name(name), scales
@@ -41,14 +48,14 @@ def row_scales(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module) -> None:
+def round_weights(model: PreTrainedModel) -> None:
     """Round the matrices of a float32 model as a package of int8 weights has them, in place."""
     for weight in _matrices(model):
         weight.copy_(dequantised(*quantise(weight), torch.float32))
 
 
 @torch.no_grad()
-def disturb_weights(model: nn.Module, *, seed: int) -> None:
+def disturb_weights(model: PreTrainedModel, *, seed: int) -> None:
     """Add noise of the size of int8 rounding to a float32 model's matrices, in place.
 
     It shows what logits suffer from errors of this size, whatever made them: the numbers are
@@ -60,6 +67,11 @@ def disturb_weights(model: nn.Module, *, seed: int) -> None:
         weight.add_(noise * row_scales(weight)[:, None])
 
 
-def _matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Each once, a tied embedding too."""
-    return [parameter for parameter in model.parameters() if is_matrix(parameter.shape)]
+def _matrices(model: PreTrainedModel) -> Iterator[Tensor]:
+    """What a package has a format for, each once, a tied embedding and every expert too."""
+    names = family_of(model.config.model_type).names
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3:
+            yield from weight.mT if names.transposed_experts else weight
+        elif is_matrix(weight.shape) and not name.endswith(_KEPT):
+            yield weight

@@ -13,6 +13,9 @@ MoA (arXiv 2406.14909, section 4.2) gives the single-entry form; the joint form 
 Around a plan, rather than the dense model, row i attends to what its head's span leaves, of mass
 `l_i`, with weights `A_ij / l_i`. Setting the span to another one drops a set of keys, or takes one
 in: the same formula, with those weights and the mass taken in counted negative.
+
+A learned logit beside the scores is one key more that no span drops, whose value is nought: it has
+its share of every softmax, and of `l_i`, and no other part in any of these sums.
 """
 
 from __future__ import annotations
@@ -68,10 +71,21 @@ class _Reach:
 
 
 def influence_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, layer: int, recorder: InfluenceRecorder
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    layer: int,
+    recorder: InfluenceRecorder,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward."""
-    out: Tensor = _InfluenceAttention.apply(q, k, v, scale, layer, recorder)  # type: ignore[no-untyped-call]
+    """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward.
+
+    `sinks` `[H]`: a learned logit of each head that stands in its softmax beside the scores. No
+    gradient goes to it.
+    """
+    out: Tensor = _InfluenceAttention.apply(q, k, v, scale, layer, recorder, sinks)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -85,10 +99,11 @@ class _InfluenceAttention(torch.autograd.Function):
         scale: float,
         layer: int,
         recorder: InfluenceRecorder,
+        sinks: Tensor | None,
     ) -> Tensor:
-        out = _attention(q, k, v, scale, recorder.reach(layer))
+        out = _attention(q, k, v, scale, recorder.reach(layer), sinks)
         ctx.save_for_backward(q, k, v, out)
-        ctx.scale, ctx.layer, ctx.recorder = scale, layer, recorder
+        ctx.sinks, ctx.scale, ctx.layer, ctx.recorder = sinks, scale, layer, recorder
         return out
 
     @staticmethod
@@ -96,41 +111,65 @@ class _InfluenceAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         recorder: InfluenceRecorder = ctx.recorder
         reach = recorder.reach(ctx.layer)
-        grads = _Backward(q, k, v, out, grad_out, ctx.scale, reach)
+        grads = _Backward(q, k, v, out, grad_out, ctx.scale, reach, ctx.sinks)
         spans = _SpanSums(k.shape[1], k.shape[2], reach, recorder.block, q.device)
         for start in range(0, q.shape[2], grads.tile_rows(recorder.block)):
             spans.add(*grads.tile(start, recorder.block))
         recorder.tables[ctx.layer] = spans.total
-        return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None
+        return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None, None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: _Reach) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, reach: _Reach, sinks: Tensor | None
+) -> Tensor:
     if reach.recent is None:
-        return _causal_attention(q, k, v, scale, reach.window)
+        return _causal_attention(q, k, v, scale, reach.window, sinks)
     share = q.shape[1] // k.shape[1]
-    heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, strict=True)
-    return torch.cat([_spanned_attention(*head, scale, reach) for head in heads], dim=1)
+    own = [None] * k.shape[1] if sinks is None else sinks.split(share)
+    heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, own, strict=True)
+    parts = [
+        _spanned_attention(query, key, value, recent, scale, reach, logits)
+        for query, key, value, recent, logits in heads
+    ]
+    return torch.cat(parts, dim=1)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    if window is None or window >= q.shape[2]:
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    whole = window is None or window >= q.shape[2]
+    if whole and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _seen_attention(q, k, v, scale, window, window, 0)
+    recent = q.shape[2] if window is None else window
+    return _seen_attention(q, k, v, scale, window, recent, 0, sinks)
 
 
 def _spanned_attention(
-    q: Tensor, k: Tensor, v: Tensor, recent: int, scale: float, reach: _Reach
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recent: int,
+    scale: float,
+    reach: _Reach,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One KV head's attention to the sink and the last `recent` tokens."""
     if recent >= q.shape[2] - reach.sink:
-        return _causal_attention(q, k, v, scale, reach.window)
-    return _seen_attention(q, k, v, scale, reach.window, recent, reach.sink)
+        return _causal_attention(q, k, v, scale, reach.window, sinks)
+    return _seen_attention(q, k, v, scale, reach.window, recent, reach.sink, sinks)
 
 
 def _seen_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, recent: int, sink: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    recent: int,
+    sink: int,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Rows by parts, each against the sink and the newest keys that any of its rows sees."""
     positions = torch.arange(q.shape[2], device=q.device)
@@ -143,17 +182,36 @@ def _seen_attention(
         seen = (distance >= 0) & ((distance < recent) | (keys < sink))
         if window is not None:
             seen &= distance < window
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:stop],
-                k[:, :, keys],
-                v[:, :, keys],
-                attn_mask=seen,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+        some = q[:, :, first:stop], k[:, :, keys], v[:, :, keys]
+        parts.append(_masked(*some, seen, scale, sinks))
     return torch.cat(parts, dim=2)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention of `q` `[B, H, R, D]` to the keys `[B, K, N, D]` that `seen` `[R, N]` says."""
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = (grouped @ k[:, :, None].mT).float().mul_(scale)
+    scores.masked_fill_(~seen, float("-inf"))
+    weights, _ = _softmax(scores, sinks.view(k.shape[1], -1, 1, 1))
+    return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The softmax of float32 `scores` `[..., N]` and of one logit more, `[..., 1]`, if any.
+
+    Second: that logit's own share `[..., 1]`.
+    """
+    if sinks is None:
+        return scores.softmax(-1), None
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, column], dim=-1).softmax(-1)
+    return weights[..., :-1].contiguous(), weights[..., -1:]
 
 
 class _Backward:
@@ -171,6 +229,7 @@ class _Backward:
         grad_out: Tensor,
         scale: float,
         reach: _Reach,
+        sinks: Tensor | None,
     ) -> None:
         batch, heads, length, dim = q.shape
         kv_heads = k.shape[1]
@@ -181,6 +240,8 @@ class _Backward:
         self.keys = k.reshape(batch * kv_heads, length, dim).flip(1)
         self.values = v.reshape(batch * kv_heads, length, dim).flip(1)
         self.scale = scale
+        own = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
+        self.sinks = None if own is None else own.repeat(batch, 1, 1, 1)
         self.window, self.sink = reach.window, reach.sink
         recent = reach.recent
         self.recent = None if recent is None else torch.tensor(recent, device=q.device)
@@ -206,14 +267,15 @@ class _Backward:
         grad_out = self.grad_out[:, :, start:stop].reshape(groups, share * rows, dim)
         scores = (q @ keys.mT).float().view(groups, share, rows, stop).mul_(self.scale)
         self._mask(scores, rows)
-        weights = scores.softmax(-1)
+        weights, sunk = _softmax(scores, self.sinks)
         flows = (grad_out @ values.mT).float().view(groups, share, rows, stop)
         flows.sub_(self.delta[:, :, start:stop]).mul_(weights)
         near, near_flows, left = weights, flows, None
         if self.recent is not None:
             dropped = self._dropped(self.recent, rows, stop)
             near, near_flows = weights.masked_fill(dropped, 0), flows.masked_fill(dropped, 0)
-            left = near.sum(-1, keepdim=True).clamp_min_(_LEAST_MASS_LEFT**2)
+            left = near.sum(-1, keepdim=True)
+            left = (left if sunk is None else left + sunk).clamp_min_(_LEAST_MASS_LEFT**2)
             flat_left = left.view(groups, share * rows, 1)
             q, grad_out = (q / flat_left).to(q.dtype), (grad_out / flat_left).to(q.dtype)
         flat_flows = near_flows.view(groups, share * rows, stop).to(q.dtype)

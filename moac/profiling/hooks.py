@@ -24,7 +24,7 @@ REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float3
 
 _QUERY_ROWS = 256
 # What transformers hands to attention of some models, and what changes the outcome.
-_CHANGING = ("softcap", "s_aux", "head_mask")
+_CHANGING = ("softcap", "head_mask")
 
 
 @contextmanager
@@ -47,12 +47,13 @@ def _influence(
     scaling: float,
     *,
     moac_recorder: InfluenceRecorder,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = influence_attention(
-        query, key, value, scale=scaling, layer=layer, recorder=moac_recorder
+        query, key, value, scale=scaling, layer=layer, recorder=moac_recorder, sinks=s_aux
     )
     return out.transpose(1, 2), None
 
@@ -66,6 +67,7 @@ def _reference(
     scaling: float,
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
@@ -74,7 +76,7 @@ def _reference(
     parts = []
     for rows in place.split(_QUERY_ROWS):
         mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), rows, place, len(heads))
-        parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling))
+        parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling, sinks=s_aux))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
 
 

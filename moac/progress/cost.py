@@ -6,6 +6,7 @@ kind; how fast a kind is, `work.py` guesses ahead and a run finds out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,7 +41,7 @@ class Costs:
     def forward(self, length: int, density: float = 1.0) -> float:
         """Operations of a pass over `length` tokens that attends to a share of all keys."""
         spec = self.spec
-        linear = 2 * layers_weights(spec)
+        linear = 2 * layers_weights(spec, spec.mlp_widths)
         seen = length * length * density  # of two products, each under a causal mask
         return float(length * linear + 2 * spec.num_layers * seen * spec.num_heads * spec.head_dim)
 
@@ -56,8 +57,9 @@ class Costs:
         return reads + _WRITTEN[domain] * self.decode()
 
     def decode(self) -> float:
-        """Operations in whose time a token is decoded: it reads all weights."""
-        return float(self.weights * _OPERATIONS_PER_BYTE)
+        """Operations in whose time a token is decoded: it reads all but experts not chosen."""
+        read = _with_tables(self.spec, self.spec.mlp_widths) * self.itemsize
+        return float(read * _OPERATIONS_PER_BYTE)
 
     @property
     def weights(self) -> int:
@@ -67,11 +69,15 @@ class Costs:
 
 def parameters(spec: ModelSpec) -> int:
     """Weights of the whole model."""
-    table = spec.vocab_size * spec.hidden_size
-    return table * (1 if spec.tied_embeddings else 2) + layers_weights(spec)
+    return _with_tables(spec, spec.stored_mlp_widths)
 
 
-def layers_weights(spec: ModelSpec) -> int:
-    """Weights of all layers."""
+def layers_weights(spec: ModelSpec, mlp_widths: Sequence[int]) -> int:
+    """Weights of all layers, whose MLPs are so wide."""
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
-    return spec.num_layers * attention + 3 * spec.hidden_size * sum(spec.mlp_widths)
+    return spec.num_layers * attention + 3 * spec.hidden_size * sum(mlp_widths)
+
+
+def _with_tables(spec: ModelSpec, mlp_widths: Sequence[int]) -> int:
+    table = spec.vocab_size * spec.hidden_size
+    return table * (1 if spec.tied_embeddings else 2) + layers_weights(spec, mlp_widths)

@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOAC_ABI 3
+#define MOAC_ABI 4
 
 // How the numbers of a matrix lie in memory.
 enum WeightFormat : int64_t {
@@ -28,16 +28,25 @@ struct Matrix {
 // Then the layer's options. `inner`: width of its MLP. `activation`: 0 silu, 1 gelu, 2 gelu by
 // tanh, 3 relu. `rope`: which rotary table, -1 none. `plus_one`: norms multiply by 1 + weight.
 // `wide_qk_norm`: queries and keys are normed across all heads, not head by head. `query_scale`
-// multiplies scores, which are then capped by `logit_cap` (0: they are not).
+// multiplies scores, which are then capped by `logit_cap` (0: they are not). `sink_logits` [heads]:
+// of each query head, one that stands in its softmax beside the scores.
+// `experts`: how many MLPs there are, 0 for one that every token goes through. Then `gate_up` and
+// `down` are those of all, one under the other, and a token goes through the `chosen` whose products
+// with `router` [experts, hidden], of the engine's type, are largest; `normalised`: what they count
+// adds up to one. MLPs: the gate is cut to at most `mlp_limit`, up to within it (0: they are not);
+// the activation is activation(slope x) / slope by `activation_slope`; 1 + up stands for up by
+// `up_plus_one`.
 struct Layer {
   const void *attn_norm, *q_norm, *k_norm, *mlp_norm, *attn_post_norm, *mlp_post_norm;
   Matrix qkv, o, gate_up, down;
   const void *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+  const void *router, *router_bias, *sink_logits;
   int64_t inner, activation, rope, plus_one, wide_qk_norm;
-  double norm_eps, query_scale, logit_cap;
+  int64_t experts, chosen, normalised, up_plus_one;
+  double norm_eps, query_scale, logit_cap, activation_slope, mlp_limit;
 };
 
-// `inner`: the widest layer's. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
+// `inner`: the widest layer's, of all chosen experts together. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
 // `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
 // embedding, what a sublayer adds, and logits, which are then capped by `logit_cap` (0: not).
 // `rope_scalings`: of each of `num_ropes` rotary tables, the factor on cos and sin.

@@ -20,7 +20,7 @@ from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import LayerSpec, ModelSpec
-from moac_runtime.package.weight_formats import kind_of
+from moac_runtime.package.weight_formats import ROUTER, has_format, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
     """Every tensor in a package's files by name, scales among them."""
     stored, entries = DTYPES[artifact.dtype].safetensors, {}
     for name, shape in expected_tensors(artifact.spec).items():
-        if is_matrix(shape) and artifact.weight_formats[kind_of(name)] == "int8":
+        if has_format(name, shape) and artifact.weight_formats[kind_of(name)] == "int8":
             entries[name] = Entry(shape, "I8")
             entries[scale_name(name)] = Entry(shape[:1], "F32")
         else:
@@ -62,7 +62,7 @@ def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape has a format of its own: norms and biases have none."""
+    """Whether a weight of this shape is a matrix: norms and biases are none."""
     return len(shape) == 2
 
 
@@ -151,18 +151,33 @@ def missing_tensor(shard: str, name: str) -> ArtifactError:
 
 
 def _layer(spec: ModelSpec, layer: LayerSpec) -> dict[str, Shape]:
-    hidden, inner, queries = spec.hidden_size, layer.intermediate_size, spec.num_heads
+    hidden, queries = spec.hidden_size, spec.num_heads
     keys, dim = spec.num_kv_heads, spec.head_dim
     return {
         **_norm("attn_norm", hidden, layer.pre_norm),
         **_linear("qkv", (queries + 2 * keys) * dim, hidden, layer.qkv_bias),
         **_qk_norms(spec, layer.qk_norm),
+        **({"sink_logits.weight": (queries,)} if layer.sink_logits else {}),
         **_linear("o", hidden, queries * dim, layer.o_bias),
         **_norm("attn_post_norm", hidden, layer.post_norm),
         **_norm("mlp_norm", hidden, layer.pre_norm),
-        **_linear("gate_up", 2 * inner, hidden, layer.mlp_bias),
-        **_linear("down", hidden, inner, layer.mlp_bias),
+        **_mlp(hidden, layer),
         **_norm("mlp_post_norm", hidden, layer.post_norm),
+    }
+
+
+def _mlp(hidden: int, layer: LayerSpec) -> dict[str, Shape]:
+    """An MLP, or a router and all experts, one under the other."""
+    inner, experts, bias = layer.intermediate_size, layer.experts, layer.mlp_bias
+    if experts is None:
+        return {
+            **_linear("gate_up", 2 * inner, hidden, bias),
+            **_linear("down", hidden, inner, bias),
+        }
+    return {
+        **_linear(ROUTER, experts.count, hidden, experts.router_bias),
+        **_linear("experts.gate_up", experts.count * 2 * inner, hidden, bias),
+        **_linear("experts.down", experts.count * hidden, inner, bias),
     }
 
 

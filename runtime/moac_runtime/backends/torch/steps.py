@@ -69,11 +69,19 @@ class Share:
 
 
 class StepAttention:
-    """Attention of a step that adds tokens to some rows; a decoder's `attend`."""
+    """Attention of a step that adds tokens to some rows; a decoder's `attend`.
 
-    def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
+    `sink_logits`: each layer's `[H]`, None where it has none.
+    """
+
+    def __init__(
+        self, shares: Sequence[Share], spec: ModelSpec, sink_logits: Sequence[Tensor | None]
+    ) -> None:
         self._shares = shares
         self._spec = spec
+        self._sinks = [
+            None if own is None else own.view(spec.num_kv_heads, -1) for own in sink_logits
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
@@ -88,12 +96,15 @@ class StepAttention:
                 parts, attend = [x[share.flat].transpose(0, 1) for x in every], self._prefill
             for cache in share.layers[layer]:
                 heads = slice(cache.run.first, cache.run.stop)
-                attend(kind, share, cache, *(part[heads] for part in parts))
+                sinks = self._sinks[layer]
+                own = None if sinks is None else sinks[heads]
+                attend(kind, own, share, cache, *(part[heads] for part in parts))
         return out
 
     def _decode(
         self,
         kind: LayerSpec,
+        sinks: Tensor | None,
         share: Share,
         cache: SpanCache,
         q: Tensor,
@@ -105,11 +116,12 @@ class StepAttention:
         view = share.view(cache)
         cache.put(view.slot, k, v)
         held = cache.keys, cache.values
-        out.copy_(decode_attention(q, *held, view, kind.query_scale, kind.logit_cap))
+        out.copy_(decode_attention(q, *held, view, kind.query_scale, kind.logit_cap, sinks))
 
     def _prefill(
         self,
         kind: LayerSpec,
+        sinks: Tensor | None,
         share: Share,
         cache: SpanCache,
         q: Tensor,
@@ -126,6 +138,7 @@ class StepAttention:
             share.blocks(cache, positions),
             kind.query_scale,
             kind.logit_cap,
+            sinks,
         )
         out.copy_(found.transpose(1, 2))
         cache.write(share.start, k, v)
