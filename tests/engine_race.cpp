@@ -36,6 +36,7 @@ struct Made {
       layer.qkv = matrix(WIDTH * SIZE), layer.o = matrix(SIZE * HEADS * DIM);
       layer.gate_up = matrix(2 * INNER * SIZE), layer.down = matrix(SIZE * INNER);
       layer.inner = INNER, layer.norm_eps = 1e-5, layer.query_scale = 1 / sqrt((double)DIM);
+      layer.activation_slope = 1;
       layers.push_back(layer);
     }
     model.num_layers = LAYERS, model.hidden = SIZE, model.inner = INNER, model.heads = HEADS;

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from batches import Batch
+from families import checkpoint_tensors
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -34,10 +35,11 @@ def _reference(
     *,
     oracle_masks: Sequence[Tensor],
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     mask = oracle_masks[module.layer_idx]
-    out = masked_attention(query, key, value, mask, scaling, softcap)
+    out = masked_attention(query, key, value, mask, scaling, softcap, sinks=s_aux)
     return out.to(query.dtype).transpose(1, 2), None
 
 
@@ -91,7 +93,7 @@ def packed(
     model: PreTrainedModel, plan: Plan, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, tuple[tuple[int, ...], ...]]:
     """The runtime's decoder of `model`, heads packed for `plan`, and the head order."""
-    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
     tensors = dict(pack_weights(weights.__getitem__, spec, order))
     return Decoder(spec, tensors, dtype=dtype), order
 

@@ -25,7 +25,8 @@ from moac_runtime.package.spec import ModelSpec
 
 # The shape of SmolLM2-135M, on a machine of 250 GFLOPS: its compile takes some ten minutes.
 SHAPE: dict[str, Any] = {
-    **{"vocab_size": 49152, "hidden_size": 576, "mlp_widths": (1536,) * 30, "num_layers": 30},
+    **{"vocab_size": 49152, "hidden_size": 576, "num_layers": 30},
+    **{"mlp_widths": (1536,) * 30, "stored_mlp_widths": (1536,) * 30},
     **{"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "tied_embeddings": True},
 }
 LENGTHS = Lengths((1024, 2048, 4096), 8192, 1536, 8192)

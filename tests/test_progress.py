@@ -231,7 +231,8 @@ def test_standard_error_may_be_closed(tiny_package: Compiled, tmp_path: Path) ->
 def _bench(folder: Path) -> Workbench:
     spec = SimpleNamespace(
         **{"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "vocab_size": 8},
-        **{"hidden_size": 8, "mlp_widths": (8,), "tied_embeddings": True},
+        **{"hidden_size": 8, "mlp_widths": (8,), "stored_mlp_widths": (8,)},
+        tied_embeddings=True,
     )
     found: Any = SimpleNamespace(
         **{

@@ -264,6 +264,8 @@ def _load_directory(folder: Path, dtype: Any, attention: str) -> Any:
 
     config = read_config(folder)
     config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
+    if getattr(config, "router_jitter_noise", None):
+        config.router_jitter_noise = 0.0  # of training, in whose mode activations are made anew
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,

@@ -28,5 +28,7 @@ def quiet_library() -> Iterator[None]:
 
 
 def attention_of(spec: ModelSpec) -> str:
-    """The library's attention that computes a model: its fused one drops caps on scores."""
-    return "eager" if any(layer.logit_cap is not None for layer in spec.kinds) else "sdpa"
+    """The library's attention that computes a model: its fused one drops caps on scores, and has
+    no learned logits beside them."""
+    own = any(layer.logit_cap is not None or layer.sink_logits for layer in spec.kinds)
+    return "eager" if own else "sdpa"

@@ -24,7 +24,7 @@ REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float3
 
 _QUERY_ROWS = 256
 # What transformers hands to attention of some models, and what changes the outcome.
-_CHANGING = ("s_aux", "head_mask")
+_CHANGING = ("head_mask",)
 
 
 @contextmanager
@@ -48,12 +48,20 @@ def _influence(
     *,
     moac_recorder: InfluenceRecorder,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = influence_attention(
-        query, key, value, scale=scaling, cap=softcap, layer=layer, recorder=moac_recorder
+        query,
+        key,
+        value,
+        scale=scaling,
+        cap=softcap,
+        layer=layer,
+        recorder=moac_recorder,
+        sinks=s_aux,
     )
     return out.transpose(1, 2), None
 
@@ -68,6 +76,7 @@ def _reference(
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
@@ -76,7 +85,8 @@ def _reference(
     parts = []
     for rows in place.split(_QUERY_ROWS):
         mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), rows, place, len(heads))
-        parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling, softcap))
+        seen = query[:, :, rows], key, value, mask
+        parts.append(masked_attention(*seen, scaling, softcap, sinks=s_aux))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
 
 

@@ -17,7 +17,9 @@ class Names:
     """The library's names of a family's modules, those of a layer after `layers.N.`.
 
     Of `qkv` and `gate_up` there is one name for each part, or one for all of it. `attn_norm` and
-    `mlp_norm` stand before their sublayer, the `post` ones after it.
+    `mlp_norm` stand before their sublayer, the `post` ones after it. `router`, `expert_gate_up`
+    and `expert_down`: of layers that are mixtures of experts; "{}" is the expert's number. Where
+    they lack it all experts lie in one tensor, transposed, gates and ups beside each other.
     """
 
     embed: str = "model.embed_tokens"
@@ -34,6 +36,15 @@ class Names:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_post_norm: str = ""
+    sinks: str = "self_attn.sinks"
+    router: str = "mlp.gate"
+    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    expert_down: str = "mlp.experts.{}.down_proj"
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether all experts of a layer lie in one tensor `[count, in, out]`."""
+        return "{}" not in self.expert_down
 
 
 def _nothing_more(fields: Fields, values: Mapping[str, Any]) -> Mapping[str, Any]:
