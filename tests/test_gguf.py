@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import checkpoint_tensors
 from gguf_files import byte_level_fields, tiny_original, write_gguf
 
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.families import family_of
 from moac_runtime.errors import CheckpointError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "olmoe", "qwen3_moe")
 LOCAL = ["sliding_attention"]
 TOKENS = torch.arange(3, 43)[None]
 
@@ -28,10 +29,11 @@ def refusal(path: Path) -> str:
 def check_same(path: Path, family: str, **overrides: Any) -> None:
     checkpoint = open_checkpoint(str(path))
     model = tiny_original(family, **overrides)
-    assert set(checkpoint.names()) <= set(model.state_dict())
+    state = checkpoint_tensors(model)
+    assert set(checkpoint.names()) <= set(state)
     shifted = family_of(family).gguf.norms_plus_one
     for name in checkpoint.names():
-        found, original = checkpoint.tensor(name), model.state_dict()[name]
+        found, original = checkpoint.tensor(name), state[name]
         if shifted and name.endswith("norm.weight"):  # the sum has lost some of its last bits
             original = (original + 1) - 1
         assert torch.equal(found, original), name
@@ -56,6 +58,8 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
         ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"head_dim": 16}),
+        ("olmoe", {"num_experts_per_tok": 3}),
+        ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32}),
         ("gemma3_text", {"head_dim": 32}),
         ("gemma3_text", {"final_logit_softcapping": None}),
         ("gemma3_text", {"tie_word_embeddings": False}),

@@ -14,7 +14,7 @@ from moac.checkpoint.folders import check_whole_model, no_config
 from moac.checkpoint.gguf import GgufWeights, load_gguf_model, open_gguf
 from moac.checkpoint.gguf_tokenizer import gguf_tokenizer
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
-from moac.checkpoint.library import attention_of, quiet_library
+from moac.checkpoint.library import attention_of, model_of, quiet_library
 from moac.checkpoint.source import (
     download_settings,
     download_weights,
@@ -94,9 +94,8 @@ class Checkpoint:
         Raises CheckpointError for a file that cannot be read.
         """
         if isinstance(self.weights, SafetensorsWeights):
-            return safetensors_identity(
-                self.spec, self.weights.files, tuple(expected_tensors(self.spec))
-            )
+            names = self.weights.stored(expected_tensors(self.spec))
+            return safetensors_identity(self.spec, self.weights.files, names)
         return gguf_identity(self.spec, self.path)
 
     @property
@@ -117,13 +116,17 @@ class Checkpoint:
         wanted = dtype or self.dtype
         with quiet_library():
             model: Any = (
-                _load_directory(self.path, wanted)
+                self._load_directory(wanted)
                 if self.path.is_dir()
                 else load_gguf_model(self.path, wanted)
             )
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         _check_finite(loaded, self.source)
         return loaded
+
+    def _load_directory(self, dtype: Any) -> Any:
+        packed = isinstance(self.weights, SafetensorsWeights) and self.weights.packed
+        return _load_unpacked(self, dtype) if packed else _load_directory(self.path, dtype)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer in transformers, with the chat template where it can be used."""
@@ -184,7 +187,7 @@ def _open_hub(source: str, revision: str | None) -> Checkpoint:
 def _open_directory(source: str, revision: str | None, folder: Path) -> Checkpoint:
     config = _read_config(folder)
     spec = model_spec(config)
-    weights = open_weights(folder)
+    weights = open_weights(folder, mxfp4=family_of(spec.family).mxfp4)
     check_tensors(spec, weights.shapes, str(folder))
     _check_tied(spec, weights)
     path = folder / "generation_config.json"
@@ -287,13 +290,19 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
+def _load_unpacked(checkpoint: Checkpoint, dtype: Any) -> Any:
+    """A model whose tensors are multiplied out here: the library's own way asks for more."""
+    config = _loaded_config(checkpoint.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = {name: checkpoint.tensor(name) for name in expected_tensors(checkpoint.spec)}
+    return model_of(config, state, dtype)
+
+
 def _load_directory(folder: Path, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(folder)
-    config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
-    if getattr(config, "router_jitter_noise", None):
-        config.router_jitter_noise = 0.0  # of training, in whose mode activations are made anew
+    config = _loaded_config(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -302,3 +311,11 @@ def _load_directory(folder: Path, dtype: Any) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
+
+
+def _loaded_config(folder: Path) -> Any:
+    config = _read_config(folder)
+    config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
+    if getattr(config, "router_jitter_noise", None):
+        config.router_jitter_noise = 0.0  # of training, in whose mode activations are made anew
+    return config

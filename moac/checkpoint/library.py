@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def attention_of(config: Any) -> str:
@@ -13,6 +17,21 @@ def attention_of(config: Any) -> str:
 
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return "sdpa" if classes[type(config)]._supports_sdpa else "eager"
+
+
+def model_of(config: Any, tensors: Mapping[str, Tensor], dtype: Any) -> PreTrainedModel:
+    """The library's model of tensors at hand, named as its checkpoints name them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model: PreTrainedModel = classes[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        attn_implementation=attention_of(config),
+    )
+    return model
 
 
 @contextmanager

@@ -67,6 +67,19 @@ def disturb_weights(model: PreTrainedModel, *, seed: int) -> None:
         weight.add_(noise * row_scales(weight)[:, None])
 
 
+@torch.no_grad()
+def disturb_roundings(model: PreTrainedModel, dtype: torch.dtype, *, seed: int) -> None:
+    """Change a float32 model's matrices by as much as rounding to `dtype` does, in place.
+
+    Mixtures of experts need it: a router's close choices fall otherwise by any rounding, so one
+    run in `dtype` says little of the worst that another of the same precision does.
+    """
+    generator, most = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
+    for weight in _matrices(model):
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        weight.mul_(1 + most * noise)
+
+
 def _matrices(model: PreTrainedModel) -> Iterator[Tensor]:
     """What a package has a format for, each once, a tied embedding and every expert too."""
     names = family_of(model.config.model_type).names

@@ -46,9 +46,10 @@ struct Layer {
   double norm_eps, query_scale, logit_cap, activation_slope, mlp_limit;
 };
 
-// `inner`: the widest layer's, of all chosen experts together. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
-// `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
-// embedding, what a sublayer adds, and logits, which are then capped by `logit_cap` (0: not).
+// `inner`: the widest layer's, of all chosen experts together. `bf16`: the engine's type is bfloat16,
+// else float32. `plus_one`, `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`,
+// `logit_scale` multiply the embedding, what a sublayer adds, and logits, which are then capped by
+// `logit_cap` (0: not).
 // `rope_scalings`: of each of `num_ropes` rotary tables, the factor on cos and sin.
 struct Model {
   int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, num_ropes, plus_one;

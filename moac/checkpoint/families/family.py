@@ -77,7 +77,7 @@ class Family:
     `activation`: the field of its config that names the activation. `options`: fields that change
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
-    weights' dtype.
+    weights' dtype. `mxfp4`: whether experts are read where a checkpoint has them in MXFP4.
     """
 
     model_type: str
@@ -87,3 +87,4 @@ class Family:
     options: frozenset[str] = frozenset()
     gguf: Gguf = field(default_factory=Gguf)
     rounded_scale: bool = False
+    mxfp4: bool = False
