@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from moac.checkpoint.families import model_spec
 from moac.export.target import require_onnx
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.kernels import require_kernels
+from moac.packaging.quantise import disturb_roundings
+from moac.pipeline import compiler
+from moac.request import CompileRequest
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
 from moac_runtime.backends.cpu.session import CpuSession
@@ -224,6 +228,45 @@ def test_layers_are_mixtures_where_the_config_says() -> None:
     assert mixed == [False, True, False, False, False, True]
     assert spec.mlp_widths == (96, 96, 96, 96, 96, 96)
     assert spec.stored_mlp_widths == (96, 384, 96, 96, 96, 384)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_errors_of_rounding_touch_every_expert_and_no_router(family: str) -> None:
+    made = tiny_model(family)
+    before = {name: weight.clone() for name, weight in made.named_parameters()}
+    disturb_roundings(made, torch.bfloat16, seed=0)
+    eps, changed = torch.finfo(torch.bfloat16).eps, set()
+    for name, weight in made.named_parameters():
+        moved = (weight - before[name]).abs()
+        assert (moved <= 1.001 * eps * before[name].abs()).all(), name
+        if moved.any():
+            changed.add(name)
+            assert moved.count_nonzero() > 0.9 * moved.numel(), name
+    kept = ("norm.weight", "bias", ".sinks", "mlp.gate.weight", "mlp.router.weight")
+    assert changed == {name for name in before if not name.endswith(kept)}
+
+
+def test_a_mixture_s_limit_covers_choices_that_fall_otherwise(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most of several runs; of a dense model, whose errors do not jump, that of one."""
+    drawn: list[float] = []
+
+    def errs(*_: object) -> float:
+        drawn.append(float(len(drawn) + 1))
+        return drawn[-1]
+
+    monkeypatch.setattr(compiler, "largest_error", errs)
+    for family, runs in (("llama", 1), ("mixtral", 1 + compiler.DISTURBED_DRAWS)):
+        drawn.clear()
+        checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
+        request = CompileRequest(dtype="bfloat16")
+        bench: Any = SimpleNamespace(
+            checkpoint=checkpoint, request=request, tokenizer=checkpoint.load_tokenizer()
+        )
+        plan = plan_of(model(family))
+        _, limits = compiler.golden_prompts(bench, plan, 100, "bfloat16")
+        assert limits["bfloat16"] == 2.0 * runs == 2 * drawn[-1]
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -3,11 +3,32 @@ callers, and with the attention that computes a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def model_of(
+    config: Any, tensors: Mapping[str, Tensor], dtype: Any, attention: str
+) -> PreTrainedModel:
+    """The library's model of tensors at hand, named as its checkpoints name them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model: PreTrainedModel = classes[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        attn_implementation=attention,
+    )
+    return model
 
 
 @contextmanager

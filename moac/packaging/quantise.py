@@ -107,6 +107,19 @@ def disturbed_activations(model: nn.Module, *, seed: int) -> Iterator[None]:
             hook.remove()
 
 
+@torch.no_grad()
+def disturb_roundings(model: PreTrainedModel, dtype: torch.dtype, *, seed: int) -> None:
+    """Change a float32 model's matrices by as much as rounding to `dtype` does, in place.
+
+    Mixtures of experts need it: a router's close choices fall otherwise by any rounding, so one
+    run in `dtype` says little of the worst that another of the same precision does.
+    """
+    generator, most = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
+    for weight, _ in _matrices(model, "full"):
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        weight.mul_(1 + most * noise)
+
+
 def _matrices(model: PreTrainedModel, weights: str) -> Iterator[tuple[Tensor, bool]]:
     """What a package has a format for, each once, a tied embedding and every expert too, and
     whether it goes into 4 bits."""

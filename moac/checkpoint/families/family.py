@@ -81,7 +81,8 @@ class Family:
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
     weights' dtype. `pairs`: whether the numbers of a head that rotate together lie beside each
-    other, and not half a head apart.
+    other, and not half a head apart. `mxfp4`: whether experts are read where a checkpoint has them
+    in MXFP4.
     """
 
     model_type: str
@@ -93,3 +94,4 @@ class Family:
     gguf: Gguf = field(default_factory=Gguf)
     rounded_scale: bool = False
     pairs: bool = False
+    mxfp4: bool = False

@@ -44,4 +44,5 @@ FAMILY = Family(
         expert_down="mlp.experts.down_proj",
     ),
     options=frozenset({"num_experts", "num_local_experts"}),
+    mxfp4=True,
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families.family import Family
+from moac.checkpoint.families.family import Family, Gguf
 from moac.checkpoint.families.reading import decoder, experts, layer, rope, whole, window
 from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moac.checkpoint.gguf_fields import Fields
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -31,8 +35,22 @@ def _mixed(config: Any) -> list[bool]:
     ]
 
 
+def _gguf_config(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": fields.whole("qwen3moe.expert_count"),
+        "num_experts_per_tok": fields.whole("qwen3moe.expert_used_count"),
+        "moe_intermediate_size": fields.whole("qwen3moe.expert_feed_forward_length"),
+        "norm_topk_prob": True,  # as llama.cpp takes every file of it
+    }
+
+
 FAMILY = Family(
     model_type="qwen3_moe",
     spec=_spec,
     options=frozenset({"num_experts", "num_local_experts"}),
+    gguf=Gguf(
+        architecture="qwen3moe",
+        fields=frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"}),
+        config=_gguf_config,
+    ),
 )
