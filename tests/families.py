@@ -88,6 +88,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "layer_norm_eps": 1e-5,
     },
+    "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "use_qkv_bias": True},
 }
 FAMILIES = tuple(_FAMILY)
 ONE_ROPE = tuple(name for name in FAMILIES if name != "gemma3_text")

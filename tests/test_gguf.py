@@ -16,7 +16,7 @@ from moac_runtime.errors import CheckpointError
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "olmo2", "phi3", "cohere2"),
-    *("granite", "smollm3"),
+    *("granite", "smollm3", "stablelm"),
 )
 LOCAL = ["sliding_attention"]
 TOKENS = torch.arange(3, 43)[None]
@@ -68,6 +68,8 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("phi3", {"partial_rotary_factor": 1.0}),
         ("phi3", {"sliding_window": 24}),
         ("cohere2", {"logit_scale": 2.0}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
         ("granite", {"residual_multiplier": 1.0}),
         ("gemma3_text", {"head_dim": 32}),
         ("gemma3_text", {"final_logit_softcapping": None}),

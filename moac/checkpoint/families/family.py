@@ -70,7 +70,8 @@ class Family:
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
     weights' dtype. `pairs`: whether the numbers of a head that rotate together lie beside each
-    other, and not half a head apart.
+    other, and not half a head apart. `keeps_keywords`: whether the library's layers keep to
+    themselves what attention is to be given besides (`profiling/hooks.py`).
     """
 
     model_type: str
@@ -82,3 +83,4 @@ class Family:
     gguf: Gguf = field(default_factory=Gguf)
     rounded_scale: bool = False
     pairs: bool = False
+    keeps_keywords: bool = False
