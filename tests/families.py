@@ -108,6 +108,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "layer_norm_eps": 1e-5,
     },
+    "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "use_qkv_bias": True},
 }
 FAMILIES = tuple(_FAMILY)
 MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")

@@ -152,12 +152,13 @@ def _shape(config: Any) -> dict[str, Any]:
         "gemma3_text": _gemma3,
         "granite": _granite,
         "phi3": _phi3,
+        "stablelm": _stablelm,
     }.get(config.model_type)
     return found if own is None else {**found, **own(config)}
 
 
 def _epsilon(config: Any) -> dict[str, Any]:
-    if config.model_type == "cohere2":
+    if hasattr(config, "layer_norm_eps"):
         return {"attention.layer_norm_epsilon": float(config.layer_norm_eps)}
     return {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
 
@@ -175,6 +176,14 @@ def _gemma2(config: Any) -> dict[str, Any]:
         "attention.sliding_window": config.sliding_window,
         "attn_logit_softcapping": float(config.attn_logit_softcapping),
         "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _stablelm(config: Any) -> dict[str, Any]:
+    share = config.hidden_size // config.num_attention_heads
+    return {
+        "rope.dimension_count": int(config.rope_parameters["partial_rotary_factor"] * share),
+        "use_parallel_residual": config.use_parallel_residual,
     }
 
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
+from moac.profiling.hooks import attention
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
@@ -75,8 +76,8 @@ def masked_logits(
     model: PreTrainedModel, tokens: Sequence[int], masks: Sequence[Tensor]
 ) -> Tensor:
     """Float32 logits `[T, V]` of `tokens` under one mask `[K, T, T]` a layer."""
-    model.set_attn_implementation(ORACLE)
-    out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
+    with attention(model, ORACLE):  # what gives the masks to attention of every family
+        out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
     logits: Tensor = out.logits[0]
     return logits.float()
 

@@ -431,8 +431,8 @@ def test_wrong_formats_are_refused(
 
 
 def test_an_unknown_weight_format_is_refused(package: Path) -> None:
-    edit(package, lambda data: data["weight_formats"].update(down="int4"))
-    refused(package, "weight_formats.down = 'int4'", "one of float32, int8")
+    edit(package, lambda data: data["weight_formats"].update(down="int2"))
+    refused(package, "weight_formats.down = 'int2'", "one of float32, int8, int4")
 
 
 FIELDS = """

@@ -17,7 +17,7 @@ from moac_runtime.errors import CheckpointError
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "olmo2", "phi3", "cohere2"),
-    *("granite", "smollm3", "olmoe", "qwen3_moe"),
+    *("granite", "smollm3", "stablelm", "olmoe", "qwen3_moe"),
 )
 LOCAL = ["sliding_attention"]
 TOKENS = torch.arange(3, 43)[None]
@@ -70,6 +70,8 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("phi3", {"partial_rotary_factor": 1.0}),
         ("phi3", {"sliding_window": 24}),
         ("cohere2", {"logit_scale": 2.0}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
         ("granite", {"residual_multiplier": 1.0}),
         ("olmoe", {"num_experts_per_tok": 3}),
         ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32}),

@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {"rope": "longrope"},
     "cohere2": {},
+    "stablelm": {"use_parallel_residual": True},
 }
 
 

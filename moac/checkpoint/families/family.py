@@ -82,7 +82,8 @@ class Family:
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
     weights' dtype. `pairs`: whether the numbers of a head that rotate together lie beside each
     other, and not half a head apart. `mxfp4`: whether experts are read where a checkpoint has them
-    in MXFP4.
+    in MXFP4. `keeps_keywords`: whether the library's layers keep to themselves what attention is
+    to be given besides (`profiling/hooks.py`).
     """
 
     model_type: str
@@ -95,3 +96,4 @@ class Family:
     rounded_scale: bool = False
     pairs: bool = False
     mxfp4: bool = False
+    keeps_keywords: bool = False
