@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from moac.packaging.quantise import round_weights
 from moac_runtime.package.weight_formats import BLOCK
 
+SPREAD = 0.1  # of the factors' logarithms: enough to leave a grid, and no outlier is made by it
 ROWS = (("int8", False), ("int8", True), ("int4", False), ("int4", True))
 
 
@@ -52,7 +53,7 @@ def rescale(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int) -> Tensor:
-        return (0.5 * torch.randn(count, generator=generator)).exp()
+        return (SPREAD * torch.randn(count, generator=generator)).exp()
 
     config = model.config
     group = config.num_attention_heads // config.num_key_value_heads

@@ -51,7 +51,7 @@ static void *multiply_whole(void *) {
   for (int i = 0; i < CHAINS; i++) acc[i] = ibegin(0);
   for (int64_t n = 0; n < ROUNDS; n++) {
 #pragma GCC unroll 24
-    for (int i = 0; i < CHAINS; i++) keep(acc[i] = istep(acc[i], ones, w));
+    for (int i = 0; i < CHAINS; i++) keep(acc[i] = istep(acc[i], ones, w)), keep(w);
   }
   vec sum = vzero();
 #pragma GCC unroll 24

@@ -195,6 +195,8 @@ def test_an_instruction_set_is_forced_or_refused(monkeypatch: pytest.MonkeyPatch
         choose_set(targets, "avx512")
     with pytest.raises(UsageError, match=r"--cpu asks for 'sse', expected one of avx512bf16, "):
         choose_set(targets, "sse")
+    with pytest.raises(MoacError, match="runs none of the package's CPU kernels; run with"):
+        choose_set(["torch", "cpu:arm64"])
     monkeypatch.setenv(MOAC_CPU, "avx2")
     assert choose_set(targets) == "avx2"
     assert choose_set(targets, "avx512bf16") == "avx512bf16"
@@ -224,6 +226,8 @@ def test_run_forces_an_instruction_set_and_says_what_it_computes_in(
     assert "--cpu asks for 'avx3', expected one of" in capsys.readouterr().err
     assert moac_command(*prompt, "--cpu", "avx2", "--backend", "torch") == 2
     assert "--cpu is for the backend cpu" in capsys.readouterr().err
+    assert moac_command("bench", package, "--cpu", "avx3", "--context", "64") == 2
+    assert "--cpu asks for 'avx3', expected one of" in capsys.readouterr().err
     monkeypatch.setenv(MOAC_CPU, "arm64")
     assert moac_command(*prompt) == 1
     assert "MOAC_CPU asks for arm64, and this processor lacks" in capsys.readouterr().err

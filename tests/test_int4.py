@@ -219,6 +219,24 @@ def test_a_dry_run_tells_of_int4(
     assert "int4 weights, golden logits, kernels" in capsys.readouterr().out
 
 
+@needs_compiler
+def test_eval_tells_what_rounding_costs(
+    checkpoint: Path, tiny_package: Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library("avx2")
+    asked = request(weights="int4", targets=("torch", "cpu:avx2"), dtype="bfloat16")
+    compile_model(checkpoint, tmp_path / "out", request=asked, work_dir=tiny_package.work_dir)
+    words = ("--tasks", "nll", "--text", "prose", "--lengths", "128", "--samples", "1")
+    asked_of = ("eval", tmp_path / "out", "--source", checkpoint, "--work-dir", tmp_path / "work")
+    capsys.readouterr()
+    assert moac_command(*asked_of, *words, "--against", "dense", "--cpu", "avx2", "--json") == 0
+    out = capsys.readouterr().out
+    assert "the package's CPU kernels (avx2)" in out
+    assert "--cpu avx2" in out
+    assert moac_command(*asked_of, *words, "--cpu", "avx2", "--backend", "torch") == 2
+    assert "--cpu is for the backend cpu" in capsys.readouterr().err
+
+
 def test_the_floor_counts_the_bytes_that_are_read(package: Path) -> None:
     artifact = open_artifact(package)
     looked_up = artifact.spec.vocab_size * (artifact.spec.hidden_size + 4)

@@ -27,6 +27,7 @@ from moac.bench.worker import Load, Worker
 from moac.origin import check_source
 from moac.progress.progress import stage, step
 from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.cpu.library import choose_set
 from moac_runtime.backends.open import choose_backend
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import set_torch_threads
@@ -98,6 +99,8 @@ def _open_model(request: BenchRequest) -> _Target:
     if request.package is None:
         spec = shape_spec(request.shape or "")
         model = _Target(spec, request.dtype or "bfloat16", _random_plans(request, spec))
+        if request.backend == "cpu":
+            choose_set(["cpu"], request.cpu)
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
@@ -111,6 +114,8 @@ def _open_model(request: BenchRequest) -> _Target:
                 f"the package's kernels compute in {artifact.dtype}, not in {request.dtype}; "
                 "leave out --dtype"
             )
+        if request.backend == "cpu":
+            choose_set(artifact.targets, request.cpu)  # refused before anything is loaded
         _check_source(request, artifact)
         model = _Target(artifact.spec, request.dtype or artifact.dtype, lambda _: artifact.plan)
         limit = min(artifact.capacity, artifact.spec.context)

@@ -14,6 +14,7 @@
 #define PHASE_SPINS 2000  // tens of microseconds: most phases are shorter
 #define IDLE_SPINS 20000  // between steps Python chooses a token
 #endif
+constexpr int LOOKS = 50;  // before a core is offered to whoever else can run: a microsecond or two
 
 constexpr int64_t NONE = -1;
 constexpr uint64_t CLOSED = 0;  // the first step is 1
@@ -81,6 +82,7 @@ struct Team {
     for (int i = 0; i < spins; i++) {
       if (__atomic_load_n(word, __ATOMIC_ACQUIRE) >= value) return;
       relax();
+      if (i % LOOKS == LOOKS - 1) give_way();
     }
     for (;;) {
       const int32_t heard = __atomic_load_n(&bell, __ATOMIC_SEQ_CST);

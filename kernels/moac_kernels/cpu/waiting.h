@@ -1,6 +1,8 @@
-// How a thread waits: a hint to the processor while it looks again and again, then sleep until
-// another one wakes it. Linux has futexes; macOS the same under names of its own.
+// How a thread waits: a hint to the processor while it looks again and again, now and then its core
+// for others, who may have been put aside with the task that it waits for, then sleep until another
+// one wakes it. Linux has futexes; macOS the same under names of its own.
 #pragma once
+#include <sched.h>
 #include <stdint.h>
 
 static inline void relax() {
@@ -10,6 +12,8 @@ static inline void relax() {
   __builtin_ia32_pause();
 #endif
 }
+
+static inline void give_way() { sched_yield(); }
 
 #if defined(__APPLE__)
 extern "C" int __ulock_wait(uint32_t operation, void *word, uint64_t value, uint32_t timeout);

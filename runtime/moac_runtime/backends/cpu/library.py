@@ -174,6 +174,10 @@ def choose_set(targets: Iterable[str], asked: str | None = None) -> str:
     runnable = runnable_sets(built)
     by = "--cpu" if asked is not None else MOAC_CPU
     name = asked if asked is not None else os.environ.get(MOAC_CPU) or None
+    if not runnable:
+        raise MoacError(
+            "this processor runs none of the package's CPU kernels; run with --backend torch"
+        )
     if name is None:
         return runnable[0]
     if name in runnable:
