@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from batches import Batch
+from families import checkpoint_tensors
 from transformers import PreTrainedModel
 
 from moac.checkpoint.families import model_spec
@@ -56,7 +57,7 @@ def open_cpu_session(
     threads: int = 1,
 ) -> Batch:
     """Rows of a native session on `model` under `plan`, as `oracle.open_session` opens them."""
-    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
     tensors = {
         name: tensor.to(dtype).contiguous()
         for name, tensor in pack_weights(weights.__getitem__, spec, order)

@@ -8,6 +8,7 @@
 #include "engine.cpp"
 
 constexpr int64_t LAYERS = 2, SIZE = 32, INNER = 48, HEADS = 4, KV_HEADS = 2, DIM = 16;
+constexpr int64_t EXPERTS = 5, CHOSEN = 2;  // of the second layer
 constexpr int64_t VOCAB = 48, ROWS = 3, SPAN = 160, SINK = 4, PROMPT = 150, STEPS = 30;
 constexpr int64_t WIDTH = (HEADS + 2 * KV_HEADS) * DIM;
 
@@ -34,12 +35,17 @@ struct Made {
       Layer layer{};
       layer.attn_norm = take(SIZE), layer.mlp_norm = take(SIZE);
       layer.qkv = matrix(WIDTH * SIZE), layer.o = matrix(SIZE * HEADS * DIM);
-      layer.gate_up = matrix(2 * INNER * SIZE), layer.down = matrix(SIZE * INNER);
+      const int64_t mlps = l ? EXPERTS : 1;
+      layer.gate_up = matrix(mlps * 2 * INNER * SIZE), layer.down = matrix(mlps * SIZE * INNER);
       layer.inner = INNER, layer.norm_eps = 1e-5, layer.query_scale = 1 / sqrt((double)DIM);
+      layer.activation_slope = 1;
+      if (l) layer.experts = EXPERTS, layer.chosen = CHOSEN, layer.router = take(EXPERTS * SIZE);
+      if (l) layer.sink_logits = take(HEADS);
       layers.push_back(layer);
     }
-    model.num_layers = LAYERS, model.hidden = SIZE, model.inner = INNER, model.heads = HEADS;
-    model.kv_heads = KV_HEADS, model.head_dim = DIM, model.vocab = VOCAB, model.norm_eps = 1e-5;
+    model.num_layers = LAYERS, model.hidden = SIZE, model.inner = CHOSEN * INNER;
+    model.heads = HEADS, model.kv_heads = KV_HEADS, model.head_dim = DIM, model.vocab = VOCAB;
+    model.norm_eps = 1e-5;
     model.embedding_scale = model.residual_scale = model.logit_scale = 1;
     model.num_ropes = 1, model.rope_scalings = scalings.data();
     model.layers = layers.data(), model.norm = take(SIZE);

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 
 VOCAB = 320
@@ -64,6 +66,24 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "logits_scaling": 2.0,
     },
+    "mixtral": {"head_dim": 16, "num_local_experts": 8, "sliding_window": None},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [0],
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.0,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma3_text": {
         "head_dim": 16,
         "query_pre_attn_scalar": 2,
@@ -88,10 +108,14 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
         "layer_norm_eps": 1e-5,
     },
+    "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "use_qkv_bias": True},
 }
 FAMILIES = tuple(_FAMILY)
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
+"""Those whose MLPs, all or some, are mixtures of experts."""
 ONE_ROPE = tuple(name for name in FAMILIES if name != "gemma3_text")
 """Those with one rotary table."""
+_PEAKED = ("q_proj.weight", "k_proj.weight", "mlp.gate.weight", "mlp.router.weight")
 
 
 def ropes_of(family: str) -> tuple[str, ...]:
@@ -148,12 +172,22 @@ def randomise(model: PreTrainedModel) -> None:
         if name.endswith("norm.weight"):
             # about one: what multiplies is one more than the weight where that starts as zero
             parameter.copy_(float(bool(parameter.any())) + 0.2 * noise)
-        elif name.endswith(".bias") or "embed_tokens" in name or "lm_head" in name:
+        elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
             parameter.copy_(0.3 * noise)
+        elif name.endswith(".sinks"):
+            parameter.copy_(1 + noise)
         else:
-            # twice the scale on queries and keys: scores of variance 16 before the softmax
-            peak = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
-            parameter.copy_(peak * noise / parameter.shape[1] ** 0.5)
+            # twice the scale on queries and keys: scores of variance 16 before the softmax; and on
+            # routers, whose choices then are seldom close
+            peak = 2.0 if name.endswith(_PEAKED) else 1.0
+            transposed = model.config.model_type == "gpt_oss" and parameter.dim() == 3
+            parameter.copy_(peak * noise / parameter.shape[1 if transposed else -1] ** 0.5)
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Its tensors by the names under which a checkpoint has them: each expert's its own."""
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
+    return tensors
 
 
 @cache

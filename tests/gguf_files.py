@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from families import CHAT_TEMPLATE, checkpoint_tensors, tiny_model, tiny_tokenizer
 
 from moac.checkpoint.families import Family, family_of
 from moac.checkpoint.gguf import library_names
+
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -46,6 +48,8 @@ def tiny_original(family: str, **overrides: Any) -> Any:
         overrides = {"num_hidden_layers": 4, "layer_types": types, **overrides}
     if family == "smollm3":
         overrides = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], **overrides}
+    if family == "qwen3_moe":  # every layer is a mixture
+        overrides = {"mlp_only_layers": [], **overrides}
     if family in ("gemma2", "gemma3_text"):
         overrides = {"query_pre_attn_scalar": overrides.get("head_dim", 16), **overrides}
     return tiny_model(family, **overrides)
@@ -74,7 +78,7 @@ def write_gguf(
     tokenizer = byte_level_fields(pre) if tokenizer is None else tokenizer
     sizes = {"vocab_size": len(tokenizer["ggml.tokens"])}
     model = tiny_original(family, **{**sizes, **(overrides or {})})
-    config, state, kind = model.config, model.state_dict(), family_of(family)
+    config, state, kind = model.config, checkpoint_tensors(model), family_of(family)
     arch = str(kind.gguf.architecture)
     endian = GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE
     writer = GGUFWriter(path, arch, endianess=endian)
@@ -88,7 +92,7 @@ def write_gguf(
     for name, value in values.items():
         _add(writer, name, value)
     tied = config.tie_word_embeddings
-    for name, tensor in state.items():
+    for name, tensor in _with_stacks(state).items():
         if not (tied and name == "lm_head.weight"):
             stored = _stored(name, tensor, config, kind)
             _add_tensor(writer, gguf_name(name, kind), stored, stored_as)
@@ -100,6 +104,21 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return {name: tensor for name, tensor in state.items() if not tied or name != "lm_head.weight"}
+
+
+def _with_stacks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of a layer's experts as one: `blk.N.ffn_gate_exps.weight` and so on."""
+    found: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if (told := _EXPERT.match(name)) is None:
+            found[name] = tensor
+        else:
+            layer, part = told.groups()
+            found.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
+    return {
+        name: torch.stack(tensor) if isinstance(tensor, list) else tensor
+        for name, tensor in found.items()
+    }
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -118,6 +137,12 @@ def _shape(config: Any) -> dict[str, Any]:
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
     }
+    if hasattr(config, "num_experts"):
+        found |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
+        }
     rope = config.rope_parameters
     if "rope_theta" in rope:
         found["rope.freq_base"] = float(rope["rope_theta"])
@@ -127,12 +152,13 @@ def _shape(config: Any) -> dict[str, Any]:
         "gemma3_text": _gemma3,
         "granite": _granite,
         "phi3": _phi3,
+        "stablelm": _stablelm,
     }.get(config.model_type)
     return found if own is None else {**found, **own(config)}
 
 
 def _epsilon(config: Any) -> dict[str, Any]:
-    if config.model_type == "cohere2":
+    if hasattr(config, "layer_norm_eps"):
         return {"attention.layer_norm_epsilon": float(config.layer_norm_eps)}
     return {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
 
@@ -150,6 +176,14 @@ def _gemma2(config: Any) -> dict[str, Any]:
         "attention.sliding_window": config.sliding_window,
         "attn_logit_softcapping": float(config.attn_logit_softcapping),
         "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _stablelm(config: Any) -> dict[str, Any]:
+    share = config.hidden_size // config.num_attention_heads
+    return {
+        "rope.dimension_count": int(config.rope_parameters["partial_rotary_factor"] * share),
+        "use_parallel_residual": config.use_parallel_residual,
     }
 
 
@@ -228,5 +262,7 @@ def gguf_name(name: str, family: Family) -> str:
     """The file's name of a tensor that transformers calls `name`."""
     theirs = {ours: short for short, ours in library_names(family.names).items()}
     stem, kind = name.rsplit(".", 1)
+    if stem.startswith("blk."):
+        return name
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     return f"blk.{block[1]}.{theirs[block[2]]}.{kind}" if block else f"{theirs[stem]}.{kind}"

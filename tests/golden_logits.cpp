@@ -72,7 +72,7 @@ int main(int, char **words) {
   for (Layer &layer : layers) {
     layer = {};
     layer.inner = model.inner, layer.norm_eps = eps;
-    layer.query_scale = 1 / sqrt((double)model.head_dim);
+    layer.query_scale = 1 / sqrt((double)model.head_dim), layer.activation_slope = 1;
     layer.attn_norm = tensor(), layer.qkv = matrix(formats[1]), layer.o = matrix(formats[2]);
     layer.mlp_norm = tensor(), layer.gate_up = matrix(formats[3]), layer.down = matrix(formats[4]);
   }

@@ -76,6 +76,11 @@ def read_weights(root: Path) -> dict[str, F]:
     return found
 
 
+def softmax(x: F) -> F:
+    shares = np.exp(x - x.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
 def seen(plan: dict[str, Any], layer: int, head: int, capacity: int, length: int) -> Any:
     """Which keys each query sees, `[T, T]`: "Spans". `head` in the checkpoint's order."""
     (alpha, beta), window = plan["rules"][layer][head], plan["windows"][layer]
@@ -127,10 +132,7 @@ class Model:
         every = self._linear(x, f"{name}.qkv").reshape(length, -1, dim)
         q, k, v = np.split(every, [heads, heads + kv], axis=1)
         if kind.get("qk_norm"):
-            q, k = (
-                self._qk_norm(q, f"{name}.q_norm", kind),
-                self._qk_norm(k, f"{name}.k_norm", kind),
-            )
+            q, k = (self._qk_norm(x, f"{name}.{n}_norm", kind) for n, x in (("q", q), ("k", k)))
         rope = kind.get("rope", 0)
         if rope is not None:
             q, k = (self._rotated(part, spec["ropes"][rope], capacity) for part in (q, k))
@@ -140,19 +142,42 @@ class Model:
             mask = seen(self.plan, index, self.order[index][shared], capacity, length)
             scores = q[:, head] @ k[:, shared].T * np.float32(kind["query_scale"])
             scores = np.where(mask, self._capped(scores, kind.get("logit_cap")), -np.inf)
-            shares = np.exp(scores - scores.max(-1, keepdims=True))
-            out[:, head] = shares / shares.sum(-1, keepdims=True) @ v[:, shared]
+            if kind.get("sink_logits", False):  # one score more, whose share is dropped
+                own = self.weights[f"{name}.sink_logits.weight"][head]
+                scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=own)
+            out[:, head] = softmax(scores)[:, :length] @ v[:, shared]
         return self._linear(out.reshape(length, -1), f"{name}.o")
 
     def _mlp(self, index: int, kind: dict[str, Any], x: F, _: int) -> F:
-        gate, up = np.split(self._linear(x, f"layers.{index}.gate_up"), 2, axis=-1)
-        acted = ACTIVATIONS[kind["activation"]](gate)
-        return self._linear(acted * up, f"layers.{index}.down")
+        name, experts = f"layers.{index}", kind.get("experts")
+        if experts is None:
+            return self._gated(x, name, kind)
+        logits, out = self._linear(x, f"{name}.router"), np.zeros_like(x)
+        chosen = np.argsort(-logits, axis=-1)[:, : experts["chosen"]]
+        if experts.get("normalised", False):
+            lowest = np.take_along_axis(logits, chosen[:, -1:], axis=-1)
+            logits = np.where(logits < lowest, -np.inf, logits)
+        shares = softmax(logits)
+        for expert in range(experts["count"]):
+            rows = (chosen == expert).any(-1)
+            part = self._gated(x[rows], f"{name}.experts", kind, expert, experts["count"])
+            out[rows] += shares[rows, expert, None] * part
+        return out
 
-    def _linear(self, x: F, name: str) -> F:
-        out: F = x @ self.weights[f"{name}.weight"][:, : x.shape[1]].T + self.weights.get(
-            f"{name}.bias", 0
-        )
+    def _gated(self, x: F, name: str, kind: dict[str, Any], part: int = 0, count: int = 1) -> F:
+        gate, up = np.split(self._linear(x, f"{name}.gate_up", part, count), 2, axis=-1)
+        limit, slope = kind.get("mlp_limit"), np.float32(kind.get("activation_slope", 1))
+        if limit is not None:
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        acted = ACTIVATIONS[kind["activation"]](gate * slope) / slope
+        up = up + np.float32(kind.get("up_plus_one", False))
+        return self._linear(acted * up, f"{name}.down", part, count)
+
+    def _linear(self, x: F, name: str, part: int = 0, count: int = 1) -> F:
+        """By one of `count` matrices that stand one under the other."""
+        weight = np.split(self.weights[f"{name}.weight"], count)[part][:, : x.shape[1]]
+        bias = self.weights.get(f"{name}.bias")
+        out: F = x @ weight.T + (0 if bias is None else np.split(bias, count)[part])
         return out
 
     def _norm(self, x: F, name: str, norm: dict[str, Any]) -> F:

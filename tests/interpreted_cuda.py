@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from batches import Batch
+from families import checkpoint_tensors
 from transformers import PreTrainedModel
 
 from moac.checkpoint.families import model_spec
@@ -53,7 +54,7 @@ def open_session(
 
 def new_session(model: PreTrainedModel, plan: Plan, *, chunk: int | None = None) -> CudaSession:
     """The same without rows."""
-    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
     kernels, tables = _kernels(spec, plan)
     tensors = dict(pack_weights(weights.__getitem__, spec, order))
     decoder = CudaDecoder(spec, tensors, kernels, dtype=torch.float32, device=CPU)

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from batches import Batch
+from families import checkpoint_tensors
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
+from moac.profiling.hooks import attention
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
@@ -34,10 +36,11 @@ def _reference(
     *,
     oracle_masks: Sequence[Tensor],
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     mask = oracle_masks[module.layer_idx]
-    out = masked_attention(query, key, value, mask, scaling, softcap)
+    out = masked_attention(query, key, value, mask, scaling, softcap, sinks=s_aux)
     return out.to(query.dtype).transpose(1, 2), None
 
 
@@ -73,8 +76,8 @@ def masked_logits(
     model: PreTrainedModel, tokens: Sequence[int], masks: Sequence[Tensor]
 ) -> Tensor:
     """Float32 logits `[T, V]` of `tokens` under one mask `[K, T, T]` a layer."""
-    model.set_attn_implementation(ORACLE)
-    out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
+    with attention(model, ORACLE):  # what gives the masks to attention of every family
+        out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
     logits: Tensor = out.logits[0]
     return logits.float()
 
@@ -91,7 +94,7 @@ def packed(
     model: PreTrainedModel, plan: Plan, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, tuple[tuple[int, ...], ...]]:
     """The runtime's decoder of `model`, heads packed for `plan`, and the head order."""
-    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
     tensors = dict(pack_weights(weights.__getitem__, spec, order))
     return Decoder(spec, tensors, dtype=dtype), order
 

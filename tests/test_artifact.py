@@ -36,7 +36,7 @@ from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.manifest import manifest_digest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
-from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 from moac_runtime.package.weights import expected_tensors, load_weights
 
 SPEC = plain_spec(
@@ -431,8 +431,8 @@ def test_wrong_formats_are_refused(
 
 
 def test_an_unknown_weight_format_is_refused(package: Path) -> None:
-    edit(package, lambda data: data["weight_formats"].update(down="int4"))
-    refused(package, "weight_formats.down = 'int4'", "one of float32, int8")
+    edit(package, lambda data: data["weight_formats"].update(down="int2"))
+    refused(package, "weight_formats.down = 'int2'", "one of float32, int8, int4")
 
 
 FIELDS = """
@@ -949,9 +949,14 @@ def test_specs_of_every_option_pass_the_manifest(tmp_path: Path) -> None:
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
+        sink_logits=True,
+        experts=ExpertsSpec(count=3, chosen=2, normalised=True, router_bias=True),
+        activation_slope=1.7,
+        mlp_limit=7.0,
+        up_plus_one=True,
     )
     spec = ModelSpec.of_layers(
-        [first, replace(first, window=None, rope=None)],
+        [first, replace(first, window=None, rope=None, experts=None)],
         **{name: getattr(SPEC, name) for name in SHAPE},
         tied_embeddings=True,
         norm=norm,

@@ -27,6 +27,7 @@ from moac.bench.shapes import SHAPES, shape_spec
 from moac.bench.system import Subject
 from moac.bench.transformers_cache import GrowingCache
 from moac.bench.worker import Load, Running, Worker
+from moac_kernels.reference import masked_attention
 from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.artifact import open_artifact
@@ -230,6 +231,24 @@ def test_flex_masks_are_the_plans() -> None:
             found = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         expected = scaled_dot_product_attention(q, k, v, attn_mask=seen[None], enable_gqa=True)
         torch.testing.assert_close(found, expected)
+
+
+def test_flex_caps_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on import, and that it runs uncompiled
+        from torch.nn.attention.flex_attention import flex_attention
+
+        from moac.bench import flex
+
+        monkeypatch.setattr(flex, "_compiled", flex_attention)
+        q, k, v = torch.randn(3, 1, 2, 256, 16).unbind()
+        heads, module = [HeadSpan(256, 0)] * 2, torch.nn.Module()
+        module.layer_idx = 0
+        blocks = [flex.LayerMask(heads, 1, torch.tensor(0)).blocks(0, 256, 256)]
+        found, _ = flex._attend(module, q, k, v, None, 0.3, moac_blocks=blocks, softcap=0.7)
+    seen = torch.ones(256, 256, dtype=torch.bool).tril()
+    expected = masked_attention(q, k, v, seen, 0.3, 0.7)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
 def test_a_repeat_starts_from_an_empty_cache(tiny_package: Compiled) -> None:

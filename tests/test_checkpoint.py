@@ -21,6 +21,7 @@ from families import (
     FAMILIES,
     ONE_ROPE,
     ROPES,
+    checkpoint_tensors,
     ropes_of,
     save_checkpoint,
     tiny_model,
@@ -79,7 +80,7 @@ def test_rope_is_the_librarys_own(tiny_checkpoint: Make, family: str, rope: str)
     assert torch.equal(torch.tensor(spec.ropes[0].inv_freq), rotary.inv_freq)
     assert spec.ropes[0].scaling == rotary.attention_scaling
     assert len(spec.ropes[0].inv_freq) == (spec.ropes[0].rotated or spec.head_dim) // 2
-    assert (spec.ropes[0].rotated is not None) == (family == "phi3")
+    assert (spec.ropes[0].rotated is not None) == (family in ("phi3", "stablelm"))
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -147,7 +148,7 @@ def test_context_is_what_the_scaling_stretches_to(
 def test_tensors_are_the_models_own(tiny_checkpoint: Make, family: str) -> None:
     folder = tiny_checkpoint(family)
     checkpoint = open_checkpoint(str(folder))
-    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    state = checkpoint_tensors(AutoModelForCausalLM.from_pretrained(folder))
     tied = {"lm_head.weight"} if checkpoint.spec.tied_embeddings else set()
     assert set(checkpoint.names()) == set(state) - tied
     for name in checkpoint.names():
@@ -344,7 +345,8 @@ def test_several_templates_use_the_default_one(copy: Callable[..., Path]) -> Non
 # ---- what is not served
 
 SERVED = (
-    "cohere2, gemma2, gemma3_text, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3"
+    "cohere2, gemma2, gemma3_text, gpt_oss, granite, llama, mistral, mixtral, olmo2, olmoe, phi3, "
+    "qwen2, qwen3, qwen3_moe, smollm3, stablelm"
 )
 ROPES_SERVED = "default, linear, dynamic, llama3, yarn, longrope"
 
@@ -464,6 +466,9 @@ def longrope(short: list[float], long: list[float]) -> dict[str, Any]:
         ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 where a positive"),
         ("cohere2", {"logit_scale": 0.0}, "logit_scale 0.0 where a positive number"),
         ("cohere2", {"layer_norm_eps": -1.0}, "layer_norm_eps -1.0 where a small positive number"),
+        ("stablelm", {"head_dim": 32}, "head_dim 32 is not served; served is the width's share"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not served"),
+        ("stablelm", {"layer_norm_eps": -1.0}, "layer_norm_eps -1.0 where a small positive"),
         ("phi3", {"rope_parameters": partial(0.0)}, "partial_rotary_factor 0.0 is not served"),
         ("phi3", {"rope_parameters": partial(1.5)}, "partial_rotary_factor 1.5 is not served"),
         (

@@ -205,7 +205,7 @@ def edit_config(model: Path, **changes: Any) -> None:
         (emptied, "holds no config.json"),
         (no_config, "holds no config.json"),
         (broken_config, "config.json is not readable JSON"),
-        (another_architecture, "'gpt2' is not served; served is gemma3_text, granite, llama, "),
+        (another_architecture, "model_type 'gpt2' is not served; served is cohere2, gemma2, "),
         (contradicting_config, "where its config.json calls for"),
         (more_layers, "that its config.json calls for"),
         (no_weights, "model.safetensors"),

@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 640,
     },
     "cohere2": {"max_position_embeddings": CONTEXT, "sliding_window": 640},
+    "stablelm": {"max_position_embeddings": CONTEXT},
 }
 INSPECTED = (
     *("density", "kv_bytes", "rules", "sink", "block", "lengths", "capacity", "targets"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import plain_spec
 
 from moac.lengths import Lengths
 from moac.pipeline import work as work_module
@@ -21,13 +22,14 @@ from moac.progress.cost import Kind
 from moac.progress.eta import MOST_GROWTH, SETTLING, Steady, TimeLeft, Told
 from moac.request import CompileRequest
 from moac_kernels.cpu_build import build_key
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.spec import RopeSpec
 
 # The shape of SmolLM2-135M, on a machine of 250 GFLOPS: its compile takes some ten minutes.
-SHAPE: dict[str, Any] = {
-    **{"vocab_size": 49152, "hidden_size": 576, "mlp_widths": (1536,) * 30, "num_layers": 30},
+SPEC = plain_spec(
+    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30},
     **{"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "tied_embeddings": True},
-}
+    **{"context": 8192, "rope": RopeSpec("default", 1e4, (1.0,) * 32)},
+)
 LENGTHS = Lengths((1024, 2048, 4096), 8192, 1536, 8192)
 
 
@@ -37,8 +39,7 @@ def forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Forecast:
     monkeypatch.setattr(work_module, "runnable_sets", lambda targets: ("avx512bf16", "avx2"))
     monkeypatch.setattr(work_module, "cpu_obstacle", lambda *_: None)
     request = CompileRequest(targets=("torch", "cpu"))
-    spec: ModelSpec = SimpleNamespace(**SHAPE)  # type: ignore[assignment]
-    checkpoint: Any = SimpleNamespace(spec=spec, dtype="bfloat16")
+    checkpoint: Any = SimpleNamespace(spec=SPEC, dtype="bfloat16")
     counts = sample_counts(LENGTHS, request.measuring.samples)
     cpu = torch.device("cpu")
     return Forecast(checkpoint, request, LENGTHS, counts, "bfloat16", cpu, tmp_path)

@@ -22,11 +22,11 @@ from moac import compile_model
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.manifest import manifest_digest, parse_manifest
-from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "FORMAT.md").read_text(encoding="utf-8")
-OTHERS = sorted(set(FAMILIES) - {"llama", "gemma3_text", "phi3", "cohere2"})
+OTHERS = sorted(set(FAMILIES) - {"llama", "gemma3_text", "phi3", "cohere2", "mixtral", "gpt_oss"})
 LIMIT = 2e-3  # what verification allows float32
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -51,7 +51,7 @@ def test_what_is_written_is_what_the_schemas_say(tiny_package: Compiled) -> None
         validator(f"{name}.schema.json").validate(data)
 
 
-@pytest.mark.parametrize("kind", [ModelSpec, LayerSpec, NormSpec, RopeSpec])
+@pytest.mark.parametrize("kind", [ModelSpec, LayerSpec, ExpertsSpec, NormSpec, RopeSpec])
 def test_the_page_names_every_field(kind: Any) -> None:
     missing = [field.name for field in fields(kind) if f"`{field.name}`" not in PAGE]
     assert not missing, f"docs/FORMAT.md does not tell of {', '.join(missing)}"
@@ -76,6 +76,9 @@ PLACES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "model": lambda data: data["model"],
     "model.kinds[0]": lambda data: data["model"]["kinds"][0],
     "model.kinds[0].norm": lambda data: data["model"]["kinds"][0]["norm"],
+    "model.kinds[0].experts": lambda data: data["model"]["kinds"][0].setdefault(
+        "experts", {"count": 4, "chosen": 2, "normalised": True, "router_bias": True}
+    ),
     "model.ropes[0]": lambda data: data["model"]["ropes"][0],
 }
 
@@ -130,10 +133,13 @@ def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
         ("gemma3_text", {}, {}),
         ("phi3", {"rope": "longrope"}, {}),
         ("cohere2", {}, {}),
+        ("mixtral", {}, {}),
+        ("gpt_oss", {}, {}),
         *(pytest.param(name, {}, {}, marks=pytest.mark.slow) for name in OTHERS),
         ("llama", {"rope": "dynamic"}, {}),
         ("llama", {}, {"weights": "int8"}),
         ("qwen3", {"hidden_size": 96}, {"weights": "int4"}),
+        pytest.param("gpt_oss", {"head_dim": 32}, {"weights": "int4"}, marks=pytest.mark.slow),
     ],
 )
 def test_it_reproduces_those_of_other_models(

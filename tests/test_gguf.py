@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import checkpoint_tensors
 from gguf_files import byte_level_fields, gguf_name, tiny_original, write_gguf
 
 from moac.checkpoint import open_checkpoint
@@ -16,7 +17,7 @@ from moac_runtime.errors import CheckpointError
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "olmo2", "phi3", "cohere2"),
-    *("granite", "smollm3"),
+    *("granite", "smollm3", "stablelm", "olmoe", "qwen3_moe"),
 )
 LOCAL = ["sliding_attention"]
 TOKENS = torch.arange(3, 43)[None]
@@ -32,10 +33,11 @@ def refusal(path: Path) -> str:
 def check_same(path: Path, family: str, **overrides: Any) -> None:
     checkpoint = open_checkpoint(str(path))
     model = tiny_original(family, **overrides)
-    assert set(checkpoint.names()) <= set(model.state_dict())
+    state = checkpoint_tensors(model)
+    assert set(checkpoint.names()) <= set(state)
     shifted = family_of(family).gguf.norms_plus_one
     for name in checkpoint.names():
-        found, original = checkpoint.tensor(name), model.state_dict()[name]
+        found, original = checkpoint.tensor(name), state[name]
         if shifted and name.endswith("norm.weight"):  # the sum has lost some of its last bits
             original = (original + 1) - 1
         assert torch.equal(found, original), name
@@ -68,7 +70,11 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("phi3", {"partial_rotary_factor": 1.0}),
         ("phi3", {"sliding_window": 24}),
         ("cohere2", {"logit_scale": 2.0}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
         ("granite", {"residual_multiplier": 1.0}),
+        ("olmoe", {"num_experts_per_tok": 3}),
+        ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32}),
         ("gemma3_text", {"head_dim": 32}),
         ("gemma3_text", {"final_logit_softcapping": None}),
         ("gemma3_text", {"tie_word_embeddings": False}),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cpu_kernels import library, needs_compiler
-from families import tiny_model
+from families import MIXTURES, checkpoint_tensors, tiny_model
 from oracle import oracle_logits
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.engine.model import load
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import open_artifact
-from moac_runtime.package.weight_formats import int4_obstacle
+from moac_runtime.package.weight_formats import has_format, int4_obstacle
 from moac_runtime.package.weights import is_matrix, load_weights, unpacked
 
 
@@ -259,9 +259,9 @@ def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> Any:
     """Rows of 64 tokens of a native session on `model` in 4 bits."""
     from batches import Batch
 
-    spec, order, weights = model_spec(model.config), head_order(PLAN), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(PLAN), checkpoint_tensors(model)
     narrow = (
-        (name, weight if is_matrix(weight.shape) else weight.to(dtype))
+        (name, weight if has_format(name, weight.shape) else weight.to(dtype))
         for name, weight in pack_weights(weights.__getitem__, spec, order)
     )
     tensors = dict(quantised(narrow, "int4"))
@@ -277,8 +277,8 @@ def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> Any:
     return Batch(CpuSession(engine, PLAN, order), capacity=64, **{"batch": 1, **options})
 
 
-def rounded_model(**options: Any) -> Any:
-    model = tiny_model("llama", head_dim=32, **options)
+def rounded_model(family: str = "llama", **options: Any) -> Any:
+    model = tiny_model(family, **{"head_dim": 32, **options})
     round_weights(model, "int4")
     return model
 
@@ -293,6 +293,30 @@ def test_native_equals_the_rounded_model(kernels: str, width: int) -> None:
     torch.testing.assert_close(whole, wanted, rtol=0, atol=2e-4)
     steps = native(model, kernels, torch.float32).by_decode([tokens])[0]
     torch.testing.assert_close(steps, wanted, rtol=0, atol=2e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_equal_those_of_the_rounded_model(
+    kernels: str, family: str, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 80}
+    model, rounded, tokens = (
+        tiny_model(family, **options),
+        rounded_model(family, **options),
+        text(64),
+    )
+    wanted = oracle_logits(rounded, tokens, PLAN, 64)
+    session = native(model, kernels, dtype)
+    found = torch.cat([session.each([tokens[:40]])[0], session.by_decode([tokens[40:]])[0]])
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+        return
+    by_dtype = (oracle_logits(rounded.to(dtype), tokens, PLAN, 64) - wanted).norm()
+    with disturbed_activations(rounded.float(), seed=0):
+        by_rounding = (oracle_logits(rounded, tokens, PLAN, 64) - wanted).norm()
+    assert (found - wanted).norm() < 2 * (by_rounding**2 + by_dtype**2).sqrt()
 
 
 @needs_compiler

@@ -38,7 +38,7 @@ from moac_runtime.package.spec import ModelSpec, NormSpec
 
 LENGTH, ATOL = 90, 2e-4
 # Families with options beside those of Llama, Mistral and Qwen; the first have one rotary table.
-OF_ONE_ROPE = ("smollm3", "granite", "gemma2", "olmo2", "phi3", "cohere2")
+OF_ONE_ROPE = ("smollm3", "granite", "gemma2", "olmo2", "phi3", "cohere2", "stablelm")
 OPTIONED = (*OF_ONE_ROPE, "gemma3_text")
 
 
@@ -129,9 +129,9 @@ def test_longrope_takes_its_factors_by_the_capacity(
     assert ((longer - wanted).abs().max() > 100 * ATOL) == (original == LENGTH)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 @needs_compiler
 @pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_any_even_part_of_a_head_may_rotate(share: float, kernels: str) -> None:
     model, tokens = tiny("phi3", partial_rotary_factor=share, hidden_size=80), text()
     model, tokens = tiny("phi3", partial_rotary_factor=share, head_dim=32), text()
@@ -142,47 +142,6 @@ def test_any_even_part_of_a_head_may_rotate(share: float, kernels: str) -> None:
     torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
     session = open_cpu_session(model, plan, instruction_set=kernels, capacity=LENGTH, chunk=40)
     torch.testing.assert_close(read(session, tokens), wanted, rtol=0, atol=ATOL)
-
-
-def with_bias(family: str) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
-    """A model of layer norms whose hidden biases are not nought, and a decoder that has them."""
-    model: Any = tiny(family)
-    generator = torch.Generator().manual_seed(1)
-    weights = dict(model.state_dict())
-    norms = [(name, module) for name, module in model.named_modules() if name.endswith("norm")]
-    for name, module in norms:
-        bias = torch.randn(module.weight.shape, generator=generator)
-        weights[f"{name}.bias"] = bias
-        module.register_forward_hook(lambda _, __, out, bias=bias: out + bias)
-    spec = model_spec(model.config)
-    kinds = tuple(replace(kind, norm=replace(kind.norm, bias=True)) for kind in spec.kinds)
-    spec = replace(spec, kinds=kinds, norm=replace(spec.norm, bias=True))
-    packed = pack_weights(weights.__getitem__, spec, head_order(whole(spec)))
-    tensors = {name: tensor.contiguous() for name, tensor in packed}
-    assert {"norm.bias", "layers.1.attn_norm.bias"} <= tensors.keys()
-    return model, Decoder(spec, tensors), tensors
-
-
-def test_biases_of_layer_norms_equal_the_library() -> None:
-    model, decoder, _ = with_bias("cohere2")
-    plan, tokens = whole(decoder.spec), text()
-    session = Batch(TorchSession(decoder, plan, head_order(plan)), batch=1, capacity=LENGTH)
-    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
-
-
-@needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
-def test_native_biases_of_layer_norms_equal_the_library(kernels: str) -> None:
-    session, model = native_session(*with_bias("cohere2"), kernels)
-    tokens = text()
-    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
-
-
-def test_a_graph_of_biases_of_layer_norms_equals_the_library(tmp_path: Path) -> None:
-    model, decoder, tensors = with_bias("cohere2")
-    tokens = text()
-    session = graph_session(decoder.spec, tensors, tmp_path)
-    torch.testing.assert_close(read(session, tokens), library(model, tokens), rtol=0, atol=ATOL)
 
 
 def narrowed(width: int) -> tuple[PreTrainedModel, Decoder, dict[str, Tensor]]:
@@ -281,6 +240,12 @@ def _whole_heads(model: Any) -> None:
     model.config.rope_parameters["partial_rotary_factor"] = 1.0
 
 
+def _in_parallel(model: Any) -> None:
+    model.config.use_parallel_residual = True
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = None
+
+
 def _other_window(model: Any) -> None:
     model.config.sliding_window = 30
 
@@ -299,6 +264,8 @@ def _same_rope(model: Any) -> None:
         ("gemma2", _other_window),
         ("olmo2", _other_norms_after),
         ("phi3", _whole_heads),
+        ("stablelm", _in_parallel),
+        ("stablelm", _whole_heads),
         ("cohere2", _factor_of_one("logit_scale")),
         ("cohere2", _other_window),
         ("smollm3", _rotating),
@@ -321,11 +288,16 @@ def test_each_option_shows(family: str, change: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"norm": NormSpec(1e-5)}, {"rope": 0}, {"rope": None}],
+    ("family", "change"),
+    [
+        ("cohere2", {"norm": NormSpec(1e-5)}),
+        ("cohere2", {"rope": 0}),
+        ("cohere2", {"rope": None}),
+        ("stablelm", {"norm": NormSpec(1e-5, centred=True)}),
+    ],
 )
-def test_each_option_of_cohere_shows(change: dict[str, Any]) -> None:
-    model, tokens = tiny("cohere2"), text()
+def test_each_option_of_layers_shows(family: str, change: dict[str, Any]) -> None:
+    model, tokens = tiny(family), text()
     spec = model_spec(model.config)
     other = replace(spec, kinds=tuple(replace(kind, **change) for kind in spec.kinds))
     weights, order = model.state_dict().__getitem__, head_order(whole(spec))

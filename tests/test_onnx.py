@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from batches import WRONG_FEEDS, Batch
-from families import tiny_model
+from families import checkpoint_tensors, tiny_model
 from oracle import oracle_logits
 from tiny import Compiled, moac_command, options, request
 from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def export(
     model: PreTrainedModel, plan: Plan, folder: Path, *, dtype: str = "float32", **changes: Any
 ) -> OnnxGraph:
     """The graph of `model` under `plan`, written and opened."""
-    spec, order, weights = model_spec(model.config), head_order(plan), model.state_dict()
+    spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
     stored = changes.pop("stored", torch.float32)
     write_weights(folder, pack_weights(weights.__getitem__, spec, order), dtype=stored)
     choices = {"dtype": dtype, "capacity": 512, "weights": "shared", **changes}
@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {"rope": "longrope"},
     "cohere2": {},
+    "stablelm": {"use_parallel_residual": True},
 }
 
 

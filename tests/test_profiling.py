@@ -31,6 +31,11 @@ from moac_runtime.package.span import DENSE, HeadSpan, Rule, visible
 
 SINK, BLOCK, KV_HEADS, GROUP, DIM = 32, 16, 2, 3, 16
 SCALE = DIM**-0.5
+# logits of the query heads beside their scores: some count for little, some for half of a softmax
+SINKS = torch.tensor([-2.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+scorings = pytest.mark.parametrize(
+    ("cap", "sinks"), [(None, None), (0.7, None), (None, SINKS), (0.7, SINKS)]
+)
 
 
 def _qkv(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +59,8 @@ def _by_definition(
     grad: Tensor,
     span: int,
     window: int | None,
-    cap: float | None = None,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The joint form, dense and span by span: `[kv_heads]`."""
     length = q.shape[2]
@@ -62,7 +68,10 @@ def _by_definition(
     keys, values = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
     scores = (q @ keys.mT) * SCALE
     scores = scores if cap is None else cap * (scores / cap).tanh()
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(-1, -1, length, 1)], dim=-1)
+    weights = scores.softmax(-1)[..., :length]
     delta = (grad * (weights @ values)).sum(-1, keepdim=True)
     dropped = (j >= SINK) & (i - j >= span - SINK) & seen
     mass = (weights * dropped).sum(-1)
@@ -73,37 +82,41 @@ def _by_definition(
 
 @pytest.mark.parametrize(("length", "window"), [(300, None), (256, None), (333, 100), (40, None)])
 @pytest.mark.parametrize("tile", [1 << 21, 1 << 13])
-@pytest.mark.parametrize("cap", [None, 0.7])
+@scorings
 def test_influence_equals_its_definition(
     length: int,
     window: int | None,
     tile: int,
     cap: float | None,
+    sinks: Tensor | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(profiled, "TILE_ELEMENTS", tile)
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,))
-    asked: Any = {"scale": SCALE, "cap": cap, "layer": 0, "recorder": recorder}
+    asked: Any = {"scale": SCALE, "cap": cap, "sinks": sinks, "layer": 0, "recorder": recorder}
     influence_attention(q, k, v, **asked).backward(grad)
     table = recorder.tables[0]
     assert table.shape == (KV_HEADS, -(-length // BLOCK) + 1)
     assert table[:, : SINK // BLOCK + 1].isinf().all()
     for entry in range(SINK // BLOCK + 1, table.shape[1]):
-        expected = _by_definition(q, k, v, grad, entry * BLOCK, window, cap)
+        expected = _by_definition(q, k, v, grad, entry * BLOCK, window, cap, sinks)
         torch.testing.assert_close(table[:, entry], expected.double(), atol=2e-4, rtol=1e-4)
     assert table[:, -1].abs().max() == 0  # a span of the whole length drops nothing
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("cap", [None, 0.7])
-def test_the_backward_pass_is_that_of_attention(window: int | None, cap: float | None) -> None:
+@scorings
+def test_the_backward_pass_is_that_of_attention(
+    window: int | None, cap: float | None, sinks: Tensor | None
+) -> None:
     q, k, v, grad = _qkv(200)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,))
-    found = influence_attention(q, k, v, scale=SCALE, cap=cap, layer=0, recorder=recorder)
+    asked: Any = {"scale": SCALE, "cap": cap, "sinks": sinks, "layer": 0, "recorder": recorder}
+    found = influence_attention(q, k, v, **asked)
     gradients = torch.autograd.grad(found, (q, k, v), grad)
     *_, seen = _masks(200, window)
-    plain = masked_attention(q, k, v, seen, SCALE, cap)
+    plain = masked_attention(q, k, v, seen, SCALE, cap, sinks=sinks)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(gradients, torch.autograd.grad(plain, (q, k, v), grad), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -127,21 +140,22 @@ def test_influence_is_the_exact_change_of_a_linear_loss() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("cap", [None, 0.7])
+@scorings
 def test_around_a_plan_influence_is_the_exact_change_of_a_linear_loss(
-    window: int | None, cap: float | None
+    window: int | None, cap: float | None, sinks: Tensor | None
 ) -> None:
     """Each span against all keys, the other head at its span of the plan."""
     q, k, v, grad = _qkv(200)
     held = (96, 144)
     recorder = InfluenceRecorder(SINK, BLOCK, (window,), held=[held])
-    around = influence_attention(q, k, v, scale=SCALE, cap=cap, layer=0, recorder=recorder)
+    asked: Any = {"scale": SCALE, "cap": cap, "sinks": sinks, "layer": 0, "recorder": recorder}
+    around = influence_attention(q, k, v, **asked)
     gradients = torch.autograd.grad(around, (q, k, v), grad)
 
     def attend(sizes: tuple[int, ...]) -> Tensor:
         i, j, seen = _masks(200, window)
         near = torch.stack([seen & ((i - j < size - SINK) | (j < SINK)) for size in sizes])
-        return masked_attention(q, k, v, near, SCALE, cap)
+        return masked_attention(q, k, v, near, SCALE, cap, sinks=sinks)
 
     expected = attend(held)
     torch.testing.assert_close(around, expected, atol=1e-5, rtol=1e-5)
@@ -219,10 +233,13 @@ def _spec(model: object) -> object:
 
 @pytest.mark.parametrize("domain", ["retrieval", "text"])
 @pytest.mark.parametrize("anew", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "phi3", "stablelm"])
 def test_recomputing_activations_changes_nothing(
-    domain: str, anew: int, monkeypatch: pytest.MonkeyPatch
+    domain: str, anew: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model("llama").requires_grad_(False)
+    # what some configs ask for of training is not asked for here
+    dropouts = {"phi3": {"resid_pdrop": 0.5}, "stablelm": {"hidden_dropout": 0.5}}
+    model = tiny_model(name, **dropouts.get(name, {})).requires_grad_(False)
     spec, sample, layout = _spec(model), _sample(200, domain), _layout(model)
     kept = sample_influence(model, spec, sample, layout)
     scored = sum(end - start for start, end in sample.decisive)

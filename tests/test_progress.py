@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import plain_spec
 from tiny import Compiled, moac_command, options, plan_options
 
 from moac.calibration import CalibrationSample
@@ -24,6 +25,7 @@ from moac.progress import progress
 from moac.progress.eta import TimeLeft
 from moac.progress.progress import passed, stage, step, whole
 from moac.store.workspace import Workspace
+from moac_runtime.package.spec import RopeSpec
 
 pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
@@ -229,9 +231,10 @@ def test_standard_error_may_be_closed(tiny_package: Compiled, tmp_path: Path) ->
 
 
 def _bench(folder: Path) -> Workbench:
-    spec = SimpleNamespace(
+    spec = plain_spec(
         **{"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "vocab_size": 8},
-        **{"hidden_size": 8, "mlp_widths": (8,), "tied_embeddings": True},
+        **{"hidden_size": 8, "intermediate_size": 8, "tied_embeddings": True, "context": 512},
+        **{"rope": RopeSpec("default", 1e4, (1.0,) * 4)},
     )
     found: Any = SimpleNamespace(
         **{

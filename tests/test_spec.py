@@ -11,7 +11,7 @@ from specs import plain_spec
 
 from moac.checkpoint.identity import safetensors_identity
 from moac_runtime.package.records import from_json, to_json
-from moac_runtime.package.spec import LayerSpec, ModelSpec, RopeSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, RopeSpec
 
 SPEC = plain_spec(
     num_layers=3,
@@ -26,6 +26,7 @@ SPEC = plain_spec(
     tied_embeddings=True,
     windows=(None, 8, None),
 )
+EXPERTS = ExpertsSpec(count=8, chosen=2)
 
 
 def identity(spec: ModelSpec) -> str:
@@ -72,7 +73,7 @@ def later(kind: type, name: str, value: Any) -> type:
 
 def as_later(record: Any, **given: Any) -> Any:
     """`record` as the later version of its class holds it."""
-    kind = later(type(record), "experts", 0)
+    kind = later(type(record), "later", 0)
     return kind(**{f.name: getattr(record, f.name) for f in fields(record)}, **given)
 
 
@@ -83,16 +84,37 @@ def test_a_later_option_at_its_neutral_value_changes_nothing() -> None:
     assert grown.to_json() == SPEC.to_json()
     assert identity(grown) == identity(SPEC)
     assert identity(as_later(SPEC)) == identity(SPEC)
-    used = replace(SPEC, kinds=tuple(as_later(kind, experts=8) for kind in SPEC.kinds))
+    used = replace(SPEC, kinds=tuple(as_later(kind, later=8) for kind in SPEC.kinds))
     assert identity(used) != identity(SPEC)
 
 
 def test_what_was_written_before_an_option_reads_after_it() -> None:
-    kind = later(LayerSpec, "experts", 0)
+    kind = later(LayerSpec, "later", 0)
     old = to_json(SPEC.kinds[0])
     read: Any = from_json(kind, old)
-    assert read.experts == 0
+    assert read.later == 0
     assert to_json(read) == old
+
+
+@pytest.mark.parametrize(
+    "changes", [{"count": 9}, {"chosen": 3}, {"normalised": True}, {"router_bias": True}]
+)
+def test_every_option_of_experts_is_part_of_the_identity(changes: dict[str, Any]) -> None:
+    one = replace(SPEC.kinds[0], experts=EXPERTS)
+    other = replace(one, experts=replace(EXPERTS, **changes))
+    assert (
+        len({identity(replace(SPEC, kinds=(kind, SPEC.kinds[1]))) for kind in (one, other)}) == 2
+    )
+
+
+def test_a_record_that_may_be_none_is_read_and_written() -> None:
+    mixed = replace(SPEC, kinds=(replace(SPEC.kinds[0], experts=EXPERTS), SPEC.kinds[1]))
+    written = mixed.to_json()
+    assert [kind.get("experts") for kind in written["kinds"]] == [{"count": 8, "chosen": 2}, None]
+    assert ModelSpec.from_json(json.loads(json.dumps(written))) == mixed
+    written["kinds"][1]["experts"] = None
+    assert ModelSpec.from_json(written) == mixed
+    assert (mixed.mlp_widths, mixed.stored_mlp_widths) == ((48, 24, 48), (192, 24, 192))
 
 
 def test_the_identity_is_this_one() -> None:
@@ -118,6 +140,11 @@ def test_the_identity_is_this_one() -> None:
                 {"pre_norm": False},
                 {"qk_norm": "head"},
                 {"norm": replace(SPEC.norm, plus_one=True)},
+                {"sink_logits": True},
+                {"activation_slope": 1.7},
+                {"mlp_limit": 7.0},
+                {"up_plus_one": True},
+                {"experts": EXPERTS},
             )
         ),
     ],

@@ -102,7 +102,7 @@ def _field(name: str, hint: Any) -> Schema:
         return {"enum": _CHOICES[name]}
     found = _of(hint)
     numeric = found.get("type") in ("integer", "number") or "anyOf" in found
-    if not numeric:
+    if not numeric or record_in(hint) is not None:
         return found
     above = {"minimum": 0} if name in _MAY_BE_NOUGHT else {"exclusiveMinimum": 0}
     return {**found, **above}
@@ -110,14 +110,12 @@ def _field(name: str, hint: Any) -> Schema:
 
 def _of(hint: Any) -> Schema:
     """Of a type hint."""
-    record = record_in(hint)
     if get_origin(hint) is tuple:
         return _array(_of(get_args(hint)[0]))
-    if record is not None:
-        return record_schema(record)
     if get_origin(hint) is UnionType:
         return {"anyOf": [_of(one) for one in get_args(hint)]}
-    return {"type": _TYPES[hint]}
+    record = record_in(hint)
+    return {"type": _TYPES[hint]} if record is None else record_schema(record)
 
 
 def _array(items: Schema) -> Schema:

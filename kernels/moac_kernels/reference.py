@@ -12,14 +12,22 @@ from torch import Tensor
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    cap: float | None = None,
+    *,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Grouped-query attention under a dense mask, computed and returned in float32.
 
     `q` `[B, H, T, D]`; `k`, `v` `[B, K, N, D]`, query heads `h * H/K` onward belong to KV head
     `h`; `visible` bool, broadcastable to `[B, K, T, N]`. With a `cap` scores become
-    `cap tanh(score / cap)`. Returns `[B, H, T, D]`; a query that sees nothing gives zeros. Raises
-    ValueError where `H` is no multiple of `K`.
+    `cap tanh(score / cap)`. `sinks` `[H]`: a logit of each head that stands in its softmax beside
+    the scores, whatever is visible. Returns `[B, H, T, D]`; a query that sees nothing gives zeros.
+    Raises ValueError where `H` is no multiple of `K`.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads % kv_heads:
@@ -29,7 +37,10 @@ def masked_attention(
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~visible.unsqueeze(-3), float("-inf"))
-    weights = scores.softmax(-1).nan_to_num(0.0)
+    if sinks is not None:
+        column = sinks.float().reshape(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
     return torch.einsum("bkgtn,bknd->bkgtd", weights, v.float()).flatten(1, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from moac.bench.system import Subject
 from moac.bench.transformers_cache import GrowingCache
+from moac.profiling.hooks import handing_down
 from moac_runtime.package.span import HeadSpan
 
 _NAME = "moac_flex"
@@ -28,6 +30,7 @@ class Flex(GrowingCache):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self._model.set_attn_implementation(_NAME)
+        self._hooks = list(handing_down(self._model))
         self._plan, self._group = subject.plan, subject.spec.group_size
         self._position = torch.zeros((), dtype=torch.int64, device=subject.device)
         self._capacity = 0
@@ -126,11 +129,23 @@ def _attend(
     scaling: float,
     *,
     moac_blocks: Sequence[BlockMask],
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     mask = moac_blocks[int(module.layer_idx)]  # type: ignore[arg-type]
-    out = _compiled(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+    capped = None if softcap is None else _capped(softcap)
+    out = _compiled(query, key, value, capped, mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
+
+
+@cache
+def _capped(cap: float) -> Callable[..., Tensor]:
+    """How scores are capped; one function for each cap, so that it is compiled once."""
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 AttentionInterface.register(_NAME, _attend)

@@ -6,8 +6,14 @@ import math
 
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.package.weight_formats import GROUP, format_of, kind_of, padded_columns
-from moac_runtime.package.weights import Shape, expected_tensors, is_matrix
+from moac_runtime.package.weight_formats import (
+    GROUP,
+    format_of,
+    has_format,
+    kind_of,
+    padded_columns,
+)
+from moac_runtime.package.weights import Shape, expected_tensors
 
 _SCALE_BYTES = 4  # of a row in 8 bits, and scale and offset of a group in 4
 
@@ -15,22 +21,31 @@ _SCALE_BYTES = 4  # of a row in 8 bits, and scale and offset of a group in 4
 def weight_bytes_read(spec: ModelSpec, itemsize: int, *, weights: str = "full") -> int:
     """Bytes of weights that one step reads: all, but the embedding where it is only looked up.
 
-    `weights`: "full", of `itemsize` bytes each, or "int8" or "int4", with scales.
+    Of experts those chosen for one row: several rows may choose the same. `weights`: "full", of
+    `itemsize` bytes each, or "int8" or "int4", with scales.
     """
     shapes = expected_tensors(spec)
     if not spec.tied_embeddings:
         del shapes["embed.weight"]
-    return sum(_bytes(name, shape, itemsize, weights) for name, shape in shapes.items())
+    return sum(
+        _bytes(name, _read(spec, name, shape), itemsize, weights) for name, shape in shapes.items()
+    )
 
 
 def _bytes(name: str, shape: Shape, itemsize: int, weights: str) -> int:
-    if weights == "full" or not is_matrix(shape):
+    if weights == "full" or not has_format(name, shape):
         return itemsize * math.prod(shape)
     rows, columns = shape
     if format_of(kind_of(name), weights) == "int8":
         return rows * (columns + _SCALE_BYTES)
     columns = padded_columns(columns)
     return rows * (columns // 2 + _SCALE_BYTES * columns // GROUP)
+
+
+def _read(spec: ModelSpec, name: str, shape: Shape) -> Shape:
+    """Of a weight of this shape, what one row's step reads."""
+    own = None if ".experts." not in name else spec.layer(int(name.split(".")[1])).experts
+    return shape if own is None else (shape[0] // own.count * own.chosen, *shape[1:])
 
 
 def kv_bytes_read(

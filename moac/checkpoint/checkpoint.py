@@ -18,7 +18,7 @@ from moac.checkpoint.headers import (
     telling_unreadable,
 )
 from moac.checkpoint.identity import gguf_identity, safetensors_identity
-from moac.checkpoint.library import attention_of, quiet_library
+from moac.checkpoint.library import attention_of, model_of, quiet_library
 from moac.checkpoint.source import (
     download_settings,
     download_weights,
@@ -95,9 +95,8 @@ class Checkpoint:
         Raises CheckpointError for a file that cannot be read.
         """
         if isinstance(self.weights, SafetensorsWeights):
-            return safetensors_identity(
-                self.spec, self.weights.files, tuple(expected_tensors(self.spec))
-            )
+            names = self.weights.stored(expected_tensors(self.spec))
+            return safetensors_identity(self.spec, self.weights.files, names)
         return gguf_identity(self.spec, self.path)
 
     @property
@@ -120,13 +119,19 @@ class Checkpoint:
         wanted = dtype or self.dtype
         with quiet_library():
             model: Any = (
-                _load_directory(self.path, wanted, attention_of(self.spec))
+                self._load_directory(wanted)
                 if self.path.is_dir()
                 else load_gguf_model(self.path, wanted)
             )
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         _check_finite(loaded, self.source)
         return loaded
+
+    def _load_directory(self, dtype: Any) -> Any:
+        packed = isinstance(self.weights, SafetensorsWeights) and self.weights.packed
+        if packed:
+            return _load_unpacked(self, dtype)
+        return _load_directory(self.path, dtype, attention_of(self.spec))
 
     def load_tokenizer(self) -> Any:
         """The tokenizer in transformers, with the chat template where it can be used."""
@@ -259,11 +264,20 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
+def _load_unpacked(checkpoint: Checkpoint, dtype: Any) -> Any:
+    """A model whose tensors are multiplied out here: the library's own way asks for more."""
+    config = _loaded_config(checkpoint.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    spec = checkpoint.spec
+    state = {name: checkpoint.tensor(name) for name in expected_tensors(spec)}
+    return model_of(config, state, dtype, attention_of(spec))
+
+
 def _load_directory(folder: Path, dtype: Any, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = read_config(folder)
-    config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
+    config = _loaded_config(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -272,3 +286,11 @@ def _load_directory(folder: Path, dtype: Any, attention: str) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
+
+
+def _loaded_config(folder: Path) -> Any:
+    config = read_config(folder)
+    config.pad_token_id = None  # nothing is padded here, and torch refuses one without a row
+    if getattr(config, "router_jitter_noise", None):
+        config.router_jitter_noise = 0.0  # of training, in whose mode activations are made anew
+    return config

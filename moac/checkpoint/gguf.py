@@ -12,7 +12,7 @@ from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
-from moac.checkpoint.library import attention_of
+from moac.checkpoint.library import attention_of, model_of
 from moac.checkpoint.tensors import Shape, expected_tensors
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ModelSpec
@@ -62,8 +62,17 @@ def library_names(names: Names) -> dict[str, str]:
             zip(gate_up if len(names.gate_up) > 1 else ("ffn_up",), names.gate_up, strict=True)
         ),
         "ffn_down": names.down,
+        "ffn_gate_inp": names.router,
     }
     return {theirs: ours for theirs, ours in found.items() if ours}
+
+
+def _expert_names(names: Names) -> dict[str, str]:
+    """The library's names of each expert's modules by those that llama.cpp gives all of them."""
+    if names.transposed_experts:
+        return {}
+    gate, up = names.expert_gate_up
+    return {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": names.expert_down}
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -83,7 +92,10 @@ def open_gguf(path: Path) -> GgufFile:
     if not family.gguf.factors:
         factors = {}
     fields, names = Fields(path, values | factors), family.names
-    shapes = {_hf_name(n, names): shape for n, shape in found.items() if n not in factors}
+    shapes: dict[str, Shape] = {}
+    for name, shape in found.items():
+        held = {} if name in factors else _hf_names(name, shape, names)
+        shapes |= {part: shape if at is None else shape[1:] for part, at in held.items()}
     check_tokenizer_fields(fields)
     _check_kinds(kinds)
     return GgufFile(path, fields, shapes, _dtype(set(kinds)))
@@ -115,11 +127,15 @@ def _shape(tensor: Any) -> Shape:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _hf_name(name: str, names: Names) -> str:
-    parts, known = name.split("."), library_names(names)
+def _hf_names(name: str, shape: Shape, names: Names) -> dict[str, int | None]:
+    """The library's names of what lies in a tensor of the file, and where in it: all, or a row."""
+    parts, known, experts = name.split("."), library_names(names), _expert_names(names)
     prefix = f"{names.layers}.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
     stem, kind = parts[-2:] if len(parts) > 1 else (name, "")
-    return f"{prefix}{known[stem]}.{kind}" if stem in known else name
+    if stem in experts:
+        theirs = f"{prefix}{experts[stem]}.{kind}"
+        return {theirs.format(index): index for index in range(shape[0])}
+    return {f"{prefix}{known[stem]}.{kind}" if stem in known else name: None}
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -145,20 +161,12 @@ def _check_kinds(tensors: Mapping[str, Any]) -> None:
 def load_gguf_model(path: Path, dtype: Any) -> Any:
     """The dequantised model in `dtype`, with the attention that `attention_of` says."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = open_gguf(path).config()
     weights = GgufWeights(path, model_spec(config))
     kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     state = {name: weights.tensor(name).to(kind) for name in weights.names()}
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return classes[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=kind,
-        attn_implementation=attention_of(weights.spec),
-    )
+    return model_of(config, state, kind, attention_of(weights.spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +191,17 @@ class GgufWeights:
         if not self._stored:
             reader = _reader(self.path)
             names = family_of(self.spec.family).names
-            self._stored.update({_hf_name(found.name, names): found for found in reader.tensors})
-        stored = self._stored[name]
-        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+            for found in reader.tensors:
+                for part, index in _hf_names(found.name, _shape(found), names).items():
+                    self._stored[part] = found, index
+        stored, index = self._stored[name]
+        shape, data = _shape(stored), stored.data
+        if index is not None:
+            shape, data = shape[1:], data[index]
+        values = torch.from_numpy(dequantize(data, stored.tensor_type).copy())
         if family_of(self.spec.family).gguf.norms_plus_one and name.endswith("norm.weight"):
             values -= 1
-        return self._in_halves(name, values.reshape(_shape(stored)))
+        return self._in_halves(name, values.reshape(shape))
 
     def _in_halves(self, name: str, values: Tensor) -> Tensor:
         """Rows of queries and keys as transformers rotates them.

@@ -87,6 +87,7 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
         },
         "attention_bias": f"{first}.{names.o}.bias" in tensors,
         "mlp_bias": f"{first}.{names.down}.bias" in tensors,
+        "use_qkv_bias": f"{first}.{names.qkv[0]}.bias" in tensors,
         "tie_word_embeddings": f"{names.lm_head}.weight" not in tensors,
         **{f"{name}_token_id": token_id(fields, name) for name in ("bos", "eos")},
         "pad_token_id": token_id(fields, "padding"),

@@ -64,9 +64,10 @@ def folder_headers(folder: Path) -> FolderHeaders:
     """Raises CheckpointError for what is missing, damaged, contradictory or not served."""
     config = read_config(folder)
     spec = model_spec(config)
-    weights = open_weights(folder)
+    family = family_of(spec.family)
+    weights = open_weights(folder, mxfp4=family.mxfp4)
     check_tensors(spec, weights.shapes, str(folder))
-    stored = weights.dtypes[f"{family_of(spec.family).names.embed}.weight"]
+    stored = weights.dtypes[f"{family.names.embed}.weight"]
     return FolderHeaders(config, spec, dtype_of(config, stored), weights)
 
 

@@ -3,11 +3,32 @@ callers, and with the attention that computes a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moac_runtime.package.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def model_of(
+    config: Any, tensors: Mapping[str, Tensor], dtype: Any, attention: str
+) -> PreTrainedModel:
+    """The library's model of tensors at hand, named as its checkpoints name them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model: PreTrainedModel = classes[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        attn_implementation=attention,
+    )
+    return model
 
 
 @contextmanager
@@ -28,5 +49,7 @@ def quiet_library() -> Iterator[None]:
 
 
 def attention_of(spec: ModelSpec) -> str:
-    """The library's attention that computes a model: its fused one drops caps on scores."""
-    return "eager" if any(layer.logit_cap is not None for layer in spec.kinds) else "sdpa"
+    """The library's attention that computes a model: its fused one drops caps on scores, and has
+    no learned logits beside them."""
+    own = any(layer.logit_cap is not None or layer.sink_logits for layer in spec.kinds)
+    return "eager" if own else "sdpa"

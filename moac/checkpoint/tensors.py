@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec
 
 Shape = tuple[int, ...]
 
@@ -42,6 +42,11 @@ def _layer(spec: ModelSpec, layer: LayerSpec, names: Names) -> Iterator[tuple[st
         yield f"{names.k_norm}.weight", (keys if wide else spec.head_dim,)
     yield from _stacked(names.qkv, (queries, keys, keys), hidden, layer.qkv_bias)
     yield from _linear(names.o, hidden, queries, layer.o_bias)
+    if layer.sink_logits:
+        yield names.sinks, (spec.num_heads,)
+    if layer.experts is not None:
+        yield from _experts(hidden, layer, layer.experts, names)
+        return
     yield from _stacked(names.gate_up, (mlp, mlp), hidden, layer.mlp_bias)
     yield from _linear(names.down, hidden, mlp, layer.mlp_bias)
 
@@ -50,6 +55,24 @@ def _norm(name: str, width: int, norm: NormSpec) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (width,)
     if norm.bias:
         yield f"{name}.bias", (width,)
+
+
+def _experts(
+    hidden: int, layer: LayerSpec, own: ExpertsSpec, names: Names
+) -> Iterator[tuple[str, Shape]]:
+    mlp, count = layer.intermediate_size, own.count
+    yield from _linear(names.router, count, hidden, own.router_bias)
+    if names.transposed_experts:
+        (both,) = names.expert_gate_up
+        for name, rows, columns in ((both, 2 * mlp, hidden), (names.expert_down, hidden, mlp)):
+            yield name, (count, columns, rows)
+            if layer.mlp_bias:
+                yield f"{name}_bias", (count, rows)
+        return
+    for index in range(count):
+        parts = [name.format(index) for name in names.expert_gate_up]
+        yield from _stacked(parts, (mlp, mlp), hidden, layer.mlp_bias)
+        yield from _linear(names.expert_down.format(index), hidden, mlp, layer.mlp_bias)
 
 
 def _stacked(

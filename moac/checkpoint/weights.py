@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moac.checkpoint.families.options import refuse
 from moac.checkpoint.folders import no_weights
+from moac.checkpoint.mxfp4 import Packed, packed_tensors, unpacked
 from moac.checkpoint.quantised import check_plain_weights
 from moac.checkpoint.source import read_json
 from moac.checkpoint.stand_ins import check_file
@@ -25,18 +26,33 @@ _DTYPES = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsWeights:
-    """Tensors by name; `shapes` and `dtypes` come from the headers, no data is read for them."""
+    """Tensors by name; `shapes` and `dtypes` come from the headers, no data is read for them.
+
+    `files`: of every tensor that is stored. `packed`: those that lie in others, in MXFP4.
+    """
 
     files: Mapping[str, Path]
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's name."""
-        return tuple(self.files)
+        return tuple(self.shapes)
+
+    def stored(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names of the tensors that these lie in."""
+        places = {name: (own.blocks, own.scales) for name, own in self.packed.items()}
+        return tuple(stored for name in names for stored in places.get(name, (name,)))
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in the file's own dtype. Raises CheckpointError for an unknown name."""
+        """One tensor, in the file's own dtype, bfloat16 where it lies in MXFP4.
+
+        Raises CheckpointError for an unknown name.
+        """
+        if name in self.packed:
+            own = self.packed[name]
+            return unpacked(self.tensor(own.blocks), self.tensor(own.scales))
         if name not in self.files:
             raise CheckpointError(f"the checkpoint holds no tensor named {name}")
         from safetensors import safe_open
@@ -46,8 +62,11 @@ class SafetensorsWeights:
         return tensor
 
 
-def open_weights(folder: Path) -> SafetensorsWeights:
-    """Open every shard of `folder`. Raises CheckpointError for a missing or damaged one."""
+def open_weights(folder: Path, *, mxfp4: bool = False) -> SafetensorsWeights:
+    """Open every shard of `folder`. Raises CheckpointError for a missing or damaged one.
+
+    `mxfp4`: whether matrices in MXFP4 are served.
+    """
     weight_map = _weight_map(folder)
     files: dict[str, Path] = {}
     shapes: dict[str, Shape] = {}
@@ -63,9 +82,15 @@ def open_weights(folder: Path) -> SafetensorsWeights:
             f"{folder / _INDEX} places {absent[0]} in {weight_map[absent[0]]}, which does not "
             "hold it; download the checkpoint again"
         )
+    packed = packed_tensors(shapes, str(folder)) if mxfp4 else {}
+    for name, own in packed.items():
+        for part in (own.blocks, own.scales):
+            del shapes[part], dtypes[part]
+        shapes[name], dtypes[name] = own.shape, "BF16"
     check_plain_weights(dtypes, str(folder))
     _check_dtypes(files, dtypes)
-    return SafetensorsWeights(files, shapes, {k: _DTYPES.get(v, v) for k, v in dtypes.items()})
+    kinds = {name: _DTYPES.get(kind, kind) for name, kind in dtypes.items()}
+    return SafetensorsWeights(files, shapes, kinds, packed)
 
 
 def _check_dtypes(files: Mapping[str, Path], dtypes: Mapping[str, str]) -> None:

@@ -33,6 +33,14 @@ def graph_obstacle(spec: ModelSpec) -> str | None:
     """Why the graph does not compute a model, None where it does."""
     if len(spec.ropes) > 1:
         return "the ONNX graph has no second rotary table: inv_freq is one input"
+    if any(layer.experts is not None for layer in spec.kinds):
+        return "the ONNX graph has no mixture of experts: no operator reads the chosen ones alone"
+    if any(layer.sink_logits for layer in spec.kinds):
+        return "the ONNX graph has no learned logit in attention's softmax"
+    if any(
+        x.mlp_limit is not None or x.activation_slope != 1 or x.up_plus_one for x in spec.kinds
+    ):
+        return "the ONNX graph has no limit, slope or 1 + up in MLPs"
     known = {name for name, one in ACTIVATIONS.items() if one.onnx is not None}
     unknown = next((x.activation for x in spec.kinds if x.activation not in known), None)
     return None if unknown is None else f"the ONNX graph has no activation {unknown!r}"

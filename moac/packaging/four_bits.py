@@ -24,7 +24,8 @@ def quantise4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     They lie as `moac_runtime.package.weights` says; columns past `[out, in]` repeat the last one.
     """
-    parts = [_quantise(rows.float()) for rows in weight.split(_ROWS)]
+    # sums of a group follow how it lies in memory, in their last bits
+    parts = [_quantise(rows.float().contiguous()) for rows in weight.split(_ROWS)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 

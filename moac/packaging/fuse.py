@@ -14,7 +14,8 @@ from torch import Tensor
 from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.spec import LayerSpec, ModelSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec
+from moac_runtime.package.weight_formats import ROUTER
 
 Source = Callable[[str], Tensor]
 
@@ -108,6 +109,9 @@ class _Layer:
         if layer.qk_norm is not None:
             yield self._head_norm("q_norm", names.q_norm, spec.num_heads, order)
             yield self._head_norm("k_norm", names.k_norm, kv_heads, order)
+        if layer.sink_logits:
+            sinks = self._read(names.sinks, (spec.num_heads,))
+            yield self._name("sink_logits.weight"), _permuted(sinks, 0, order, kv_heads)
         out = self._read(f"{names.o}.weight", (hidden, spec.num_heads * dim))
         yield self._name("o.weight"), _permuted(out, 1, order, kv_heads)
         if layer.o_bias:
@@ -117,17 +121,60 @@ class _Layer:
 
     def mlp(self) -> Iterator[tuple[str, Tensor]]:
         layer, names = self.layer, self.names
-        hidden, inner = self.spec.hidden_size, layer.intermediate_size
         if layer.pre_norm and not layer.parallel:
             yield from self._norm("mlp_norm", names.mlp_norm)
-        for kind in _kinds(layer.mlp_bias):
-            stacked = self._stacked(names.gate_up, kind, [inner, inner])
-            yield self._name(f"gate_up.{kind}"), stacked
-        yield self._name("down.weight"), self._read(f"{names.down}.weight", (hidden, inner))
-        if layer.mlp_bias:
-            yield self._name("down.bias"), self._read(f"{names.down}.bias", (hidden,))
+        if layer.experts is None:
+            for kind in _kinds(layer.mlp_bias):
+                yield self._name(f"gate_up.{kind}"), self._gate_up(names.gate_up, kind)
+            for kind in _kinds(layer.mlp_bias):
+                yield self._name(f"down.{kind}"), self._down(names.down, kind)
+        else:
+            yield from self._router(layer.experts)
+            yield from self._experts(layer.experts)
         if layer.post_norm:
             yield from self._norm("mlp_post_norm", names.mlp_post_norm)
+
+    def _router(self, experts: ExpertsSpec) -> Iterator[tuple[str, Tensor]]:
+        router, count = self.names.router, experts.count
+        weight = self._read(f"{router}.weight", (count, self.spec.hidden_size))
+        yield self._name(f"{ROUTER}.weight"), weight
+        if experts.router_bias:
+            yield self._name(f"{ROUTER}.bias"), self._read(f"{router}.bias", (count,))
+
+    def _experts(self, experts: ExpertsSpec) -> Iterator[tuple[str, Tensor]]:
+        """All experts of a layer, one under the other."""
+        for kind in _kinds(self.layer.mlp_bias):
+            yield self._name(f"experts.gate_up.{kind}"), self._all_gate_up(experts.count, kind)
+        for kind in _kinds(self.layer.mlp_bias):
+            yield self._name(f"experts.down.{kind}"), self._all_down(experts.count, kind)
+
+    def _all_gate_up(self, count: int, kind: str) -> Tensor:
+        names, inner = self.names.expert_gate_up, self.layer.intermediate_size
+        if self.names.transposed_experts:  # there each gate stands before its up
+            both = self._transposed(names[0], kind, count, 2 * inner, self.spec.hidden_size)
+            return torch.cat([both[:, ::2], both[:, 1::2]], dim=1).flatten(0, 1)
+        each = [[name.format(index) for name in names] for index in range(count)]
+        return torch.cat([self._gate_up(parts, kind) for parts in each])
+
+    def _all_down(self, count: int, kind: str) -> Tensor:
+        name, hidden = self.names.expert_down, self.spec.hidden_size
+        if self.names.transposed_experts:
+            inner = self.layer.intermediate_size
+            return self._transposed(name, kind, count, hidden, inner).flatten(0, 1)
+        return torch.cat([self._down(name.format(index), kind) for index in range(count)])
+
+    def _transposed(self, name: str, kind: str, count: int, rows: int, columns: int) -> Tensor:
+        """`[count, rows, columns]` of a matrix, `[count, rows]` of a bias."""
+        if kind == "bias":
+            return self._read(f"{name}_bias", (count, rows))
+        return self._read(name, (count, columns, rows)).mT
+
+    def _gate_up(self, names: Sequence[str], kind: str) -> Tensor:
+        return self._stacked(names, kind, [self.layer.intermediate_size] * 2)
+
+    def _down(self, name: str, kind: str) -> Tensor:
+        columns = (self.layer.intermediate_size,) if kind == "weight" else ()
+        return self._read(f"{name}.{kind}", (self.spec.hidden_size, *columns))
 
     def _name(self, name: str) -> str:
         return f"layers.{self.index}.{name}"

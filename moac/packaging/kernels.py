@@ -91,6 +91,12 @@ def _lacking(spec: ModelSpec) -> str | None:
         "norms of queries and keys across all heads": first.qk_norm == "width",
         "a query scale other than head_dim ** -0.5": any(x.query_scale != whole for x in layers),
         "a cap on attention's scores": any(layer.logit_cap is not None for layer in layers),
+        "mixtures of experts": any(layer.experts is not None for layer in layers),
+        "learned logits in attention's softmax": any(layer.sink_logits for layer in layers),
+        "MLPs with a limit, a slope or 1 + up": any(
+            layer.mlp_limit is not None or layer.activation_slope != 1 or layer.up_plus_one
+            for layer in layers
+        ),
         "layers of different MLPs or query and key norms": any(
             (x.intermediate_size, x.activation, x.qk_norm)
             != (first.intermediate_size, first.activation, first.qk_norm)

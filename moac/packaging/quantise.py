@@ -1,4 +1,5 @@
-"""Weights in 8 bits: every matrix as whole numbers and one scale for each of its rows.
+"""Weights in 8 bits: every matrix but the routers of experts, as whole numbers and one scale for
+each of its rows.
 
 A row is an output of a product, or a token of the embedding. Symmetric, rounded to nearest, so a
 weight is wrong by half a scale at most: `|w - scale n| <= scale / 2`, `scale = max |w| / 127`.
@@ -15,21 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from moac.checkpoint.families import family_of
 from moac.packaging.four_bits import group_scales, quantise4
-from moac_runtime.package.weight_formats import BLOCK, format_of, kind_of
+from moac_runtime.package.weight_formats import BLOCK, format_of, has_format, kind_of
 from moac_runtime.package.weights import dequantised, is_matrix, scale_name, unpacked
 
 _MOST = 127
 _LEAST_SCALE = 1e-30  # rows of zeros have one too
+# Matrices without a format, as the library's modules call them: routers, and experts' biases.
+_KEPT = (".mlp.gate.weight", ".mlp.router.weight", "_bias")
 
 
 def quantised(
     tensors: Iterable[tuple[str, Tensor]], weights: str = "int8"
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a package, each matrix as 8-bit or 4-bit numbers and then its scales."""
+    """The tensors of a package, each matrix that has a format as 8-bit or 4-bit numbers and then
+    its scales."""
     for name, tensor in tensors:
-        if is_matrix(tensor.shape):
+        if has_format(name, tensor.shape):
             narrow = format_of(kind_of(name), weights) == "int4"
             numbers, scales = quantise4(tensor) if narrow else quantise(tensor)
             yield name, numbers
@@ -51,7 +57,7 @@ def row_scales(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, weights: str = "int8") -> None:
+def round_weights(model: PreTrainedModel, weights: str = "int8") -> None:
     """Round the matrices of a float32 model as a package of such weights has them, in place."""
     for weight, narrow in _matrices(model, weights):
         if narrow:
@@ -61,7 +67,7 @@ def round_weights(model: nn.Module, weights: str = "int8") -> None:
 
 
 @torch.no_grad()
-def disturb_weights(model: nn.Module, *, seed: int, weights: str = "int8") -> None:
+def disturb_weights(model: PreTrainedModel, *, seed: int, weights: str = "int8") -> None:
     """Add noise of the size of rounding to a float32 model's matrices, in place.
 
     It shows what logits suffer from errors of this size, whatever made them: the numbers are
@@ -101,12 +107,29 @@ def disturbed_activations(model: nn.Module, *, seed: int) -> Iterator[None]:
             hook.remove()
 
 
-def _matrices(model: nn.Module, weights: str) -> list[tuple[nn.Parameter, bool]]:
-    """Each once, a tied embedding too, and whether it goes into 4 bits."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+@torch.no_grad()
+def disturb_roundings(model: PreTrainedModel, dtype: torch.dtype, *, seed: int) -> None:
+    """Change a float32 model's matrices by as much as rounding to `dtype` does, in place.
+
+    Mixtures of experts need it: a router's close choices fall otherwise by any rounding, so one
+    run in `dtype` says little of the worst that another of the same precision does.
+    """
+    generator, most = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
+    for weight, _ in _matrices(model, "full"):
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        weight.mul_(1 + most * noise)
+
+
+def _matrices(model: PreTrainedModel, weights: str) -> Iterator[tuple[Tensor, bool]]:
+    """What a package has a format for, each once, a tied embedding and every expert too, and
+    whether it goes into 4 bits."""
+    names = family_of(model.config.model_type).names
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
     wide = [id(table.weight) for table in tables if table is not None]
-    return [
-        (parameter, weights == "int4" and id(parameter) not in wide)
-        for parameter in model.parameters()
-        if is_matrix(parameter.shape)
-    ]
+    for name, weight in model.named_parameters():
+        narrow = weights == "int4" and id(weight) not in wide
+        if weight.dim() == 3:
+            every = weight.mT if names.transposed_experts else weight
+            yield from ((expert, narrow) for expert in every)
+        elif is_matrix(weight.shape) and not name.endswith(_KEPT):
+            yield weight, narrow

@@ -20,7 +20,12 @@ from moac.packaging.cpu_kernels import emit_cpu_kernels, spelled_out
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
 from moac.packaging.kernels import emit_kernels
-from moac.packaging.quantise import disturb_weights, disturbed_activations
+from moac.packaging.quantise import (
+    disturb_roundings,
+    disturb_weights,
+    disturbed_activations,
+    round_weights,
+)
 from moac.packaging.staging import check_target, staged
 from moac.packaging.writer import (
     embed_runtime,
@@ -203,7 +208,8 @@ def golden_prompts(
 ) -> tuple[list[GoldenPrompt], dict[str, float]]:
     """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
 
-    The limit of a low-precision dtype is twice what the original model itself errs in it. That of
+    The limit of a low-precision dtype is twice what the original model itself errs in it, of a
+    mixture of experts the most in several draws of errors of that size. That of
     int8 or int4 weights against unrounded ones is twice the most that random errors of the same
     size do in several draws: the worst logits are few, and a single draw may hardly move them. So
     is what activations in 8 bits, which such weights are multiplied with, may add to the first.
@@ -219,7 +225,9 @@ def golden_prompts(
         limits[ACTIVATIONS] = 2 * max(_rounded_error(exact, plan, prompts, draw) for draw in draws)
     if dtype != "float32":
         rounded = exact.to(getattr(torch, dtype))
-        limits[dtype] = 2 * largest_error(rounded, plan, prompts)
+        limits[dtype] = 2 * max(
+            largest_error(rounded, plan, prompts), *_rerouted_errors(bench, plan, prompts, dtype)
+        )
     if ACTIVATIONS in limits:
         limits[ACTIVATIONS] += limits[dtype]
     if weights != "full":
@@ -234,6 +242,26 @@ def _rounded_error(
 ) -> float:
     with disturbed_activations(model, seed=seed):
         return largest_error(model, plan, prompts)
+
+
+def _rerouted_errors(
+    bench: Workbench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str
+) -> list[float]:
+    """Of a mixture of experts, how far logits in `dtype` are off by several draws of errors.
+
+    Which expert is chosen jumps: where two are close, errors of rounding decide.
+    """
+    if all(kind.experts is None for kind in bench.checkpoint.spec.kinds):
+        return [0.0]
+    errors = []
+    for draw in range(bench.request.seed, bench.request.seed + DISTURBED_DRAWS):
+        model = bench.checkpoint.load_model(dtype).float()
+        if bench.request.weights != "full":
+            round_weights(model, bench.request.weights)
+        kind = getattr(torch, dtype)
+        disturb_roundings(model, kind, seed=draw)
+        errors.append(largest_error(model.to(kind), plan, prompts))
+    return errors
 
 
 def _disturbed_error(

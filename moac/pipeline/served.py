@@ -9,6 +9,7 @@ from typing import Any
 
 from moac.checkpoint.families import model_spec
 from moac.checkpoint.headers import (
+    dtype_of,
     folder_headers,
     gguf_headers,
     read_config,
@@ -66,7 +67,7 @@ def _headers(path: Path, *, whole: bool) -> tuple[ModelSpec, str]:
         folder = folder_headers(path)
         return folder.spec, folder.dtype
     config = read_config(path)
-    return model_spec(config), str(config.dtype or "float32").removeprefix("torch.")
+    return model_spec(config), dtype_of(config, "float32")
 
 
 def _told(spec: ModelSpec, dtype: str, lengths: Sequence[int]) -> dict[str, Any]:

@@ -211,6 +211,8 @@ class Forecast:
         dtype, targets = request.dtype or self.checkpoint.dtype, request.targets or ()
         dtypes = len({dtype, "float32"})
         draws = 0 if request.weights == "full" else (2 if dtype == "bfloat16" else 1) * _DRAWS
+        if dtype != "float32" and any(kind.experts is not None for kind in spec.kinds):
+            draws += _DRAWS
         sets = cpu_sets(targets)
         first = runnable_sets(CPU_TARGETS)[:1] if self.native else []
         builds = unbuilt(self.kept, [name for name in sets if name not in first])

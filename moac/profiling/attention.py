@@ -13,12 +13,15 @@ MoA (arXiv 2406.14909, section 4.2) gives the single-entry form; the joint form 
 Around a plan, rather than the dense model, row i attends to what its head's span leaves, of mass
 `l_i`, with weights `A_ij / l_i`. Setting the span to another one drops a set of keys, or takes one
 in: the same formula, with those weights and the mass taken in counted negative.
+
+A learned logit beside the scores is one key more that no span drops, whose value is nought: it has
+its share of every softmax, and of `l_i`, and no other part in any of these sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,10 +72,29 @@ class _Reach:
 
 @dataclass(frozen=True, slots=True)
 class _Scoring:
-    """Products of queries and keys become scores by a factor, then by `cap tanh(score / cap)`."""
+    """Products of queries and keys become scores by a factor, then by `cap tanh(score / cap)`.
+
+    `sinks` `[H]`: a logit of each query head that stands in its softmax beside the scores.
+    """
 
     scale: float
     cap: float | None
+    sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether fused attention computes it."""
+        return self.cap is None and self.sinks is None
+
+    def of_heads(self, kv_heads: int) -> list[_Scoring]:
+        """That of each KV head."""
+        if self.sinks is None:
+            return [self] * kv_heads
+        return [replace(self, sinks=own) for own in self.sinks.chunk(kv_heads)]
+
+    def grouped_sinks(self, kv_heads: int) -> Tensor | None:
+        """`[K, G, 1, 1]`."""
+        return None if self.sinks is None else self.sinks.view(kv_heads, -1, 1, 1)
 
     def of(self, products: Tensor) -> Tensor:
         """The scores, in place of the products where they have no cap."""
@@ -93,12 +115,14 @@ def influence_attention(
     layer: int,
     recorder: InfluenceRecorder,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention `[B, H, T, D]` over `[B, K, T, D]` that records influence on backward.
 
-    `cap`: scores become `cap tanh(score / cap)`.
+    `cap`: scores become `cap tanh(score / cap)`. `sinks` `[H]`: a learned logit of each head that
+    stands in its softmax beside the scores. No gradient goes to it.
     """
-    scoring = _Scoring(scale, cap)
+    scoring = _Scoring(scale, cap, sinks)
     out: Tensor = _InfluenceAttention.apply(q, k, v, scoring, layer, recorder)  # type: ignore[no-untyped-call]
     return out
 
@@ -136,21 +160,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring, reach: _Reach
     if reach.recent is None:
         return _causal_attention(q, k, v, scoring, reach.window)
     share = q.shape[1] // k.shape[1]
-    heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, strict=True)
-    return torch.cat([_spanned_attention(*head, scoring, reach) for head in heads], dim=1)
+    own = scoring.of_heads(k.shape[1])
+    heads = zip(q.split(share, 1), k.split(1, 1), v.split(1, 1), reach.recent, own, strict=True)
+    return torch.cat([_spanned_attention(*head, reach) for head in heads], dim=1)
 
 
 def _causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring, window: int | None
 ) -> Tensor:
     length = q.shape[2]
-    if scoring.cap is not None:
-        return _seen_attention(q, k, v, scoring, window, length, 0)
-    if window is None or window >= length:
+    if scoring.plain and (window is None or window >= length):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _seen_attention(q, k, v, scoring, window, window, 0)
+    return _seen_attention(q, k, v, scoring, window, length if window is None else window, 0)
 
 
 def _spanned_attention(
@@ -181,15 +204,28 @@ def _seen_attention(
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: _Scoring) -> Tensor:
-    """Attention to what is `seen`, `[T, N]`; fused where scores have no cap."""
-    group = q.shape[1] // k.shape[1]
-    if scoring.cap is None:
+    """Attention of `q` `[B, H, R, D]` to the keys `[B, K, N, D]` that `seen` `[R, N]` says; fused
+    where the softmax is of plain scores."""
+    if scoring.plain:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scoring.scale, enable_gqa=group != 1
+            q, k, v, attn_mask=seen, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = scoring.of((q @ k.mT).float()).masked_fill_(~seen, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = scoring.of((grouped @ k[:, :, None].mT).float()).masked_fill_(~seen, float("-inf"))
+    weights, _ = _softmax(scores, scoring.grouped_sinks(k.shape[1]))
+    return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The softmax of float32 `scores` `[..., N]` and of one logit more, `[..., 1]`, if any.
+
+    Second: that logit's own share `[..., 1]`.
+    """
+    if sinks is None:
+        return scores.softmax(-1), None
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, column], dim=-1).softmax(-1)
+    return weights[..., :-1].contiguous(), weights[..., -1:]
 
 
 class _Backward:
@@ -217,6 +253,8 @@ class _Backward:
         self.keys = k.reshape(batch * kv_heads, length, dim).flip(1)
         self.values = v.reshape(batch * kv_heads, length, dim).flip(1)
         self.scoring = scoring
+        own = scoring.grouped_sinks(kv_heads)
+        self.sinks = None if own is None else own.repeat(batch, 1, 1, 1)
         self.window, self.sink = reach.window, reach.sink
         recent = reach.recent
         self.recent = None if recent is None else torch.tensor(recent, device=q.device)
@@ -243,14 +281,15 @@ class _Backward:
         scores = self.scoring.of((q @ keys.mT).float().view(groups, share, rows, stop))
         slope = self.scoring.slope(scores)
         self._mask(scores, rows)
-        weights = scores.softmax(-1)
+        weights, sunk = _softmax(scores, self.sinks)
         flows = (grad_out @ values.mT).float().view(groups, share, rows, stop)
         flows.sub_(self.delta[:, :, start:stop]).mul_(weights)
         near, near_flows, left = weights, flows, None
         if self.recent is not None:
             dropped = self._dropped(self.recent, rows, stop)
             near, near_flows = weights.masked_fill(dropped, 0), flows.masked_fill(dropped, 0)
-            left = near.sum(-1, keepdim=True).clamp_min_(_LEAST_MASS_LEFT**2)
+            left = near.sum(-1, keepdim=True)
+            left = (left if sunk is None else left + sunk).clamp_min_(_LEAST_MASS_LEFT**2)
             flat_left = left.view(groups, share * rows, 1)
             q, grad_out = (q / flat_left).to(q.dtype), (grad_out / flat_left).to(q.dtype)
         if slope is not None:

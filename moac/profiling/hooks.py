@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
+from moac.checkpoint.families import FAMILIES
 from moac.profiling.attention import InfluenceRecorder, influence_attention
 from moac_kernels.reference import layer_mask, masked_attention
 from moac_runtime.errors import MoacError
@@ -24,7 +27,7 @@ REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float3
 
 _QUERY_ROWS = 256
 # What transformers hands to attention of some models, and what changes the outcome.
-_CHANGING = ("s_aux", "head_mask")
+_CHANGING = ("head_mask",)
 
 
 @contextmanager
@@ -32,10 +35,41 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Run `model` with one of this file's attention functions, then put its own back."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
+    hooks = list(handing_down(model))
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
+
+
+def handing_down(model: PreTrainedModel) -> Iterator[RemovableHandle]:
+    """Where layers keep a call's data to themselves, hooks that give it to their attention.
+
+    Nothing is hooked before the iterator is run through.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or not family.keeps_keywords:
+        return
+    for layer in [part for part in model.modules() if hasattr(part, "self_attn")]:
+        given: dict[str, Any] = {}
+        yield layer.register_forward_pre_hook(partial(_note, given), with_kwargs=True)
+        attention: torch.nn.Module = layer.self_attn  # type: ignore[assignment]
+        yield attention.register_forward_pre_hook(partial(_add, given), with_kwargs=True)
+
+
+def _note(
+    given: dict[str, Any], layer: torch.nn.Module, args: Any, keywords: dict[str, Any]
+) -> None:
+    given.clear()
+    given.update(keywords)
+
+
+def _add(
+    given: dict[str, Any], attention: torch.nn.Module, args: Any, keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**given, **keywords}
 
 
 def _influence(
@@ -48,12 +82,20 @@ def _influence(
     *,
     moac_recorder: InfluenceRecorder,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     out = influence_attention(
-        query, key, value, scale=scaling, cap=softcap, layer=layer, recorder=moac_recorder
+        query,
+        key,
+        value,
+        scale=scaling,
+        cap=softcap,
+        layer=layer,
+        recorder=moac_recorder,
+        sinks=s_aux,
     )
     return out.transpose(1, 2), None
 
@@ -68,6 +110,7 @@ def _reference(
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
@@ -76,7 +119,8 @@ def _reference(
     parts = []
     for rows in place.split(_QUERY_ROWS):
         mask = layer_mask(lambda i, j, h: visible(i, j, heads[h]), rows, place, len(heads))
-        parts.append(masked_attention(query[:, :, rows], key, value, mask, scaling, softcap))
+        seen = query[:, :, rows], key, value, mask
+        parts.append(masked_attention(*seen, scaling, softcap, sinks=s_aux))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
 
 

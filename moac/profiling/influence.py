@@ -113,7 +113,10 @@ def _recomputing(
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     for layer in layers[count:]:
         layer.gradient_checkpointing = False
-    model.train()  # transformers recomputes in training mode alone; these models drop nothing
+    model.train()  # transformers recomputes in training mode alone
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.eval()  # which a config may ask for, of training
     try:
         yield
     finally:

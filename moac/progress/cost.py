@@ -6,6 +6,7 @@ kind; how fast a kind is, `work.py` guesses ahead and a run finds out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,7 +49,7 @@ class Costs:
 
     def _pass(self, length: int, keys: float) -> float:
         """`keys`: those that the last token attends to, over all layers."""
-        spec, linear = self.spec, 2 * layers_weights(self.spec)
+        spec, linear = self.spec, 2 * layers_weights(self.spec, self.spec.mlp_widths)
         # two products, each under a causal mask
         return float(length * linear + 2 * length * keys * spec.num_heads * spec.head_dim)
 
@@ -60,8 +61,9 @@ class Costs:
         return reads + _WRITTEN[domain] * self.decode()
 
     def decode(self) -> float:
-        """Operations in whose time a token is decoded: it reads all weights."""
-        return float(self.weights * _OPERATIONS_PER_BYTE)
+        """Operations in whose time a token is decoded: it reads all but experts not chosen."""
+        read = _with_tables(self.spec, self.spec.mlp_widths) * self.itemsize
+        return float(read * _OPERATIONS_PER_BYTE)
 
     @property
     def weights(self) -> int:
@@ -71,11 +73,15 @@ class Costs:
 
 def parameters(spec: ModelSpec) -> int:
     """Weights of the whole model."""
-    table = spec.vocab_size * spec.hidden_size
-    return table * (1 if spec.tied_embeddings else 2) + layers_weights(spec)
+    return _with_tables(spec, spec.stored_mlp_widths)
 
 
-def layers_weights(spec: ModelSpec) -> int:
-    """Weights of all layers."""
+def layers_weights(spec: ModelSpec, mlp_widths: Sequence[int]) -> int:
+    """Weights of all layers, whose MLPs are so wide."""
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * spec.hidden_size
-    return spec.num_layers * attention + 3 * spec.hidden_size * sum(spec.mlp_widths)
+    return spec.num_layers * attention + 3 * spec.hidden_size * sum(mlp_widths)
+
+
+def _with_tables(spec: ModelSpec, mlp_widths: Sequence[int]) -> int:
+    table = spec.vocab_size * spec.hidden_size
+    return table * (1 if spec.tied_embeddings else 2) + layers_weights(spec, mlp_widths)

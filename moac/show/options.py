@@ -28,6 +28,7 @@ def _told(spec: ModelSpec) -> Iterator[str]:
     yield from sorted({f"activation {layer.activation}" for layer in layers} - {"activation silu"})
     if len(set(spec.mlp_widths)) > 1:
         yield "layers of different widths"
+    yield from _mlps(layers)
     if any(layer.parallel for layer in layers):
         yield "attention and MLP in parallel"
     if spec.residual_scale != 1:
@@ -92,3 +93,18 @@ def _scores(spec: ModelSpec, layers: list[LayerSpec]) -> Iterator[str]:
         yield f"scores times {scale:.4g}"
     for cap in sorted({layer.logit_cap for layer in layers if layer.logit_cap is not None}):
         yield f"cap of {cap:g} on scores"
+    if any(layer.sink_logits for layer in layers):
+        yield "a learned logit of each query head in the softmax"
+
+
+def _mlps(layers: list[LayerSpec]) -> Iterator[str]:
+    mixed = [layer.experts for layer in layers if layer.experts is not None]
+    for own in dict.fromkeys(mixed):
+        count = f"{own.chosen} of {own.count} experts a token"
+        yield f"{count} on {mixed.count(own)} of {len(layers)} layers"
+    for limit in sorted({layer.mlp_limit for layer in layers if layer.mlp_limit is not None}):
+        yield f"gate and up cut at {limit:g}"
+    for slope in sorted({layer.activation_slope for layer in layers} - {1}):
+        yield f"activation of slope {slope:g}"
+    if any(layer.up_plus_one for layer in layers):
+        yield "1 + up in MLPs"

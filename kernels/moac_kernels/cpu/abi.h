@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOAC_ABI 4
+#define MOAC_ABI 5
 
 // How the numbers of a matrix lie in memory.
 enum WeightFormat : int64_t {
@@ -29,19 +29,29 @@ struct Matrix {
 // tanh, 3 relu. `rope`: which rotary table, -1 none. `plus_one`: norms multiply by 1 + weight.
 // `centred`: they are layer norms. `parallel`: the MLP takes what attention takes.
 // `wide_qk_norm`: queries and keys are normed across all heads, not head by head. `query_scale`
-// multiplies scores, which are then capped by `logit_cap` (0: they are not).
+// multiplies scores, which are then capped by `logit_cap` (0: they are not). `sink_logits` [heads]:
+// of each query head, one that stands in its softmax beside the scores.
+// `experts`: how many MLPs there are, 0 for one that every token goes through. Then `gate_up` and
+// `down` are those of all, one under the other, and a token goes through the `chosen` whose products
+// with `router` [experts, hidden], of the engine's type, are largest; `normalised`: what they count
+// adds up to one. MLPs: the gate is cut to at most `mlp_limit`, up to within it (0: they are not);
+// the activation is activation(slope x) / slope by `activation_slope`; 1 + up stands for up by
+// `up_plus_one`.
 struct Layer {
   const void *attn_norm, *q_norm, *k_norm, *mlp_norm, *attn_post_norm, *mlp_post_norm;
   const void *attn_norm_bias, *mlp_norm_bias, *attn_post_norm_bias, *mlp_post_norm_bias;
   Matrix qkv, o, gate_up, down;
   const void *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
+  const void *router, *router_bias, *sink_logits;
   int64_t inner, activation, rope, plus_one, centred, wide_qk_norm, parallel;
-  double norm_eps, query_scale, logit_cap;
+  int64_t experts, chosen, normalised, up_plus_one;
+  double norm_eps, query_scale, logit_cap, activation_slope, mlp_limit;
 };
 
-// `inner`: the widest layer's. `bf16`: the engine's type is bfloat16, else float32. `plus_one`,
-// `centred`, `norm_eps`: of the last norm. `embedding_scale`, `residual_scale`, `logit_scale` multiply the
-// embedding, what a sublayer adds, and logits, which are then capped by `logit_cap` (0: not).
+// `inner`: the widest layer's, of all chosen experts together. `bf16`: the engine's type is bfloat16,
+// else float32. `plus_one`, `centred`, `norm_eps`: of the last norm. `embedding_scale`,
+// `residual_scale`, `logit_scale` multiply the embedding, what a sublayer adds, and logits, which are
+// then capped by `logit_cap` (0: not).
 // `rope_scalings` [num_ropes, head_dim / 2]: of each rotary table, the factors on cos and sin.
 struct Model {
   int64_t num_layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, num_ropes, plus_one, centred;

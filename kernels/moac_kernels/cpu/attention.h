@@ -294,13 +294,15 @@ static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group,
   }
 }
 
-// Attention of a tile over all runs, clipped to it already.
+// Attention of a tile over all runs, clipped to it already. `sinks` [group]: logits beside the scores
+// in powers of two, null for none.
 template <class A, class T>
 static void attend_tile(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
-                        int64_t d, int64_t ld, const Runs<T> &runs, float cap) {
+                        int64_t d, int64_t ld, const Runs<T> &runs, float cap,
+                        const float *sinks) {
   for (int64_t row = 0; row < tokens * group; row++) {
-    at.to.peak[row] = HIDDEN;
-    at.to.sum[row] = 0;
+    at.to.peak[row] = sinks ? sinks[row % group] : HIDDEN;
+    at.to.sum[row] = sinks ? 1 : 0;
     for (int64_t i = 0; i < ld; i++) at.to.out[row * ld + i] = 0;
   }
   for (int i = 0; i < runs.count; i++) {

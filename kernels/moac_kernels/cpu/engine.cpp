@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "packed.h"
 #include "team.h"
 
@@ -90,8 +91,10 @@ template <class T> struct Engine {
   char *rounded;  // activations in whole numbers, where tokens are many
   int64_t widest;  // k of any product
   int64_t *position, *segment, *done, *piece;
+  Mixture<A> mixture;
+  int64_t most_experts = 0, most_chosen = 0;
   Desk<A> *desks;
-  void *memory[16];
+  void *memory[32];
   int num_memory = 0;
 
   Engine(const Model &m, int64_t threads)
@@ -99,6 +102,10 @@ template <class T> struct Engine {
         by_width(width, threads), by_vocab(m.vocab, threads) {
     team.threads = (int)threads;
     team.num_phases = 1 + LAYER_PHASES * m.num_layers + 3;
+    for (int64_t l = 0; l < m.num_layers; l++) {
+      most_experts = larger(most_experts, m.layers[l].experts);
+      most_chosen = larger(most_chosen, m.layers[l].chosen);
+    }
     team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
     piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
     by_inner = (Split *)allocate(m.num_layers * sizeof(Split));
@@ -159,15 +166,28 @@ template <class T> struct Engine {
     const int64_t d = model.head_dim, kv = model.kv_heads * d, turns = m * model.num_ropes * d / 2;
     bool ok = take(x, m * model.hidden) && take(qkv, m * width) && take(cosines, turns) &&
               take(sines, turns) && take(normed, m * model.hidden) && take(q, m * queries) &&
-              (!post_norms() || take(output, m * model.hidden)) &&
-              take(attended, m * queries) && take(inner, m * model.inner) && take(k, m * kv) &&
-              take(v, m * kv) && take(rounded, narrow() ? Rounded::bytes(m, widest) : 0) &&
-              take(position, m) && take(segment, m) && take(done, all_pairs) &&
+              (!post_norms() || take(output, m * model.hidden)) && mixtures(m) &&
+              take(attended, m * queries) && take(inner, (m + TILE_ROWS) * model.inner) &&
+              take(k, m * kv) && take(v, m * kv) &&
+              take(rounded, narrow() ? Rounded::bytes(m, widest) : 0) && take(position, m) &&
+              take(segment, m) && take(done, all_pairs) &&
               take(partial, all_items * group * (d + 2));
     for (int i = 0; ok && i < team.threads; i++) ok = furnish(desks[i], m);
     if (!ok) return release(), false;
     most_tokens = m, most_items = all_items, pairs = all_pairs;
     return true;
+  }
+
+  // Room for what m tokens choose; of items as much more as a tile reads past the last.
+  bool mixtures(int64_t m) {
+    const int64_t choices = m * most_chosen;
+    Mixture<A> &at = mixture;
+    return !most_experts ||
+           (take(at.logits, m * most_experts) && take(at.share, choices) &&
+            take(at.expert, choices) && take(at.place, choices) &&
+            take(at.first, most_experts + 1) && take(at.used, most_experts) &&
+            take(at.token, choices) && take(at.weight, choices) &&
+            take(at.rows, (choices + TILE_ROWS) * model.hidden));
   }
 
   bool furnish(Desk<A> &desk, int64_t m) {
@@ -309,33 +329,99 @@ template <class T> struct Engine {
            });
   }
 
-  void gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split) {
-    const int64_t n = layer.inner, m = step.num_tokens;
+  // Of m rows [hidden] what the MLP of one expert, 0 where there is one alone, makes of them before
+  // its last product: to [m][inner]. Experts take activations as they are.
+  void gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split, const A *rows,
+               int64_t m, int64_t expert, A *to) {
+    const int64_t n = layer.inner, gates = expert * 2 * n, ups = gates + n;
     const T *bias = (const T *)layer.gate_up_bias;
-    const Rounded *whole = whole_numbers(desk, normed, m, model.hidden, layer.gate_up);
+    const Rounded *whole =
+        layer.experts ? nullptr : whole_numbers(desk, rows, m, model.hidden, layer.gate_up);
     blocks(task, split, [&](int64_t first, int64_t count) {
-      product(desk, normed, m, model.hidden, layer.gate_up, first, count, desk.columns, whole);
-      product(desk, normed, m, model.hidden, layer.gate_up, n + first, count, desk.more, whole);
+      product(desk, rows, m, model.hidden, layer.gate_up, gates + first, count, desk.columns, whole);
+      product(desk, rows, m, model.hidden, layer.gate_up, ups + first, count, desk.more, whole);
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
-          gate[j] += widen(bias[first + j]);
-          up[j] += widen(bias[n + first + j]);
+          gate[j] += widen(bias[gates + first + j]);
+          up[j] += widen(bias[ups + first + j]);
         }
-        activate(layer.activation, gate, up, count, inner + r * n + first);
+        activate(layer, gate, up, count, to + r * n + first);
       }
     });
   }
 
-  static void activate(int64_t kind, float *gate, const float *up, int64_t count, A *to) {
+  static void activate(const Layer &layer, float *gate, float *up, int64_t count, A *to) {
+    const int64_t kind = layer.activation;
+    const float limit = (float)layer.mlp_limit, slope = (float)layer.activation_slope;
+    for (int64_t j = 0; limit && j < count; j++) {
+      gate[j] = gate[j] > limit ? limit : gate[j];
+      up[j] = up[j] > limit ? limit : up[j] < -limit ? -limit : up[j];
+    }
+    for (int64_t j = 0; slope != 1 && j < count; j++) gate[j] *= slope;
     for (int64_t j = 0; j < count && kind; j++)
       gate[j] = kind == 1   ? gelu(gate[j])
                 : kind == 2 ? gelu_tanh(gate[j])
                             : gate[j] > 0 ? gate[j] : 0;
+    const vec share = vset(1 / slope), plus = vset((float)layer.up_plus_one);
     for (int64_t j = 0; j < count; j += W) {
       vec g = vload(gate + j);
-      vstore(to + j, vmul(kind ? g : silu(g), vload(up + j)));
+      vstore(to + j, vmul(vmul(kind ? g : silu(g), share), vadd(vload(up + j), plus)));
     }
+  }
+
+  // ---- experts ----
+
+  // How many experts a step's tokens can choose at most.
+  int64_t slots(const Layer &layer) const {
+    return smaller(layer.experts, step.num_tokens * layer.chosen);
+  }
+
+  // Which experts the rows of a task choose.
+  void route(int64_t task, const Layer &layer) {
+    const int64_t n = layer.experts, chosen = layer.chosen;
+    const T *bias = (const T *)layer.router_bias;
+    each_row(task, step.num_tokens, [&](int64_t m) {
+      float *logits = mixture.logits + m * n;
+      few(normed + m * model.hidden, 1, model.hidden, (const T *)layer.router, n, logits, n);
+      for (int64_t e = 0; bias && e < n; e++) logits[e] += widen(bias[e]);
+      choose(logits, n, chosen, layer.normalised, mixture.expert + m * chosen,
+             mixture.share + m * chosen);
+    });
+  }
+
+  // Tasks are each expert's columns; those of experts that nobody chose are of nothing.
+  void expert_gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split) {
+    const int64_t slot = task / split.tasks();
+    if (slot >= mixture.num_used) return;
+    const int64_t e = mixture.used[slot], first = mixture.first[e];
+    gate_up(desk, task % split.tasks(), layer, split, mixture.rows + first * model.hidden,
+            mixture.first[e + 1] - first, e, inner + first * layer.inner);
+  }
+
+  // Add what the experts make of their items to some columns, expert after expert: so nobody else
+  // writes there, and sums have one order.
+  void add_experts(Desk<A> &desk, int64_t task, const Layer &layer) {
+    const int64_t hidden = model.hidden, n = layer.inner;
+    const bool aside = layer.mlp_post_norm;
+    const float share = aside ? 1 : (float)model.residual_scale;
+    float *sums = aside ? output : x;
+    blocks(task, by_hidden, [&](int64_t column, int64_t count) {
+      for (int64_t m = 0; aside && m < step.num_tokens; m++)
+        memset(sums + m * hidden + column, 0, count * sizeof(float));
+      for (int64_t u = 0; u < mixture.num_used; u++) {
+        const int64_t e = mixture.used[u], first = mixture.first[e], row = e * hidden + column;
+        const T *bias = layer.down_bias ? (const T *)layer.down_bias + row : nullptr;
+        product(desk, inner + first * n, mixture.first[e + 1] - first, n, layer.down, row, count,
+                desk.columns);
+        for (int64_t i = first; i < mixture.first[e + 1]; i++) {
+          const float *c = desk.columns + (i - first) * TILE_COLUMNS;
+          float *to = sums + mixture.token[i] * hidden + column;
+          const float weight = share * mixture.weight[i];
+          for (int64_t j = 0; j < count; j++) to[j] += weight * (c[j] + (bias ? widen(bias[j]) : 0));
+        }
+      }
+    });
   }
 
   // ---- rows ----
@@ -486,6 +572,14 @@ template <class T> struct Engine {
     return norm_of(layer, weight ? (const T *)weight + own : nullptr);
   }
 
+  // The logits beside the scores of a KV head's queries in powers of two, put into `to` [group]; null
+  // where there are none.
+  const float *sinks_of(int64_t layer, int64_t head, float *to) const {
+    const T *logits = (const T *)model.layers[layer].sink_logits;
+    for (int64_t g = 0; logits && g < group; g++) to[g] = LOG2_E * widen(logits[head * group + g]);
+    return logits ? to : nullptr;
+  }
+
   // What attention's scores in powers of two are capped by, 0 for nothing.
   float cap_of(int64_t layer) const { return LOG2_E * (float)model.layers[layer].logit_cap; }
 
@@ -568,7 +662,7 @@ template <class T> struct Engine {
           const int64_t pieces = (runs.tokens() + size - 1) / size;
           for (int64_t p = 0; p < pieces; p++)
             if (ours()) {
-              decode_item(runs, i * kv + head, first, head, item, p, pieces, size, cap_of(layer));
+              decode_item(runs, layer, i * kv + head, first, head, item, p, pieces, size);
               if (on() == NONE) return;
             }
           item += pieces;
@@ -591,11 +685,15 @@ template <class T> struct Engine {
   }
 
   // The tokens from p * size on of all that one query token sees; the last to end adds them up.
-  void decode_item(const Runs<T> &runs, int64_t pair, int64_t m, int64_t head, int64_t item,
-                   int64_t p, int64_t pieces, int64_t size, float cap) {
+  void decode_item(const Runs<T> &runs, int64_t layer, int64_t pair, int64_t m, int64_t head,
+                   int64_t item, int64_t p, int64_t pieces, int64_t size) {
     const int64_t d = model.head_dim;
     const Partial to = partial_of(item + p);
-    for (int64_t g = 0; g < group; g++) to.peak[g] = HIDDEN, to.sum[g] = 0;
+    const float cap = cap_of(layer);
+    float logits[MOST_GROUP];
+    const float *sinks = p ? nullptr : sinks_of(layer, head, logits);  // they count once
+    for (int64_t g = 0; g < group; g++)
+      to.peak[g] = sinks ? sinks[g] : HIDDEN, to.sum[g] = sinks ? 1 : 0;
     memset(to.out, 0, group * d * sizeof(float));
     int64_t skip = p * size, left = size;
     for (int i = 0; i < runs.count && left; i++) {
@@ -642,7 +740,9 @@ template <class T> struct Engine {
     for (int64_t i = 0; i < tokens; i++)
       memcpy(desk.tile.q + i * group * d, q + (first + t + i) * queries + head * group * d,
              group * d * sizeof(A));
-    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs, cap_of(layer));
+    float logits[MOST_GROUP];
+    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs, cap_of(layer),
+                sinks_of(layer, head, logits));
     for (int64_t i = 0; i < tokens; i++)
       for (int64_t g = 0; g < group; g++) {
         const int64_t row = i * group + g;
@@ -689,9 +789,15 @@ template <class T> struct Engine {
       team.prepare(p++, round_tasks(layer.o, m));
       team.prepare(p++, store_tasks() + by_hidden.tasks());
       team.prepare(p++, row_tasks(m));
-      team.prepare(p++, round_tasks(layer.gate_up, m));
-      team.prepare(p++, by_inner[l].tasks());
-      team.prepare(p++, round_tasks(layer.down, m));
+      if (layer.experts) {
+        team.prepare(p++, 1);
+        team.prepare(p++, row_tasks(m));
+        team.prepare(p++, slots(layer) * by_inner[l].tasks());
+      } else {
+        team.prepare(p++, round_tasks(layer.gate_up, m));
+        team.prepare(p++, by_inner[l].tasks());
+        team.prepare(p++, round_tasks(layer.down, m));
+      }
       team.prepare(p++, by_hidden.tasks());
     }
     team.prepare(p++, larger(1, step.num_wanted));
@@ -761,14 +867,31 @@ template <class T> struct Engine {
       // in parallel the MLP takes what attention took
       if (layer.parallel) each_row(task, step.num_tokens, [&](int64_t m) { settle(m, post); });
       else norm(task, post, norm_of(layer, layer.mlp_norm, layer.mlp_norm_bias));
+      if (layer.experts) route(task, layer);
     });
+    if (layer.experts) return run_experts(walk, desk, l);
     round_rows(walk, normed, step.num_tokens, model.hidden);
-    walk.share([&](int64_t task) { gate_up(desk, task, layer, by_inner[l]); });
+    walk.share([&](int64_t task) {
+      gate_up(desk, task, layer, by_inner[l], normed, step.num_tokens, 0, inner);
+    });
     round_rows(walk, inner, step.num_tokens, layer.inner);
     walk.share([&](int64_t task) {
       add_linear(desk, task, inner, layer.inner, layer.down, layer.down_bias,
                  layer.mlp_post_norm);
     });
+  }
+
+  // The MLPs of a layer whose rows have chosen theirs.
+  void run_experts(Walk &walk, Desk<A> &desk, int64_t l) {
+    const Layer &layer = model.layers[l];
+    walk.share([&](int64_t) { mixture.group(step.num_tokens, layer.experts, layer.chosen); });
+    walk.share([&](int64_t task) {
+      each_row(task, step.num_tokens, [&](int64_t m) {
+        mixture.hand_over(m, layer.chosen, normed + m * model.hidden, model.hidden);
+      });
+    });
+    walk.share([&](int64_t task) { expert_gate_up(desk, task, layer, by_inner[l]); });
+    walk.share([&](int64_t task) { add_experts(desk, task, layer); });
   }
 
   bool take_step(const Step &asked) {

@@ -17,7 +17,9 @@ class Names:
     """The library's names of a family's modules, those of a layer after `layers.N.`.
 
     Of `qkv` and `gate_up` there is one name for each part, or one for all of it. `attn_norm` and
-    `mlp_norm` stand before their sublayer, the `post` ones after it.
+    `mlp_norm` stand before their sublayer, the `post` ones after it. `router`, `expert_gate_up`
+    and `expert_down`: of layers that are mixtures of experts; "{}" is the expert's number. Where
+    they lack it all experts lie in one tensor, transposed, gates and ups beside each other.
     """
 
     embed: str = "model.embed_tokens"
@@ -34,6 +36,15 @@ class Names:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     mlp_post_norm: str = ""
+    sinks: str = "self_attn.sinks"
+    router: str = "mlp.gate"
+    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    expert_down: str = "mlp.experts.{}.down_proj"
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether all experts of a layer lie in one tensor `[count, in, out]`."""
+        return "{}" not in self.expert_down
 
 
 def _nothing_more(fields: Fields, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -70,7 +81,9 @@ class Family:
     the function, are refused in general (`options.py`), and are read by `spec`. `gguf`: how GGUF
     files of it read. `rounded_scale`: whether the library rounds the embedding's factor to the
     weights' dtype. `pairs`: whether the numbers of a head that rotate together lie beside each
-    other, and not half a head apart.
+    other, and not half a head apart. `mxfp4`: whether experts are read where a checkpoint has them
+    in MXFP4. `keeps_keywords`: whether the library's layers keep to themselves what attention is
+    to be given besides (`profiling/hooks.py`).
     """
 
     model_type: str
@@ -82,3 +95,5 @@ class Family:
     gguf: Gguf = field(default_factory=Gguf)
     rounded_scale: bool = False
     pairs: bool = False
+    mxfp4: bool = False
+    keeps_keywords: bool = False

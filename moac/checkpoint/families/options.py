@@ -35,11 +35,12 @@ def check_config_file(config: Mapping[str, Any], family: Family) -> None:
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise refuse(
-            "quantization_config with quant_method",
-            method,
-            "float32, bfloat16 or float16 weights, or a GGUF file",
-        )
+        if method != "mxfp4" or not family.mxfp4:
+            raise refuse(
+                "quantization_config with quant_method",
+                method,
+                "float32, bfloat16 or float16 weights, or a GGUF file",
+            )
     if config.get("quantization"):
         raise refuse(
             "quantization, as MLX writes it,",

@@ -10,7 +10,7 @@ from typing import Any
 from moac.checkpoint.families.options import activation_of, refuse
 from moac.checkpoint.library import quiet_library
 from moac_runtime.errors import CheckpointError
-from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 # The largest value of each that is read as meant; beyond it a config is damaged.
 _SIZES = {
@@ -22,6 +22,8 @@ _SIZES = {
     "vocab_size": 2**31,
     "max_position_embeddings": 2**31,
 }
+_MOST_EXPERTS = 4096
+_HEAD_DIM = "an even head size from 2 to 1024"
 
 
 def parsed(values: Mapping[str, Any], where: str) -> Any:
@@ -77,10 +79,10 @@ def layer(config: Any, *, activation: str = "hidden_act", **changes: Any) -> Lay
 
 
 def head_dim(config: Any) -> int:
-    """Numbers of a head."""
+    """Numbers of a head. Raises CheckpointError where the config says something else."""
     given = getattr(config, "head_dim", None)
-    if given is not None and type(given) is not int:
-        raise refuse("head_dim", given, "a whole number")
+    if given is not None and type(given) is not int:  # of some families the library takes anything
+        raise refuse("head_dim", given, _HEAD_DIM)
     return int(given or config.hidden_size // config.num_attention_heads)
 
 
@@ -93,6 +95,31 @@ def positive(config: Any, name: str) -> float:
             "restore it from the original checkpoint"
         )
     return float(value)
+
+
+def whole(config: Any, name: str) -> int:
+    """A size of the config. Raises CheckpointError unless it is a positive whole number."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+        raise CheckpointError(
+            f"config.json says {name} {value!r} where a positive whole number was expected; "
+            "restore it from the original checkpoint"
+        )
+    return value
+
+
+def experts(config: Any, *, normalised: bool, **changes: Any) -> ExpertsSpec:
+    """A mixture of experts; `changes`: fields that the config does not say.
+
+    Raises CheckpointError for more experts a token than there are, and more than any model has.
+    """
+    chosen, count = whole(config, "num_experts_per_tok"), whole(config, "num_local_experts")
+    if not chosen <= count <= _MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json says {chosen} of {count} experts a token, where at most all of at most "
+            f"{_MOST_EXPERTS} were expected; restore it from the original checkpoint"
+        )
+    return ExpertsSpec(count=count, chosen=chosen, normalised=normalised, **changes)
 
 
 def window(config: Any) -> int | None:
@@ -156,7 +183,7 @@ def check_sizes(config: Any, epsilon: str) -> None:
         )
     dim = head_dim(config)
     if not 2 <= dim <= 1024 or dim % 2:
-        raise refuse("head_dim", dim, "an even head size from 2 to 1024")
+        raise refuse("head_dim", dim, _HEAD_DIM)
 
 
 def _context(config: Any) -> int:

@@ -167,6 +167,12 @@ def _check_layer(name: str, layer: LayerSpec, spec: ModelSpec) -> None:
         raise _wrong(f"{name}.activation", layer.activation, expected)
     if layer.qk_norm not in (None, *QK_NORMS):
         raise _wrong(f"{name}.qk_norm", layer.qk_norm, f"one of {', '.join(QK_NORMS)}, or null")
+    experts = layer.experts
+    if experts is not None:
+        _check_sizes(f"{name}.experts", experts)
+        if experts.chosen > experts.count:
+            chosen = f"{name}.experts.chosen"
+            raise _wrong(chosen, experts.chosen, f"at most the {experts.count} experts")
 
 
 def _check_sizes(name: str, record: Any) -> None:
@@ -195,9 +201,16 @@ def _check_fields(name: str, data: Any, kind: Any) -> None:
         if inner is None:
             _field(data, field.name, hint, name)
             continue
-        value = _field(data, field.name, list[Any] if get_origin(hint) is tuple else dict, name)
+        value = _field(data, field.name, _container(hint), name)
         for place, record in records_in(hint, value):
             _check_fields(f"{name}.{field.name}{place}", record, inner)
+
+
+def _container(hint: Any) -> Any:
+    """What the JSON value of a field that holds records is."""
+    if get_origin(hint) is tuple:
+        return list[Any]
+    return dict | None if get_origin(hint) is UnionType else dict
 
 
 def _field(data: Mapping[str, Any], key: str, kind: Any, parent: str = "") -> Any:

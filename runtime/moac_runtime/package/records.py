@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -35,16 +36,17 @@ def has_neutral(field: Field[Any]) -> bool:
 
 
 def record_in(hint: Any) -> type | None:
-    """The dataclass that a type hint names, itself or as the items of a tuple; None for others."""
-    inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
-    return inner if isinstance(inner, type) and is_dataclass(inner) else None
+    """The dataclass that a type hint names, itself, as the items of a tuple, or as what may be
+    None; None for others."""
+    inner = get_args(hint) if get_origin(hint) in (tuple, UnionType) else (hint,)
+    return next((one for one in inner if isinstance(one, type) and is_dataclass(one)), None)
 
 
 def records_in(hint: Any, value: Any) -> Iterator[tuple[str, Any]]:
     """Each record of a JSON value whose hint has one, and what to put after the field's name."""
     if get_origin(hint) is tuple:
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    else:
+    elif value is not None:
         yield "", value
 
 
@@ -59,6 +61,6 @@ def _typed(hint: Any, value: Any) -> Any:
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         return tuple(_typed(item, one) for one in value)
-    if kind is not None:
+    if kind is not None and value is not None:
         return from_json(kind, value)
     return float(value) if hint is float else value

@@ -52,6 +52,21 @@ class NormSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """A mixture of experts: `count` MLPs, of which a router gives every token to `chosen`.
+
+    The router is a matrix, with `router_bias` and a bias, whose products are the experts' logits.
+    A token goes to the experts of the largest, and what comes of it is the sum of their outputs,
+    each times its share of the softmax over all logits, or, `normalised`, over the chosen ones'.
+    """
+
+    count: int
+    chosen: int
+    normalised: bool = False
+    router_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """One kind of layer. All its norms are of the kind `norm`.
 
@@ -61,6 +76,13 @@ class LayerSpec:
     `logit_cap`: scores become `cap tanh(score / cap)`. `pre_norm`, `post_norm`: whether the inputs
     and the outputs of attention and MLP are normed, the outputs before they are added. With
     `parallel` the MLP is given what attention is given, by one norm, and both are added to it.
+    `sink_logits`: each query head has a learned logit that stands in the softmax of every query
+    beside its scores, and in nothing else.
+
+    The MLP is `activation(gate) up`, whose widths are `intermediate_size`; with `experts` it is
+    that of each expert. `activation_slope`: the activation is `activation(slope x) / slope`.
+    `mlp_limit`: before that the gate is cut to at most the limit, up to within it. `up_plus_one`:
+    1 + up takes the place of up. `mlp_bias`: of both its products, in every expert.
     """
 
     norm: NormSpec
@@ -77,6 +99,21 @@ class LayerSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    sink_logits: bool = False
+    experts: ExpertsSpec | None = None
+    activation_slope: float = 1.0
+    mlp_limit: float | None = None
+    up_plus_one: bool = False
+
+    @property
+    def mlp_width(self) -> int:
+        """The width of what one token goes through: of all experts chosen for it together."""
+        return self.intermediate_size * (1 if self.experts is None else self.experts.chosen)
+
+    @property
+    def stored_mlp_width(self) -> int:
+        """The width of all MLPs together, chosen or not."""
+        return self.intermediate_size * (1 if self.experts is None else self.experts.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +165,13 @@ class ModelSpec:
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
-        """Each layer's `intermediate_size`."""
-        return tuple(self.kinds[kind].intermediate_size for kind in self.layers)
+        """Each layer's `mlp_width`."""
+        return tuple(self.kinds[kind].mlp_width for kind in self.layers)
+
+    @property
+    def stored_mlp_widths(self) -> tuple[int, ...]:
+        """Each layer's `stored_mlp_width`."""
+        return tuple(self.kinds[kind].stored_mlp_width for kind in self.layers)
 
     @property
     def group_size(self) -> int:

@@ -2,12 +2,13 @@
 
 The formats: the package's dtype; "int8", whole numbers of -127 to 127 with a float32 scale for
 each row; and "int4", numbers of 0 to 15, two a byte, with a bfloat16 scale and offset for each
-group of a row. Norms and biases are always of the package's dtype.
+group of a row. Norms, biases and the routers of experts are always of the package's dtype: of a
+router's products only their order counts, which rounding would change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from moac_runtime.package.spec import ModelSpec
 
@@ -18,6 +19,7 @@ of the layers in 4 bits and embedding and head in 8."""
 GROUP, BLOCK = 32, 64
 """Of 4-bit weights: how many of a row share a scale, and how many lie together in memory."""
 
+ROUTER = "router"
 _OF_LAYERS = ("qkv", "o", "gate_up", "down")
 
 
@@ -25,6 +27,11 @@ def matrix_kinds(spec: ModelSpec) -> tuple[str, ...]:
     """The kinds of matrices that a package of `spec` holds."""
     head = () if spec.tied_embeddings else ("lm_head",)
     return ("embed", *_OF_LAYERS, *head)
+
+
+def has_format(name: str, shape: Sequence[int]) -> bool:
+    """Whether the weight `name` is a matrix that has a format: a router has none."""
+    return len(shape) == 2 and kind_of(name) != ROUTER
 
 
 def kind_of(name: str) -> str:

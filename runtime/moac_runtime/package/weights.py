@@ -23,7 +23,14 @@ from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import LayerSpec, ModelSpec
-from moac_runtime.package.weight_formats import BLOCK, GROUP, kind_of, padded_columns
+from moac_runtime.package.weight_formats import (
+    BLOCK,
+    GROUP,
+    ROUTER,
+    has_format,
+    kind_of,
+    padded_columns,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +64,8 @@ def stored_tensors(artifact: Artifact) -> dict[str, Entry]:
     stored = DTYPES[artifact.dtype].safetensors
     entries: dict[str, Entry] = {}
     for name, shape in expected_tensors(artifact.spec).items():
-        form = artifact.weight_formats[kind_of(name)] if is_matrix(shape) else artifact.dtype
+        plain = not has_format(name, shape)
+        form = artifact.dtype if plain else artifact.weight_formats[kind_of(name)]
         entries |= _entries(name, shape, form, stored)
     return entries
 
@@ -82,7 +90,7 @@ def packed_names(artifact: Artifact) -> frozenset[str]:
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape has a format of its own: norms and biases have none."""
+    """Whether a weight of this shape is a matrix: norms and biases are none."""
     return len(shape) == 2
 
 
@@ -198,7 +206,7 @@ def missing_tensor(shard: str, name: str) -> ArtifactError:
 
 
 def _layer(spec: ModelSpec, layer: LayerSpec) -> dict[str, Shape]:
-    hidden, inner, queries = spec.hidden_size, layer.intermediate_size, spec.num_heads
+    hidden, queries = spec.hidden_size, spec.num_heads
     keys, dim = spec.num_kv_heads, spec.head_dim
 
     def norm(name: str, there: bool) -> dict[str, Shape]:
@@ -208,12 +216,27 @@ def _layer(spec: ModelSpec, layer: LayerSpec) -> dict[str, Shape]:
         **norm("attn_norm", layer.pre_norm),
         **_linear("qkv", (queries + 2 * keys) * dim, hidden, layer.qkv_bias),
         **_qk_norms(spec, layer.qk_norm),
+        **({"sink_logits.weight": (queries,)} if layer.sink_logits else {}),
         **_linear("o", hidden, queries * dim, layer.o_bias),
         **norm("attn_post_norm", layer.post_norm),
         **norm("mlp_norm", layer.pre_norm and not layer.parallel),
-        **_linear("gate_up", 2 * inner, hidden, layer.mlp_bias),
-        **_linear("down", hidden, inner, layer.mlp_bias),
+        **_mlp(hidden, layer),
         **norm("mlp_post_norm", layer.post_norm),
+    }
+
+
+def _mlp(hidden: int, layer: LayerSpec) -> dict[str, Shape]:
+    """An MLP, or a router and all experts, one under the other."""
+    inner, experts, bias = layer.intermediate_size, layer.experts, layer.mlp_bias
+    if experts is None:
+        return {
+            **_linear("gate_up", 2 * inner, hidden, bias),
+            **_linear("down", hidden, inner, bias),
+        }
+    return {
+        **_linear(ROUTER, experts.count, hidden, experts.router_bias),
+        **_linear("experts.gate_up", experts.count * 2 * inner, hidden, bias),
+        **_linear("experts.down", experts.count * hidden, inner, bias),
     }
 
 

@@ -26,6 +26,7 @@ from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 _MOST_HEAD_DIM, _MOST_GROUP = 256, 64
 _LINEAR = ("qkv", "o", "gate_up", "down")
+_OF_EXPERTS = ("gate_up", "down")
 _WIDE_NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 _NORMS = (*_WIDE_NORMS, "q_norm", "k_norm")
 
@@ -43,7 +44,7 @@ def obstacle(spec: ModelSpec, dtype: str) -> str | None:
             f"KV head, and the model has {spec.head_dim} and {spec.group_size}"
         )
     widths = [("hidden_size", spec.hidden_size), ("head_dim", spec.head_dim)]
-    widths += [("intermediate_size", width) for width in spec.mlp_widths]
+    widths += [("intermediate_size", layer.intermediate_size) for layer in spec.kinds]
     odd = next(((name, width) for name, width in widths if width % 16), None)
     if odd is None:
         return None
@@ -196,11 +197,24 @@ def _layer(
     layer: LayerSpec,
     matrix: Callable[[str], MatrixStruct],
 ) -> LayerStruct:
+    own = layer.experts
+    named = {weight: f"{name}.{weight}" for weight in _LINEAR}
+    if own is not None:
+        named |= {weight: f"{name}.experts.{weight}" for weight in _OF_EXPERTS}
     return LayerStruct(
         **{norm: addresses.get(f"{name}.{norm}.weight") for norm in _NORMS},
         **{f"{norm}_bias": addresses.get(f"{name}.{norm}.bias") for norm in _WIDE_NORMS},
-        **{weight: matrix(f"{name}.{weight}") for weight in _LINEAR},
-        **{f"{weight}_bias": addresses.get(f"{name}.{weight}.bias") for weight in _LINEAR},
+        **{weight: matrix(full) for weight, full in named.items()},
+        **{f"{weight}_bias": addresses.get(f"{full}.bias") for weight, full in named.items()},
+        router=addresses.get(f"{name}.router.weight"),
+        router_bias=addresses.get(f"{name}.router.bias"),
+        sink_logits=addresses.get(f"{name}.sink_logits.weight"),
+        experts=0 if own is None else own.count,
+        chosen=0 if own is None else own.chosen,
+        normalised=own is not None and own.normalised,
+        up_plus_one=layer.up_plus_one,
+        activation_slope=layer.activation_slope,
+        mlp_limit=layer.mlp_limit or 0.0,
         inner=layer.intermediate_size,
         activation=_activation(layer),
         rope=-1 if layer.rope is None else layer.rope,

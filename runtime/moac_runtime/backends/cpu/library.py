@@ -15,7 +15,7 @@ from typing import Any
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 
-ABI = 4
+ABI = 5
 
 # How weights and caches lie in memory, and what the functions return, as abi.h numbers them.
 WEIGHTS_PLAIN, WEIGHTS_INT8, WEIGHTS_INT4 = 0, 1, 2
@@ -54,9 +54,12 @@ class LayerStruct(Structure):
         *((f"{name}_bias", c_void_p) for name in ("attn_post_norm", "mlp_post_norm")),
         *((name, MatrixStruct) for name in ("qkv", "o", "gate_up", "down")),
         *((f"{name}_bias", c_void_p) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("router", "router_bias", "sink_logits")),
         *((name, c_int64) for name in ("inner", "activation", "rope", "plus_one", "centred")),
         *((name, c_int64) for name in ("wide_qk_norm", "parallel")),
+        *((name, c_int64) for name in ("experts", "chosen", "normalised", "up_plus_one")),
         *((name, c_double) for name in ("norm_eps", "query_scale", "logit_cap")),
+        *((name, c_double) for name in ("activation_slope", "mlp_limit")),
     ]
 
 

@@ -88,9 +88,15 @@ def prefill_attention(
     blocks: Sequence[Block],
     scale: float,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """`q` `[g, G, T, D]`, `k` and `v` `[g, N, D]` under `blocks`; `[g, G, T, D]`."""
+    """`q` `[g, G, T, D]`, `k` and `v` `[g, N, D]` under `blocks`; `[g, G, T, D]`.
+
+    `sinks`: learned logits `[g, G]` that share in the softmax.
+    """
     group = q.shape[1]
+    if sinks is not None:
+        sinks = sinks[:, :, None, None]
     k, v = k[:, None], v[:, None]
     parts = [
         _attention(
@@ -101,6 +107,7 @@ def prefill_attention(
             block.mask,
             scale,
             cap,
+            sinks,
         )
         for block in blocks
     ]
@@ -108,13 +115,34 @@ def prefill_attention(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of `q` `[..., T, D]` to `[..., N, D]`; fused where scores have no cap."""
-    if cap is None:
+    """Attention of `q` `[..., T, D]` to `[..., N, D]`; fused where the scores are all there is.
+
+    `sinks` `[..., T or 1, 1]`.
+    """
+    if cap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = capped((q @ k.mT).float() * scale, cap)
-    return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v
+    scores = scores if mask is None else scores + mask
+    return sunk_softmax(scores, sinks).to(v.dtype) @ v
+
+
+def sunk_softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of `scores` `[..., N]` with one logit more, whose own share is left out.
+
+    `sinks`: that logit, `[..., 1]`; None is none.
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
 
 
 def _pick(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -166,10 +194,15 @@ def decode_attention(
     view: DecodeView,
     scale: float,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """One query a head: `q` `[n, g, G, D]` over what rows hold, `[n, g, filled, D]`; as `q`."""
+    """One query a head: `q` `[n, g, G, D]` over what rows hold, `[n, g, filled, D]`; as `q`.
+
+    `sinks`: learned logits `[g, G]` that share in the softmax.
+    """
     # the group stands in the query rows, so that each key is read once
-    return _attention(q, keys, values, view.mask, scale, cap)
+    own = None if sinks is None else sinks[:, :, None]
+    return _attention(q, keys, values, view.mask, scale, cap, own)
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:

@@ -16,21 +16,13 @@ from torch.nn import functional as F
 
 from moac_runtime.backends.layout import rope_scalings
 from moac_runtime.backends.torch.attention import capped
+from moac_runtime.backends.torch.experts import Experts, Gate, Linear
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attend(layer, q, k, v)`: `q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; `[M, H, D]`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +50,25 @@ class _Norm:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     spec: LayerSpec
-    activation: Callable[[Tensor], Tensor]
     attn_norm: Callable[[Tensor], Tensor]
-    qkv: _Linear
+    qkv: Linear
     qk_norm: Callable[[Tensor], Tensor]
-    o: _Linear
+    sink_logits: Tensor | None
+    o: Linear
     attn_post_norm: Callable[[Tensor], Tensor]
     mlp_norm: Callable[[Tensor], Tensor]
-    gate_up: _Linear
-    down: _Linear
+    mlp: Callable[[Tensor], Tensor]
     mlp_post_norm: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mlp:
+    gate_up: Linear
+    gate: Gate
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(self.gate_up(x)))
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -140,9 +141,14 @@ class Decoder:
             x = x + _scaled(out, self.spec.residual_scale)
             if not layer.spec.parallel:
                 given = layer.mlp_norm(x)
-            out = layer.mlp_post_norm(self._mlp(layer, given))
+            out = layer.mlp_post_norm(layer.mlp(given))
             x = x + _scaled(out, self.spec.residual_scale)
         return x
+
+    @property
+    def sink_logits(self) -> list[Tensor | None]:
+        """Of each layer: `[H]`, None where its softmax has the scores alone."""
+        return [layer.sink_logits for layer in self._layers]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits `[..., V]` of some rows of `hidden` `[..., hidden]`."""
@@ -172,10 +178,6 @@ class Decoder:
         out = attend(index, qk[:, :heads], qk[:, heads:], v)
         return layer.o(out.flatten(1))
 
-    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return layer.down(layer.activation(gate) * up)
-
     def _take(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         found = tensors.get(name)
         if found is None:
@@ -192,9 +194,9 @@ class Decoder:
 
     def _linear(
         self, tensors: Mapping[str, Tensor], name: str, out: int, into: int, bias: bool
-    ) -> _Linear:
+    ) -> Linear:
         weight = self._take(tensors, f"{name}.weight", (out, into))
-        return _Linear(weight, self._take(tensors, f"{name}.bias", (out,)) if bias else None)
+        return Linear(weight, self._take(tensors, f"{name}.bias", (out,)) if bias else None)
 
     def _one_norm(self, tensors: Mapping[str, Tensor], name: str, norm: NormSpec) -> _Norm:
         """A norm across the whole width."""
@@ -204,7 +206,7 @@ class Decoder:
         return _Norm(weight, norm, bias)
 
     def _layer(self, tensors: Mapping[str, Tensor], name: str, layer: LayerSpec) -> _Layer:
-        spec, hidden, inner = self.spec, self.spec.hidden_size, layer.intermediate_size
+        spec, hidden = self.spec, self.spec.hidden_size
         queries, keys = spec.num_heads, spec.num_kv_heads
         width = (queries + 2 * keys) * spec.head_dim
         linear = partial(self._linear, tensors)
@@ -214,16 +216,36 @@ class Decoder:
 
         return _Layer(
             spec=layer,
-            activation=_activation(layer.activation),
             attn_norm=norm("attn_norm", layer.pre_norm),
             qkv=linear(f"{name}.qkv", width, hidden, layer.qkv_bias),
             qk_norm=self._qk_norm(tensors, name, layer),
+            sink_logits=(
+                self._take(tensors, f"{name}.sink_logits.weight", (queries,))
+                if layer.sink_logits
+                else None
+            ),
             o=linear(f"{name}.o", hidden, queries * spec.head_dim, layer.o_bias),
             attn_post_norm=norm("attn_post_norm", layer.post_norm),
             mlp_norm=norm("mlp_norm", layer.pre_norm and not layer.parallel),
-            gate_up=linear(f"{name}.gate_up", 2 * inner, hidden, layer.mlp_bias),
-            down=linear(f"{name}.down", hidden, inner, layer.mlp_bias),
+            mlp=self._mlp(tensors, name, layer),
             mlp_post_norm=norm("mlp_post_norm", layer.post_norm),
+        )
+
+    def _mlp(
+        self, tensors: Mapping[str, Tensor], name: str, layer: LayerSpec
+    ) -> Callable[[Tensor], Tensor]:
+        hidden, inner, bias = self.spec.hidden_size, layer.intermediate_size, layer.mlp_bias
+        linear, gate = partial(self._linear, tensors), Gate(layer, _activation(layer.activation))
+        own = layer.experts
+        if own is None:
+            gate_up = linear(f"{name}.gate_up", 2 * inner, hidden, bias)
+            return _Mlp(gate_up, gate, linear(f"{name}.down", hidden, inner, bias))
+        return Experts(
+            own,
+            linear(f"{name}.router", own.count, hidden, own.router_bias),
+            linear(f"{name}.experts.gate_up", own.count * 2 * inner, hidden, bias),
+            gate,
+            linear(f"{name}.experts.down", own.count * hidden, inner, bias),
         )
 
     def _qk_norm(

@@ -168,7 +168,7 @@ class TorchSession(OwnRows[TorchRow]):
             _frequencies_of([(rows[piece.feed], piece.size) for piece in pieces]),
             torch.tensor(positions, device=device),
         )
-        step = StepAttention(shares, self._decoder.spec)
+        step = StepAttention(shares, self._decoder.spec, self._decoder.sink_logits)
         hidden = self._decoder.hidden(torch.tensor(fed, device=device), rotations, step)
         for piece in pieces:
             rows[piece.feed].length += piece.size

@@ -84,12 +84,20 @@ class Share:
 
 
 class StepAttention:
-    """Attention of a step that adds tokens to some rows; a decoder's `attend`."""
+    """Attention of a step that adds tokens to some rows; a decoder's `attend`.
 
-    def __init__(self, shares: Sequence[Share], spec: ModelSpec) -> None:
+    `sink_logits`: each layer's `[H]`, None where it has none.
+    """
+
+    def __init__(
+        self, shares: Sequence[Share], spec: ModelSpec, sink_logits: Sequence[Tensor | None]
+    ) -> None:
         self._alone = [share for share in shares if share.count == 1]
         self._many = [share for share in shares if share.count > 1]
         self._spec = spec
+        self._sinks = [
+            None if own is None else own.view(spec.num_kv_heads, -1) for own in sink_logits
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[M, H, D]`, `k` and `v` `[M, K, D]`, rotated; returns `[M, H, D]`."""
@@ -98,14 +106,20 @@ class StepAttention:
         grouped = (*k.shape[:2], self._spec.group_size, k.shape[2])
         every = q.view(grouped), k, v, out.view(grouped)
         for parts in self._alike(layer):
-            run = parts[0][1].run
-            self._decode(kind, parts, *(x[:, run.first : run.stop] for x in every))
+            run, sinks = parts[0][1].run, self._sinks_of(layer, parts[0][1])
+            self._decode(kind, sinks, parts, *(x[:, run.first : run.stop] for x in every))
         for share in self._many:
             own = [x[share.flat].transpose(0, 1) for x in every]
             for cache in share.layers[layer]:
                 heads = slice(cache.run.first, cache.run.stop)
-                self._prefill(kind, share, cache, *(part[heads] for part in own))
+                sinks = self._sinks_of(layer, cache)
+                self._prefill(kind, sinks, share, cache, *(part[heads] for part in own))
         return out
+
+    def _sinks_of(self, layer: int, cache: SpanCache) -> Tensor | None:
+        """The logits beside the scores of a cache's heads, `[g, G]`."""
+        own = self._sinks[layer]
+        return None if own is None else own[cache.run.first : cache.run.stop]
 
     def _alike(self, layer: int) -> Iterable[list[tuple[Share, SpanCache]]]:
         """The caches of rows that are fed one token, those together that share a call."""
@@ -118,6 +132,7 @@ class StepAttention:
     def _decode(
         self,
         kind: LayerSpec,
+        sinks: Tensor | None,
         parts: Sequence[tuple[Share, SpanCache]],
         q: Tensor,
         k: Tensor,
@@ -133,11 +148,14 @@ class StepAttention:
         keys = _joined([cache.keys for _, cache in parts], view.filled)
         values = _joined([cache.values for _, cache in parts], view.filled)
         rows = _places(places)
-        out[rows] = decode_attention(q[rows], keys, values, view, kind.query_scale, kind.logit_cap)
+        out[rows] = decode_attention(
+            q[rows], keys, values, view, kind.query_scale, kind.logit_cap, sinks
+        )
 
     def _prefill(
         self,
         kind: LayerSpec,
+        sinks: Tensor | None,
         share: Share,
         cache: SpanCache,
         q: Tensor,
@@ -154,6 +172,7 @@ class StepAttention:
             share.blocks(cache, positions),
             kind.query_scale,
             kind.logit_cap,
+            sinks,
         )
         out.copy_(found.transpose(1, 2))
         cache.write(share.start, k, v)
