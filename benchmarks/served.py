@@ -82,6 +82,8 @@ def served(package: str, *options: str) -> Iterator[Server]:
         finally:
             process.kill()
             reader.join(10)
+            if process.stderr is not None:
+                process.stderr.close()
 
 
 def _read_log(server: Server, began: threading.Event) -> None:

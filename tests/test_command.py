@@ -91,7 +91,7 @@ def test_sampling_options_are_passed_on(
     arguments = (
         "out --prompt hi --json --system s --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 "
         "--repetition-penalty 1.2 --seed 7 --max-tokens 4 --stop a --stop b --capacity 200 "
-        "--max-batch 3 --parse-special"
+        "--max-batch 3 --max-kv-bytes 1GiB --parse-special"
     )
     assert main(arguments.split()) == 0
     assert seen == {
@@ -100,6 +100,7 @@ def test_sampling_options_are_passed_on(
         "parse_special": True,
         "capacity": 200,
         "max_batch": 3,
+        "max_kv_bytes": 2**30,
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.9,

@@ -219,6 +219,8 @@ def _run(served: Served, options: argparse.Namespace) -> int:
 
 
 def _log_to_stderr() -> None:
+    # which tells of every piece that a client who left does not take
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for name in ("moac.serve", "uvicorn.error"):
