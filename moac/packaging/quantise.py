@@ -8,14 +8,17 @@ weight is wrong by half a scale at most: `|w - scale n| <= scale / 2`, `scale = 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moac.checkpoint.families import family_of
 from moac_runtime.package.weight_formats import has_format
 from moac_runtime.package.weights import dequantised, is_matrix, scale_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MOST = 127
 _LEAST_SCALE = 1e-30  # rows of zeros have one too
