@@ -10,6 +10,7 @@ from engines import CONTEXT, alone, answers, asked, engine, run
 from families import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_generation import ScriptedSession, scripted_model
 
 from moac_runtime.engine.capacity import rung, rungs
 from moac_runtime.engine.engine import PromptTooLong, QueueFull
@@ -377,3 +378,21 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     )
     assert first.logprob == pytest.approx(float(wanted[active.answer.token_ids[0]]))
     assert [one.token for one in active.logprobs] == active.answer.token_ids
+
+
+def test_fixed_batches_take_requests_of_one_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedSession, "fixed_batch", True)
+    scripted, _ = scripted_model("abc", capacity=2000, context=2000)
+    made = scripted.engine(kept_bytes=2**20)
+    small, large, other = (
+        made.submit(asked(text(count), max_tokens=9)) for count in (20, 600, 30)
+    )
+    made.step()
+    late = made.submit(asked(text(25), max_tokens=9))
+    assert [one.row is None for one in (small, large, other, late)] == [False, True, False, True]
+    while made.step():
+        assert late.row is None or (small.done and large.done and other.done)
+    assert [one.answer.text for one in (small, large, other, late)] == ["abc"] * 4
+    assert len(made.kept) == 0
+    with pytest.raises(UsageError, match="runs fixed batches, which no limit of KV bytes cuts"):
+        scripted.engine(kv_bytes=10)
