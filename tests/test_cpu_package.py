@@ -271,7 +271,7 @@ def test_kernels_of_another_interface_are_refused(tmp_path: Path) -> None:
     source, built = tmp_path / "old.cpp", tmp_path / "old.so"
     source.write_text('extern "C" long long moac_abi() { return 2; }')
     subprocess.run([str(find_compiler()), "-shared", "-fPIC", source, "-o", built], check=True)
-    sentence = f"old.so speaks version 2 of its interface, expected {ABI}; compile the package"
+    sentence = f"old.so speaks version 2 of its interface, expected {ABI}; run the package by"
     with pytest.raises(ArtifactError, match=sentence):
         open_library(built)
 

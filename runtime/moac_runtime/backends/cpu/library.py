@@ -217,8 +217,9 @@ def open_library(path: Path) -> Any:
         ) from error
     if found != ABI:
         raise ArtifactError(
-            f"{path.name} speaks version {found} of its interface, expected {ABI}; run the package "
-            "by the runtime it carries (python PACKAGE) or with --backend torch, or compile it again"
+            f"{path.name} speaks version {found} of its interface, expected {ABI}; run the "
+            "package by the runtime that it carries (python PACKAGE) or with --backend torch, or "
+            "compile it again"
         )
     _declare(library)
     return library
