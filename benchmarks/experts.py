@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -128,11 +129,17 @@ def touched(path: Path) -> int:
     return found
 
 
-def start(path: Path, spec: ModelSpec, threads: int | None, context: int, more: int) -> Running:
+def kernels() -> Any:
+    """The native kernels, built for this processor."""
     best = runnable_sets(["cpu"])[0]
     with tempfile.TemporaryDirectory() as folder:
         build_cpu(Path(folder), [best])
-        library = open_library(Path(folder, f"{best}.so"))
+        return open_library(Path(folder, f"{best}.so"))
+
+
+def start(
+    library: Any, path: Path, spec: ModelSpec, threads: int | None, context: int, more: int
+) -> Running:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for offset in range(0, len(mapped), PAGE):
@@ -157,12 +164,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    running, more = {}, 2 * options.steps + 8
+    library, running, more = kernels(), {}, options.steps + 16
     for name, spec in specs().items():
         path = (options.folder / f"{name}.bf16").resolve()
         if not path.is_file():
             write_weights(path, spec)
-        running[name] = start(path, spec, options.threads, options.context, more)
+        running[name] = start(library, path, spec, options.threads, options.context, more)
     for one in running.values():
         one.step()
     read = {name: [one.read() for _ in range(8)] for name, one in running.items()}

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from moac.checkpoint.families import family_of
 from moac.packaging.four_bits import group_scales, quantise4
 from moac_runtime.package.weight_formats import BLOCK, format_of, has_format, kind_of
 from moac_runtime.package.weights import dequantised, is_matrix, scale_name, unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MOST = 127
 _LEAST_SCALE = 1e-30  # rows of zeros have one too
