@@ -54,7 +54,7 @@ def test_commands_are_offered() -> None:
         ("moac run out --prompt ", []),
         ("moac run out --prompt hi --prompt-f", ["plain,--prompt-file"]),
         ("moac run out --stop a --sto", ["plain,--stop"]),
-        ("moac compile m --weights ", ["plain,full", "plain,int8"]),
+        ("moac compile m --weights ", ["plain,full", "plain,int8", "plain,int4"]),
         ("moac inspect ", ["file,"]),
     ],
 )

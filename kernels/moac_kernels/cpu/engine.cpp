@@ -272,9 +272,9 @@ template <class T> struct Engine {
     return m > FEW_ROWS && in_whole_numbers(weights, m) ? row_tasks(m) : 0;
   }
 
-  // The phase that rounds many rows for the product of the next one. `rows`: of the step, to be read
-  // with a task in hand.
-  void round_rows(Walk &walk, const A *a, const int64_t &rows, int64_t depth) {
+  // The phase that rounds many rows for the product of the next one. Where they lie and how many they
+  // are belongs to the step, and so is read with a task in hand.
+  void round_rows(Walk &walk, A *const &a, const int64_t &rows, int64_t depth) {
     walk.share([&](int64_t task) {
       const int64_t m = rows;
       Rounded to;
