@@ -92,7 +92,7 @@ def write_gguf(
     for name, value in values.items():
         _add(writer, name, value)
     tied = config.tie_word_embeddings
-    for name, tensor in _with_stacks(state).items():
+    for name, tensor in with_stacks(state).items():
         if not (tied and name == "lm_head.weight"):
             stored = _stored(name, tensor, config, kind)
             _add_tensor(writer, gguf_name(name, kind), stored, stored_as)
@@ -106,7 +106,7 @@ def write_gguf(
     return {name: tensor for name, tensor in state.items() if not tied or name != "lm_head.weight"}
 
 
-def _with_stacks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_stacks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, those of a layer's experts as one: `blk.N.ffn_gate_exps.weight` and so on."""
     found: dict[str, Any] = {}
     for name, tensor in state.items():
