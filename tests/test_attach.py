@@ -399,11 +399,8 @@ def test_other_models_are_left_alone(attached: Any, tmp_path: Path) -> None:
         close(fed(model, tokens, [30, LENGTH]), wanted)
     first.detach()
     assert NAME in AttentionInterface()
-    close(fed(long, tokens, [30, LENGTH]), wanted_of(long, second, tokens))
-
-
-def wanted_of(model: Any, plan: Attached, tokens: list[int]) -> Tensor:
-    return oracle_logits(oracle_model("llama", seed=1), tokens, plan.plan, plan.capacity)
+    wanted = oracle_logits(oracle_model("llama", seed=1), tokens, second.plan, 256)
+    close(fed(long, tokens, [30, LENGTH]), wanted)
 
 
 # ---- what is refused
@@ -441,7 +438,6 @@ def test_the_capacity_is_the_end(attached: Any) -> None:
         ("beam search", {"num_beams": 2}),
         ("assisted generation", {"prompt_lookup_num_tokens": 3}),
         ("a StaticCache of another kind", {"cache_implementation": "static"}),
-        ("a DynamicCache of another kind", {"cache_implementation": "offloaded"}),
     ],
 )
 def test_generate_refuses_what_a_ring_cannot(
@@ -486,18 +482,21 @@ def test_calls_that_a_plan_cannot_run(attached: Any) -> None:
 
     two = torch.cat([ids, ids])
     static = StaticCache(config=model.config, max_cache_len=32)
+    offloaded: Any = DynamicCache()
+    offloaded.offloading = True
     refused(UsageError, "attention weights", call(output_attentions=True))
     refused(UsageError, r"shape \[1, 1, 20, 20\]", call(attention_mask=torch.ones(1, 1, 20, 20)))
     refused(UsageError, r"shape \[1, 3\]", call(attention_mask=torch.ones(1, 3)))
     refused(UsageError, "mask is a dict", call(attention_mask={}))
-    positions = torch.cat([torch.arange(10), torch.arange(10)])[None]
+    positions = torch.cat([ahead(0, 10), ahead(0, 10)], dim=1)
     refused(UsageError, "do not go up by one", call(position_ids=positions))
-    refused(UsageError, "do not go up by one", call(position_ids=torch.arange(19)[None]))
+    refused(UsageError, r"position_ids has the shape \[1, 19\]", call(position_ids=ahead(0, 19)))
     refused(UsageError, "StaticCache of another kind", call(**{KEYWORD: static}))
+    refused(UsageError, "DynamicCache of another kind", call(**{KEYWORD: offloaded}))
     refused(UsageError, "holds 1 sequences and is fed 2", lambda: model(two, **{KEYWORD: held()}))
     refused(UsageError, "another attached plan", lambda: other(ids, **{KEYWORD: held()}))
-    ahead = torch.arange(30, 50)[None]
-    refused(UsageError, "go up by one", call(**{KEYWORD: held()}, position_ids=ahead))
+    gap = ahead(30, 50)
+    refused(UsageError, "go up by one", call(**{KEYWORD: held()}, position_ids=gap))
     hiding = torch.ones(1, 40)
     hiding[:, 3] = 0
     refused(UsageError, "hides other tokens", call(**{KEYWORD: held()}, attention_mask=hiding))
@@ -515,6 +514,11 @@ def test_calls_that_a_plan_cannot_run(attached: Any) -> None:
     kept = held()
     plan.detach()
     refused(UsageError, "no plan is attached", call(**{KEYWORD: kept}))
+
+
+def ahead(first: int, stop: int) -> Tensor:
+    """Positions `[1, T]`."""
+    return torch.arange(first, stop)[None]
 
 
 def counted(mask: Tensor) -> Tensor:

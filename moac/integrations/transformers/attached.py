@@ -14,9 +14,9 @@ from transformers import Cache, PreTrainedModel
 from moac.checkpoint.families import model_spec
 from moac.integrations.transformers.attention import NAME, STEP, register, unregister
 from moac.integrations.transformers.cache import PlanLayer, held_rows, plan_rows
+from moac.integrations.transformers.forward import Fed, Opened, PlanRows
 from moac.integrations.transformers.given import given_plan
 from moac.integrations.transformers.rotary import pin_frequencies
-from moac.integrations.transformers.step import Fed, Opened, PlanRows
 from moac_runtime.backends.layout import head_runs
 from moac_runtime.errors import UsageError
 from moac_runtime.package.plan import Plan

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from moac.integrations.transformers.step import Step
+from moac.integrations.transformers.forward import ForwardPass
 from moac_runtime.errors import UsageError
 
 NAME = "moac_plan"
 STEP = "moac_step"
-"""The keyword that carries a forward pass's `Step` down to the attention function."""
+"""The keyword that carries a forward pass's `ForwardPass` down to the attention function."""
 
 _attached: set[int] = set()
 
@@ -40,7 +40,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     *,
-    moac_step: Step | None = None,
+    moac_step: ForwardPass | None = None,
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from moac.integrations.transformers.step import Opened, PlanRows
+from moac.integrations.transformers.forward import Opened, PlanRows
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.errors import UsageError
 

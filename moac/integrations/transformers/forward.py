@@ -76,7 +76,7 @@ class PlanRows:
         """Free all rows; the next forward pass makes new ones."""
         self.rows, self.seen, self.running = [], 0, False
 
-    def begin(self, fed: Fed) -> Step:
+    def begin(self, fed: Fed) -> ForwardPass:
         """The forward pass over these tokens; `finish` ends it.
 
         Raises UsageError for what a plan cannot run, MoacError where a row would pass its
@@ -100,9 +100,9 @@ class PlanRows:
         for row, offset in zip(rows, offsets, strict=True):
             row.offset = offset
         self.rows, self.running = rows, True
-        return Step(self, fed, places)
+        return ForwardPass(self, fed, places)
 
-    def finish(self, step: Step) -> None:
+    def finish(self, step: ForwardPass) -> None:
         """Count what a forward pass has fed."""
         for row, share in zip(self.rows, step.shares, strict=True):
             row.length += share.count
@@ -133,7 +133,7 @@ class PlanRows:
 
 
 @dataclass(slots=True)
-class Step:
+class ForwardPass:
     """One forward pass. `places[row]`: which of the row's new tokens are real, ascending."""
 
     rows: PlanRows
@@ -141,6 +141,7 @@ class Step:
     places: Sequence[Sequence[int]]
     shares: list[Share] = field(init=False)
     _attention: StepAttention = field(init=False)
+    _real: Tensor | None = None
 
     def __post_init__(self) -> None:
         ends = accumulate(map(len, self.places), initial=0)
@@ -149,6 +150,12 @@ class Step:
             for row, (first, stop) in zip(self.rows.rows, pairwise(ends), strict=True)
         ]
         self._attention = StepAttention(self.shares, self.rows.opened.spec)
+        if any(len(places) < self.fed.count for places in self.places):
+            firsts = range(0, self.fed.batch * self.fed.count, self.fed.count)
+            pairs = zip(firsts, self.places, strict=True)
+            self._real = torch.tensor(
+                [first + p for first, places in pairs for p in places], dtype=torch.long
+            )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[B, H, T, D]`, `k` and `v` `[B, K, T, D]`, rotated; `[B, T, H, D]`.
@@ -158,9 +165,9 @@ class Step:
         self.rows.open_layer(layer, k)
         batch, heads, count, dim = q.shape
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        if self._whole:
+        if self._real is None:
             return self._attention(layer, *flat).view(batch, count, heads, dim)
-        real = [row * count + place for row, ps in enumerate(self.places) for place in ps]
+        real = self._real.to(q.device)
         out = torch.zeros_like(flat[0])
         out[real] = self._attention(layer, *(x[real] for x in flat))
         return out.view(batch, count, heads, dim)
@@ -168,10 +175,6 @@ class Step:
     def finish(self) -> None:
         """Count what was fed."""
         self.rows.finish(self)
-
-    @property
-    def _whole(self) -> bool:
-        return all(len(real) == self.fed.count for real in self.places)
 
 
 def _real_places(fed: Fed, seen: int, rows: Sequence[PlanRow]) -> list[Sequence[int]]:
@@ -201,10 +204,15 @@ def _real_places(fed: Fed, seen: int, rows: Sequence[PlanRow]) -> list[Sequence[
 
 
 def _positions(fed: Fed, seen: int) -> list[Sequence[int]]:
-    """Each row's new positions, as transformers counts them."""
+    """Each row's new positions, as transformers counts them. Raises UsageError for a shape."""
     if fed.positions is None:
         return [range(seen, seen + fed.count)] * fed.batch
-    found: list[Sequence[int]] = fed.positions.expand(fed.batch, fed.count).tolist()
+    if tuple(fed.positions.shape) not in ((1, fed.count), (fed.batch, fed.count)):
+        raise UsageError(
+            f"position_ids has the shape {list(fed.positions.shape)}, expected "
+            f"{[fed.batch, fed.count]}; give that, or leave it out"
+        )
+    found: list[Sequence[int]] = fed.positions.expand(fed.batch, -1).tolist()
     return found
 
 
