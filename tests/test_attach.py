@@ -286,7 +286,7 @@ def test_generate_gives_the_tokens_of_the_package(source: str, tiny_package: Com
     path = tiny_package.package / ("" if source == "package" else "plan.json")
     prompts = ["The pass key is hidden. " * 20, "Remember the key, then answer. " * 9]
     asked: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "capacity": 512}
-    rows = [packaged.tokenizer.encode(prompt) for prompt in prompts]
+    rows = [packaged.tokenizer.encode(prompt, special=True) for prompt in prompts]
     assert min(map(len, rows)) > 64  # past the short spans
     with attach(model, path, capacity=512) as plan:
         for chosen in (rows[:1], rows[1:], rows):
@@ -436,7 +436,6 @@ def test_the_capacity_is_the_end(attached: Any) -> None:
     ("words", "options"),
     [
         ("beam search", {"num_beams": 2}),
-        ("assisted generation", {"prompt_lookup_num_tokens": 3}),
         ("a StaticCache of another kind", {"cache_implementation": "static"}),
     ],
 )
@@ -448,6 +447,29 @@ def test_generate_refuses_what_a_ring_cannot(
     refused(
         UsageError, words, lambda: model.generate(ids, max_new_tokens=4, pad_token_id=0, **options)
     )
+
+
+def test_the_library_refuses_assisted_generation(attached: Any) -> None:
+    model, _ = attached()
+    with pytest.raises(ValueError, match="can be cropped"):
+        model.generate(
+            torch.tensor([text(20)]), max_new_tokens=4, pad_token_id=0, prompt_lookup_num_tokens=3
+        )
+
+
+def test_recomputed_layers_see_the_same(attached: Any) -> None:
+    model, _ = attached()
+    model.train()
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        embedded = model.get_input_embeddings()(torch.tensor([text(40)])).requires_grad_()
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+        found.append(embedded.grad)
+    torch.testing.assert_close(*found)
+    ids, held = torch.tensor([text(9)]), DynamicCache()
+    refused(UsageError, "gradient checkpointing", lambda: model(ids, **{KEYWORD: held}))
 
 
 @torch.no_grad()

@@ -108,8 +108,13 @@ class Attached:
         """What the forward pass is given as its cache, and the rows of its step."""
         wanted = given.get("use_cache")
         wanted = base.config.use_cache if wanted is None else wanted
-        if base.training and base.is_gradient_checkpointing:  # then layers are given no cache
-            cache, wanted = None, False
+        if base.training and _checkpoints(base):
+            if cache is not None:
+                raise UsageError(
+                    "the model recomputes its layers (gradient checkpointing), which then run "
+                    "without a cache; call model.eval(), or leave the cache out"
+                )
+            wanted = False
         if cache is None and not wanted:
             return None, PlanRows(self._opened)  # for this pass alone
         return plan_rows(cache, self._opened)
@@ -127,6 +132,11 @@ class Attached:
                 "attention weights (output_attentions) are not kept under a plan; leave that out, "
                 "or detach the plan"
             )
+
+
+def _checkpoints(base: torch.nn.Module) -> bool:
+    """Whether layers are computed again on the way back."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def _fed(given: dict[str, Any]) -> Fed:
