@@ -151,7 +151,8 @@ def _fed(given: dict[str, Any]) -> Fed:
             f"the attention mask is a {type(mask).__name__}, and a plan runs with a tensor of 0 "
             "for padding and 1 for tokens; give that, or none"
         )
-    return Fed(*tokens.shape[:2], mask, given.get("position_ids"))
+    batch, count = tokens.shape[:2]
+    return Fed(batch, count, mask, given.get("position_ids"))
 
 
 def attach(model: PreTrainedModel, plan: str | Path, *, capacity: int) -> Attached:

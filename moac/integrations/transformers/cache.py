@@ -24,7 +24,7 @@ class PlanLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, rows: PlanRows, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
         self._layer = layer
         self._seen = 0
