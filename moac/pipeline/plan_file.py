@@ -21,6 +21,7 @@ from moac.request import CompileRequest
 from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 SHAPE = ("family", "num_layers", "num_kv_heads", "head_dim")
 """What of a model's spec a plan must fit, whichever model of that shape it was made for."""
@@ -156,12 +157,22 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     data, digest = _read(path)
     _check_identity(path, data, checkpoint)
     edited = _edited(path, data)
-    try:
-        plan = _checked_plan(data, checkpoint)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
+    plan = _checked_plan(path, data, checkpoint.spec)
     record = {name: value for name, value in data.items() if name not in plan.to_json()}
     return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
+
+
+def read_plan_of_shape(path: Path, spec: ModelSpec, source: str) -> tuple[Plan, dict[str, Any]]:
+    """The plan at `path` and the model that it was made for, which is of the shape of `spec`.
+
+    `source` names the one at hand; whether it is that model, the caller has to ask. Rules may have
+    been edited by hand: every one is checked. Raises UsageError for a plan of another shape,
+    ArtifactError for a file without a plan.
+    """
+    data, _ = _read(path)
+    made = _check_shape(path, data, spec, source)
+    _edited(path, data)
+    return _checked_plan(path, data, spec), made
 
 
 def read_untouched(path: Path) -> dict[str, Any]:
@@ -225,17 +236,25 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check_shape(
+    path: Path, data: Mapping[str, Any], spec: ModelSpec, source: str
+) -> dict[str, Any]:
+    """What the plan says of its model, whose heads must be shaped as those of `spec`."""
     made = data.get("model")
     if not isinstance(made, dict):
         raise ArtifactError(f"{path} does not tell which model it was made for: {_REMEDY}")
-    ours = made_for(checkpoint)
     for name in SHAPE:
-        if made.get(name) != ours[name]:
+        if made.get(name) != getattr(spec, name):
             raise UsageError(
-                f"{path} was made for a model with {name} {made.get(name)}, but "
-                f"{checkpoint.source} has {ours[name]}; plan this model with `moac plan`"
+                f"{path} was made for a model with {name} {made.get(name)}, but {source} has "
+                f"{getattr(spec, name)}; plan this model with `moac plan`"
             )
+    return made
+
+
+def _check_identity(path: Path, data: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    made = _check_shape(path, data, checkpoint.spec, checkpoint.source)
+    ours = made_for(checkpoint)
     if "identity" not in made:
         raise UsageError(
             f"{path} was made by an older version of moac, which told models apart by other "
@@ -264,16 +283,22 @@ def _edited(path: Path, data: Mapping[str, Any]) -> bool:
     return found["rules"] != made.get("rules")
 
 
-def _checked_plan(data: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:
-    """Raises KeyError, TypeError, ValueError."""
-    spec = checkpoint.spec
-    rules = data["rules"]
+def _checked_plan(path: Path, data: Mapping[str, Any], spec: ModelSpec) -> Plan:
+    """Raises ArtifactError for rules that a model of `spec` cannot run."""
+    try:
+        _check_rules(data["rules"], spec)
+        return Plan.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} holds no usable plan ({_said(error)}): {_REMEDY}") from error
+
+
+def _check_rules(rules: Any, spec: ModelSpec) -> None:
+    """Raises TypeError, ValueError."""
     if [len(layer) for layer in rules] != [spec.num_kv_heads] * spec.num_layers:
         raise ValueError(f"rules must be {spec.num_layers} layers of {spec.num_kv_heads} KV heads")
     for layer, row in enumerate(rules):
         for head, rule in enumerate(row):
             _check_rule(rule, f"layer {layer}, KV head {head}", spec.context)
-    return Plan.from_json(data)
 
 
 def _check_rule(rule: Any, where: str, context: int) -> None:

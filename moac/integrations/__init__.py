@@ -1,0 +1,1 @@
+"""Plans run by other libraries, where people already work."""
