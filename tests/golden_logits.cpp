@@ -64,8 +64,9 @@ int main(int, char **words) {
     first_cache.push_back(caches.size());
   }
   const std::vector<float> frequencies = read_some<float>(model.head_dim / 2);
-  const double eps = read_some<float>(1)[0], scaling = 1;
-  model.num_ropes = 1, model.rope_scalings = &scaling, model.norm_eps = eps;
+  const double eps = read_some<float>(1)[0];
+  const std::vector<double> scalings(frequencies.size(), 1);
+  model.num_ropes = 1, model.rope_scalings = scalings.data(), model.norm_eps = eps;
   model.embedding_scale = model.residual_scale = model.logit_scale = 1;
   model.embed = matrix(formats[0]);
   std::vector<Layer> layers(model.num_layers);

@@ -62,6 +62,7 @@ def commands(tiny: Compiled, folder: Path) -> dict[str, list[Any]]:
     few = ("--tasks", "passkey", "--lengths", "512", "--samples", "1", "--against", "dense")
     short = ("--against", "moac", "--context", "32", "--tokens", "2", "--threads", "1")
     return {
+        "check": ["check", tiny.checkpoint, "--json"],
         "plan": plan,
         "plan --dry-run": [*plan, "--dry-run"],
         "compile": compile_,
@@ -79,8 +80,8 @@ def commands(tiny: Compiled, folder: Path) -> dict[str, list[Any]]:
 
 
 NAMES = (
-    *("plan", "plan --dry-run", "compile", "compile --dry-run", "inspect", "diff", "verify"),
-    *("verify --source", "eval", "bench", "run", "doctor", "clean"),
+    *("check", "plan", "plan --dry-run", "compile", "compile --dry-run", "inspect", "diff"),
+    *("verify", "verify --source", "eval", "bench", "run", "doctor", "clean"),
 )
 
 
