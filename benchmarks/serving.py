@@ -17,7 +17,6 @@ import random
 import re
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,29 +200,17 @@ def _under_limit(server: Server, options: argparse.Namespace) -> dict[str, Any]:
         }
         for _ in range(options.chats)
     ]
-    most = {"sequences": 0.0, "kv_bytes": 0.0}
-    done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(server, most, done))
-    watch.start()
     began = time.perf_counter()
     replies = ask_all(server, CHAT, bodies)
     seconds = time.perf_counter() - began
-    done.set()
-    watch.join()
     made = sum(reply.answer_tokens for reply in replies)
     return {
         "chats": len(bodies),
-        "most_at_once": most["sequences"],
-        "most_kv_bytes": most["kv_bytes"],
+        "most_at_once": server.metric("moac_sequences_peak"),
+        "most_kv_bytes": server.metric("moac_kv_peak_bytes"),
         "answer_tokens_per_s": made / seconds,
         "seconds": seconds,
     }
-
-
-def _watch(server: Server, most: dict[str, float], done: threading.Event) -> None:
-    while not done.wait(0.05):
-        for name, metric in (("sequences", "sequences_running"), ("kv_bytes", "kv_bytes")):
-            most[name] = max(most[name], server.metric(f"moac_{metric}"))
 
 
 if __name__ == "__main__":

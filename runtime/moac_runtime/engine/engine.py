@@ -372,7 +372,8 @@ class Engine:
 
     def _note_peak(self) -> None:
         capacities = [one.path[-1][0] for one in self._running]
-        self.totals.note_peak(self.memory.used, sum(map(self.dense_bytes, capacities)))
+        dense = sum(map(self.dense_bytes, capacities))
+        self.totals.note_peak(self.memory.used, dense, len(capacities))
 
 
 def _row(active: Active) -> int:

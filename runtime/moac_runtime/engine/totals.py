@@ -11,8 +11,8 @@ class Totals:
 
     `read`: prompt tokens fed; `reused`: prompt tokens that kept caches held; `chosen`: answer
     tokens; `written`: those of them that were fed. A step's seconds are shared out between reading
-    and writing by their tokens. `held`: most bytes of rows at once; `dense`: what full attention
-    would have held then.
+    and writing by their tokens. `held`: most bytes of rows at once; `dense`: what the model
+    holds of as many tokens by itself; `rows`: most at once.
     """
 
     steps: int = 0
@@ -27,6 +27,7 @@ class Totals:
     failed: int = 0
     held: int = 0
     dense: int = 0
+    rows: int = 0
 
     def count_step(self, *, read: int, written: int, seconds: float) -> None:
         """A step that fed so many tokens of prompts and of answers."""
@@ -37,7 +38,8 @@ class Totals:
         self.read_s += share * seconds
         self.write_s += (1 - share) * seconds
 
-    def note_peak(self, held: int, dense: int) -> None:
-        """The bytes of the rows as they stand."""
+    def note_peak(self, held: int, dense: int, rows: int) -> None:
+        """The rows as they stand, and their bytes."""
+        self.rows = max(self.rows, rows)
         if held > self.held:
             self.held, self.dense = held, dense

@@ -88,7 +88,9 @@ def _gauges(state: State) -> list[tuple[str, str, float]]:
     return [
         ("sequences_running", "Sequences that have a row", state.running),
         ("sequences_waiting", "Sequences that wait for one", state.waiting),
+        ("sequences_peak", "Most sequences that had a row at once", state.totals.rows),
         ("kv_bytes", "Bytes of keys and values of all rows", state.kv_bytes),
+        ("kv_peak_bytes", "Most bytes of keys and values of all rows at once", state.totals.held),
         ("kept_bytes", "Bytes of kept caches", state.kept_bytes),
         ("kept_caches", "Kept caches", state.kept_caches),
     ]
