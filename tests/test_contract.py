@@ -16,8 +16,8 @@ from families import VOCAB, tiny_model
 from oracle import open_session, oracle_logits, packed
 from torch import Tensor
 
+from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
 from moac_runtime.backends.feeding import by_feed, cut, num_wanted
 from moac_runtime.backends.session import Feed, Session
 from moac_runtime.errors import MoacError, UsageError
@@ -260,7 +260,7 @@ def test_a_row_past_its_capacity_feeds_nobody(open_empty: Open) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_change_no_bit_of_short_rows(kernels: str, dtype: torch.dtype) -> None:
     """What `CpuSession` promises: up to 16 tokens in a step, no head with more than 64."""

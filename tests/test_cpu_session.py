@@ -14,8 +14,8 @@ from oracle import grown_masks, masked_logits, open_session, oracle_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import obstacle
-from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
@@ -26,7 +26,7 @@ SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=host_sets())
 def kernels(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     library(name)

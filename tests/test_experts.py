@@ -28,8 +28,8 @@ from moac.packaging.kernels import require_kernels
 from moac.packaging.quantise import disturb_roundings
 from moac.pipeline import compiler
 from moac.request import CompileRequest
+from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.errors import CheckpointError, UsageError
 from moac_runtime.package.plan import Plan
@@ -79,7 +79,7 @@ OPENED: list[Any] = [
             marks=needs_compiler,
             id=name,
         )
-        for name in INSTRUCTION_SETS
+        for name in host_sets()
     ),
 ]
 backends = pytest.mark.parametrize("opened", OPENED)
@@ -146,7 +146,7 @@ def chosen_experts(made: Any, tokens: list[int]) -> list[set[int]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_decode_step_reads_chosen_experts_alone(family: str, kernels: str) -> None:
     """All others are numbers that would spoil every sum they were part of."""
@@ -206,7 +206,7 @@ def test_the_bytes_of_a_step_are_those_of_the_chosen(family: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 def test_equal_logits_go_to_the_first_experts(kernels: str) -> None:
     """So the native kernels say; torch says nothing of it."""
     made: Any = tiny_model("mixtral")

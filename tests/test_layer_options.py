@@ -25,8 +25,8 @@ from moac.export.write import write_onnx
 from moac.packaging.fuse import head_order, pack_weights, rotary_order
 from moac.packaging.writer import write_weights
 from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
+from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
-from moac_runtime.backends.cpu.library import INSTRUCTION_SETS
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout
 from moac_runtime.backends.onnx.session import OnnxGraph
@@ -84,7 +84,7 @@ def test_torch_equals_the_library(family: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 @pytest.mark.parametrize("family", OPTIONED)
 def test_native_kernels_equal_the_library(family: str, kernels: str) -> None:
     model, tokens = tiny(family), text()
@@ -130,7 +130,7 @@ def test_longrope_takes_its_factors_by_the_capacity(
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_any_even_part_of_a_head_may_rotate(share: float, kernels: str) -> None:
     model, tokens = tiny("phi3", partial_rotary_factor=share, hidden_size=80), text()
@@ -172,7 +172,7 @@ def test_layers_of_different_widths_equal_the_library() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernels", host_sets())
 def test_native_layers_of_different_widths_equal_the_library(kernels: str) -> None:
     session, model = native_session(*narrowed(48), kernels)
     tokens = text()
