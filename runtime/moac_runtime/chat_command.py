@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +35,6 @@ A line that ends in \\ goes on in the next; three quotes open and close a text o
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk until the input ends, and return the exit code (0, 1, 2 or 130)."""
-    # torch warns where numpy is absent; running a package does without it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     return run_process(lambda: _talk(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
 
 

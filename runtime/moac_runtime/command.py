@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -39,8 +38,6 @@ def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> i
     `package`: the package that runs itself; None reads PACKAGE from `argv`. Raises SystemExit for
     --help, and where SIGTERM or SIGHUP ends it.
     """
-    # torch warns where numpy is absent; running a package does without it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     return run_process(
         lambda: _run(_parser(package).parse_args(argv), package), short_of_memory=_SHORT_OF_MEMORY
     )

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -44,6 +45,8 @@ def run_process(
     then is SystemExit with the code that a shell gives for the signal.
     """
     _open_closed_descriptors()
+    # torch warns where numpy is absent; running a package does without it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     with results_alone(), _streams(), _signals():
         try:
             return _flushed(work)

@@ -6,7 +6,6 @@ import argparse
 import logging
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +27,6 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it, and return the exit code (0, 1 or 2)."""
-    # torch warns where numpy is absent; running a package does without it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     return run_process(lambda: _serve(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
 
 
