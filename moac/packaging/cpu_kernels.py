@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moac_kernels.cpu_build import build_cpu, build_key, build_obstacle, host_se
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.backends.cpu.library import CPU_TARGETS, INSTRUCTION_SETS
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.host.cores import default_threads
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.spec import ModelSpec
 
@@ -74,11 +77,11 @@ def emit_cpu_kernels(staging: Path, targets: Sequence[str], kept: Path) -> None:
     """
     folder = staging / "kernels" / "cpu"
     try:
-        for name in cpu_sets(targets):
-            _, files = _built(kept, name)
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, data in files.items():
-                (folder / file).write_bytes(data)
+        with ThreadPoolExecutor(default_threads()) as pool:  # a compiler each
+            for _, files in pool.map(partial(_built, kept), cpu_sets(targets)):
+                folder.mkdir(parents=True, exist_ok=True)
+                for file, data in files.items():
+                    (folder / file).write_bytes(data)
     except BuildError as error:
         raise MoacError(f"{error}; leave cpu out of --target, and report this") from error
 
