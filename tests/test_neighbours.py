@@ -1,0 +1,107 @@
+"""A row's logits are the same bits whoever shares its steps, on the native kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from cpu_kernels import library, needs_compiler
+from families import VOCAB, checkpoint_tensors, tiny_model
+
+from moac.checkpoint.families import model_spec
+from moac.packaging.fuse import head_order, pack_weights
+from moac.packaging.quantise import quantised
+from moac_kernels.cpu_build import host_sets
+from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.session import CpuSession
+from moac_runtime.backends.session import Feed
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.weight_formats import has_format
+
+pytestmark = needs_compiler
+
+CAPACITY, ROWS, STEPS, MOST = 700, 5, 24, 40
+PLAN = Plan(
+    ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5))),
+    sink=4,
+    block=8,
+    min_span=8,
+    windows=(None, None),
+)
+
+
+def opened(kernels: str, family: str, dtype: str, weights: str) -> CpuSession:
+    model = tiny_model(family, head_dim=32, hidden_size=144, intermediate_size=208)
+    spec, order, found = model_spec(model.config), head_order(PLAN), checkpoint_tensors(model)
+    wide = getattr(torch, dtype)
+    tensors = {
+        name: tensor if has_format(name, tensor.shape) and weights != "full" else tensor.to(wide)
+        for name, tensor in pack_weights(found.__getitem__, spec, order)
+    }
+    if weights != "full":
+        tensors = dict(quantised(tensors.items(), weights))
+    engine = CpuEngine(
+        library(kernels),
+        spec,
+        {name: tensor.data_ptr() for name, tensor in tensors.items()},
+        dtype=dtype,
+        threads=2,
+        memory=tensors,
+        packed=[name for name, tensor in tensors.items() if tensor.dtype == torch.uint8],
+    )
+    return CpuSession(engine, PLAN, order)
+
+
+def steps_of(text: Sequence[int], row: int) -> list[tuple[list[int], list[int]]]:
+    """What a row is fed step after step, 1 to `MOST` tokens each, and whose logits are asked."""
+    found, first = [], 0
+    for step in range(STEPS):
+        # rows differ, and each writes token by token now and then
+        size = 1 if (step + row) % 3 == 0 else 1 + (7 * step + 11 * row) % MOST
+        tokens = list(text[first : first + size])
+        found.append((tokens, list(range(size)) if step % 5 == 4 else [size - 1]))
+        first += size
+    return found
+
+
+@pytest.mark.parametrize("kernels", host_sets())
+@pytest.mark.parametrize(
+    ("family", "dtype", "weights"),
+    [
+        ("llama", "float32", "full"),
+        ("llama", "bfloat16", "full"),
+        ("llama", "float32", "int8"),
+        ("llama", "bfloat16", "int8"),
+        ("llama", "float32", "int4"),
+        ("llama", "bfloat16", "int4"),
+        ("mixtral", "float32", "full"),
+        ("mixtral", "bfloat16", "int4"),
+    ],
+)
+def test_neighbours_change_no_bit(kernels: str, family: str, dtype: str, weights: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, VOCAB, (ROWS, STEPS * MOST), generator=generator).tolist()
+    plans = [steps_of(text, row) for row, text in enumerate(texts)]
+    session = opened(kernels, family, dtype, weights)
+
+    def answered(rows: Sequence[int]) -> list[list[Any]]:
+        """The logits of each of `rows`, which share every step, step after step."""
+        numbers = {row: session.admit(CAPACITY) for row in rows}
+        found: list[list[Any]] = [[] for _ in rows]
+        for step in range(STEPS):
+            feeds = [Feed(numbers[row], *plans[row][step]) for row in rows]
+            logits = torch.as_tensor(session.step(feeds)).clone()
+            for place, part in enumerate(logits.split([len(feed.wanted) for feed in feeds])):
+                found[place].append(part)
+        for number in numbers.values():
+            session.release(number)
+        return found
+
+    together = answered(range(ROWS))
+    for row in range(ROWS):
+        (alone,) = answered([row])
+        for step, (found, wanted) in enumerate(zip(together[row], alone, strict=True)):
+            assert torch.equal(found, wanted), (row, step, len(plans[row][step][0]))
