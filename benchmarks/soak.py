@@ -5,8 +5,9 @@
 asks a served package for known answers, one in ten of them badly formed and one in five left
 before its end, from many clients at once. Known are the answers to the same requests one at a
 time, so a float32 package, or --dtype float32, is to be asked. A greedy answer must be the known
-one. A sampled one may differ where the drawn number falls, within the error that the package allows
-float32, between two tokens; those are counted as "rounded". Ends with 3 where a check fails.
+one. A sampled one may differ where the drawn number falls, within the error that the package
+allows float32, between two tokens; those are counted as "rounded". Ends with 3 where a check
+fails.
 """
 
 from __future__ import annotations

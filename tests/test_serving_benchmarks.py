@@ -89,7 +89,10 @@ def test_only_sampled_answers_may_differ_by_rounding(
     reply = SimpleNamespace(status=200, text="another")
     monkeypatch.setattr(soak, "ask", lambda *_: reply)
     greedy = soak.Known({**sampled(3), "temperature": 0}, "what was known")
-    asked, seen = SimpleNamespace(choices=lambda *_: ["whole"], choice=lambda one: one[0]), soak.Soak()
+    asked, seen = (
+        SimpleNamespace(choices=lambda *_: ["whole"], choice=lambda one: one[0]),
+        soak.Soak(),
+    )
     soak._one(None, asked, [greedy], seen)
     assert (len(seen.wrong), seen.differing) == (1, [])
     soak._one(None, asked, [known], seen)
