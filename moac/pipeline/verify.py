@@ -37,8 +37,7 @@ ACTIVATIONS = "activations"
 """The name of the limit of products in whole numbers, whose activations are rounded to 8 bits."""
 
 SOURCE_LENGTHS = (64, 1000, 4000)
-_DECODED = 4
-"""The last tokens of a prompt are fed one by one, the others at once."""
+_DECODED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,22 +221,18 @@ def _rounded(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Rounded]:
 def _compare(
     artifact: Artifact, runner: _Runner, name: str, prompt: GoldenPrompt, limit: float
 ) -> Iterator[Check]:
-    """Prefill and decode against the expected logits, and that a sparse plan shows.
-
-    One reading serves both: some of the positions lie before the tokens that are decoded.
-    """
+    """Prefill and decode against the expected logits, and that a sparse plan shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
-    decoded = min(_DECODED, len(tokens) - 1)
-    ahead = sum(place < len(tokens) - decoded for place in positions)
-    found, expected = runner.logits(tokens, positions, decoded, False), prompt.logits
-    yield _at_most(f"{name}: prefill", _distance(found[:ahead], expected[:ahead]), limit)
-    if ahead < len(positions):
-        yield _at_most(f"{name}: decode", _distance(found[ahead:], expected[ahead:]), limit)
+    plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
+    prefill = runner.logits(tokens, positions, 0, False)
+    stepped = runner.logits(tokens, positions, decoded, False)
+    yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
+    yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
     if prompt.source is not None and runner.exact:
-        lost = _distance(found, prompt.source)
+        lost = _distance(prefill, prompt.source)
         yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
-    if artifact.plan.density(prompt.capacity) < 1 and runner.exact:
-        change = _distance(runner.logits(tokens, positions, 0, True), expected)
+    if plan.density(prompt.capacity) < 1 and runner.exact:
+        change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
         yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
 
 

@@ -39,7 +39,7 @@ _LIMITED = 4  # times as long takes a solve where layers may use few rules
 _NATIVE = 2.0  # times as fast as torch read native kernels
 # In passes of the measured dtype: golden logits take float32 and attention without tiles, and a
 # check prefill, prefill with decode steps, and often a third with nothing dropped.
-_GOLDEN_PASSES, _CHECK_PASSES = 3, 2
+_GOLDEN_PASSES, _CHECK_PASSES = 3, 4
 _DRAWS = 5  # more of golden logits for weights of fewer bits, and again for activations
 
 
