@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from families import FAMILIES, MIXTURES, VOCAB, checkpoint_tensors, tiny_model
-from tiny import CONTEXT, Compiled, request
+from tiny import Compiled
 from torch import Tensor
 
-from moac import compile_model
 from moac.calibration import calibration_text, calibration_windows, held_out_text
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.families import model_spec
@@ -24,21 +20,6 @@ from moac.packaging.rounding import feedback_windows, round_layers
 from moac.pipeline.verify import verify
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.weights import packed_weights
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
-
-
-@pytest.fixture(scope="module")
-def package(
-    checkpoint: Path, tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("feedback") / "out"
-    asked = request(weights="int4")
-    compile_model(checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
-    return out
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -177,8 +158,8 @@ def test_rounding_is_the_same_each_time() -> None:
     assert all(torch.equal(first[name].words(), second[name].words()) for name in first)
 
 
-def test_windows_are_calibrations_own(checkpoint: Path) -> None:
-    source = open_checkpoint(str(checkpoint))
+def test_windows_are_calibrations_own(int4_compiled: Compiled) -> None:
+    source = open_checkpoint(str(int4_compiled.checkpoint))
     tokenizer = source.load_tokenizer()
     windows = feedback_windows(source.spec, tokenizer, 0)
     assert (len(windows), {len(window) for window in windows}) == (8, {1024})
@@ -195,8 +176,9 @@ def test_windows_are_calibrations_own(checkpoint: Path) -> None:
 # ---- packages
 
 
-def test_a_package_holds_what_was_rounded(package: Path, checkpoint: Path) -> None:
-    artifact, source = open_artifact(package), open_checkpoint(str(checkpoint))
+def test_a_package_holds_what_was_rounded(int4_compiled: Compiled) -> None:
+    artifact = open_artifact(int4_compiled.package)
+    source = open_checkpoint(str(int4_compiled.checkpoint))
     model = source.load_model("float32")
     rounded = round_layers(model, feedback_windows(source.spec, source.load_tokenizer(), 0))
     assert artifact.provenance["rounded_with_feedback"] == len(rounded) == 14
@@ -207,8 +189,9 @@ def test_a_package_holds_what_was_rounded(package: Path, checkpoint: Path) -> No
         assert torch.equal(scales, wanted[name.replace("weight", "scale")])
 
 
-def test_source_is_compared_by_the_packages_own_numbers(package: Path, checkpoint: Path) -> None:
-    checks = list(verify(package, checkpoint=open_checkpoint(str(checkpoint)), lengths=(64,)))
+def test_source_is_compared_by_the_packages_own_numbers(int4_compiled: Compiled) -> None:
+    source = open_checkpoint(str(int4_compiled.checkpoint))
+    checks = list(verify(int4_compiled.package, checkpoint=source, lengths=(64,)))
     assert all(check.ok for check in checks)
     (own,) = (c for c in checks if c.name == "source 64 tokens float32: prefill")
     assert own.value < 1e-4

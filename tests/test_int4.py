@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from oracle import oracle_logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_int8 import PLAN, failed, rewritten, text, weights_file
-from tiny import CONTEXT, Compiled, moac_command, options, request
+from tiny import Compiled, moac_command, options, request
 
 from moac import compile_model
 from moac.bench.floor import weight_bytes_read
@@ -43,19 +42,14 @@ from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.weight_formats import has_format, int4_obstacle
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
+@pytest.fixture
+def checkpoint(int4_compiled: Compiled) -> Path:
+    return int4_compiled.checkpoint
 
 
-@pytest.fixture(scope="module")
-def package(
-    checkpoint: Path, tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("int4") / "out"
-    asked = request(weights="int4")
-    compile_model(checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
-    return out
+@pytest.fixture
+def package(int4_compiled: Compiled) -> Path:
+    return int4_compiled.package
 
 
 @pytest.fixture

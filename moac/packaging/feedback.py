@@ -81,7 +81,7 @@ class _State:
             errors = self._round_group(group, own, left[first:last], within)
             left[last:].addmm_(after.T, errors, alpha=-1)
             first = last
-        self.error = self.weight - self._value(slice(None))
+        self.error = self.weight - self._value()
 
     def _order(self, counts: Tensor) -> list[tuple[int, Tensor]]:
         """Each group and its columns, both by how much they count."""
@@ -142,13 +142,10 @@ class _State:
             self.error[column] += change
             slope.addr_(within[:, place], change)
 
-    def _value(self, own: slice) -> Tensor:
-        wide = (
-            x.repeat_interleave(GROUP, dim=0)[: len(self.weight)]
-            for x in (self.scale, self.offset)
-        )
-        scale, offset = wide
-        return (self.numbers * scale + offset)[own]
+    def _value(self) -> Tensor:
+        """What the numbers mean, `[in, out]`."""
+        places = torch.arange(len(self.weight)) // GROUP
+        return self.numbers * self.scale[places] + self.offset[places]
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
