@@ -9,6 +9,9 @@ import pytest
 import torch
 from cpu_kernels import library, needs_compiler
 from families import VOCAB, checkpoint_tensors, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
@@ -105,3 +108,42 @@ def test_neighbours_change_no_bit(kernels: str, family: str, dtype: str, weights
         (alone,) = answered([row])
         for step, (found, wanted) in enumerate(zip(together[row], alone, strict=True)):
             assert torch.equal(found, wanted), (row, step, len(plans[row][step][0]))
+
+
+def fed(session: CpuSession, feeds: Sequence[Feed]) -> Tensor:
+    """The last token's logits of each row."""
+    return torch.as_tensor(session.step(feeds)).clone()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=20, deadline=None)
+@given(
+    length=st.integers(1, 150),
+    cut=st.integers(1, 150),
+    continuations=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    rows=st.integers(1, 3),
+)
+def test_forks_give_the_bits_of_cold_rows(
+    dtype: str, length: int, cut: int, continuations: tuple[int, int], rows: int
+) -> None:
+    """A row restored at a cut, beside others, goes on as one that was fed the same from cold."""
+    session = opened(host_sets()[-1], "llama", dtype, "full")
+    generator = torch.Generator().manual_seed(length)
+    cut = min(cut, length)
+    text = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+    more = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in continuations]
+    row = session.admit(CAPACITY)
+    fed(session, [Feed(row, text[:cut])])
+    taken = session.snapshot(row)
+    if cut < length:
+        fed(session, [Feed(row, text[cut:])])
+    forks = [(session.restore(taken), tokens) for tokens in more * rows]
+    found = fed(session, [Feed(fork, tokens) for fork, tokens in forks])
+    again = fed(session, [Feed(fork, [7]) for fork, _ in forks])
+    for place, tokens in enumerate(more):
+        cold = session.admit(CAPACITY)
+        fed(session, [Feed(cold, text[:cut])])
+        wanted = fed(session, [Feed(cold, tokens)])[0], fed(session, [Feed(cold, [7])])[0]
+        for one in range(place, len(forks), len(more)):
+            assert torch.equal(found[one], wanted[0])
+            assert torch.equal(again[one], wanted[1])

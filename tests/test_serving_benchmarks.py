@@ -48,9 +48,9 @@ def test_what_serving_shows(
     assert under["most_at_once"] >= 1
 
 
-def sampled(seed: int) -> dict[str, Any]:
+def sampled(seed: int, length: int = 12) -> dict[str, Any]:
     messages = [{"role": "user", "content": "a fox saw the red hen"}]
-    return {"messages": messages, "max_tokens": 12, "seed": seed, **soak._SAMPLED}
+    return {"messages": messages, "max_tokens": length, "seed": seed, **soak._SAMPLED}
 
 
 def answered(body: dict[str, Any]) -> str:
@@ -62,18 +62,33 @@ def answered(body: dict[str, Any]) -> str:
     return found.text
 
 
-def test_rounding_allows_what_was_drawn_and_what_lies_as_near() -> None:
+def test_without_rounding_what_was_drawn_is_allowed_alone() -> None:
     body = sampled(1)
     drawn, other = answered(body), answered(sampled(2))
     assert drawn != other
-    exact = near.Near(model(), 0.0)
-    assert exact.allows(body, drawn)
-    assert not exact.allows(body, other)
-    assert not exact.allows(body, drawn + "a")
-    assert not exact.allows(body, drawn[:-1])
-    # a number that falls on the end of an interval may take either side
-    assert near.Near(model(), 0.002).allows(body, drawn)
+    for bound in (0.0, 1e-6):
+        allowed = near.Near(model(), bound)
+        assert allowed.allows(body, drawn)
+        for wrong in (other, drawn + "a", drawn[:-1]):
+            assert not allowed.allows(body, wrong)
+
+
+def test_rounding_allows_the_tokens_that_a_number_lies_near() -> None:
+    """Of logits that may be off by 2, any token may be drawn: probabilities by 1 at most."""
+    body = sampled(1, length=1)
+    other = next(
+        text for seed in range(2, 9) if (text := answered(sampled(seed, 1))) != answered(body)
+    )
+    assert not near.Near(model(), 0.0).allows(body, other)
     assert near.Near(model(), 2.0).allows(body, other)
+    least, most = 0.0, 2.0
+    while most - least > 1e-3:  # by as much as the number lies away from the token's interval
+        middle = (least + most) / 2
+        if near.Near(model(), middle).allows(body, other):
+            most = middle
+        else:
+            least = middle
+    assert 0.001 < most < 1.99
 
 
 def test_only_sampled_answers_may_differ_by_rounding(

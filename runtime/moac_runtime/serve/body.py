@@ -18,7 +18,7 @@ async def read_body(request: Request) -> BodyFields:
     kind = request.headers.get("content-type", "application/json").partition(";")[0]
     if kind.strip().lower() != "application/json":
         raise ApiError(415, f"the content type is {kind!r}; send application/json")
-    data = await _read(request)
+    data = await read_bytes(request)
     try:
         found = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -28,8 +28,8 @@ async def read_body(request: Request) -> BodyFields:
     return BodyFields(found)
 
 
-async def _read(request: Request) -> bytes:
-    """All of the body; one that is too long is not read to its end."""
+async def read_bytes(request: Request) -> bytes:
+    """All of the body; one that is too long is not read to its end. Raises ApiError."""
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > MOST_BYTES:
         raise _too_long()
