@@ -157,7 +157,7 @@ def test_a_gguf_file(tmp_path: Path, capsys: Capture) -> None:
     found = told(capsys, tmp_path / "tiny.gguf")
     assert (found["family"], found["dtype"]) == ("qwen3", "float32")
     write_gguf(tmp_path / "tiny.gguf", fields={"llama.expert_count": 4})
-    assert "llama.expert_count = 4 is not served" in not_served(capsys, tmp_path / "tiny.gguf")
+    assert "lacks the field llama.expert_used_count" in not_served(capsys, tmp_path / "tiny.gguf")
 
 
 def test_a_snapshot_of_the_hub_cache(tiny_checkpoint: Make, tmp_path: Path) -> None:
