@@ -5,6 +5,7 @@ Every function takes a `random.Random`; hypothesis and atheris bring ones whose 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from random import Random
@@ -116,7 +117,7 @@ def _instead(rng: Random, value: Any) -> Any:
     others: Sequence[Any] = rng.choice(
         (NUMBERS, FLOATS, TEXTS, [Raw(raw) for raw in RAWS], _PLAIN)
     )
-    return rng.choice(others)
+    return copy.deepcopy(rng.choice(others))  # what is changed next must be no part of these
 
 
 _PLAIN = (None, True, False, [], Pairs(), [[]], [None], [Pairs()], Pairs([["a", 1]]))
@@ -128,7 +129,7 @@ def _drop(rng: Random, document: list[Any], index: int) -> Any:
 
 
 def _twice(rng: Random, document: list[Any], index: int) -> Any:
-    document.insert(rng.randint(0, len(document)), document[index])
+    document.insert(rng.randint(0, len(document)), copy.deepcopy(document[index]))
     return document
 
 

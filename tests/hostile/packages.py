@@ -180,7 +180,7 @@ def run_package(root: Path) -> None:
     show(root)
     load_golden(open_artifact(root))
     model = load(root, backend="torch", threads=1)
-    model.generate([{"role": "user", "content": "hi"}], max_tokens=2, capacity=64)
+    model.generate([[{"role": "user", "content": "hi"}]], max_tokens=2, capacity=64)
     model.generate("hi <|im_end|>", raw=True, max_tokens=1, temperature=1.0, seed=1)
 
 

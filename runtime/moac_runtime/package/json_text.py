@@ -6,6 +6,7 @@ that are infinite once read. Other readers take other things, or fail on them mu
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -57,7 +58,7 @@ def parse_json(data: str | bytes) -> Any:
 
 def _decoded(data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8"

@@ -137,9 +137,10 @@ def _told(process: subprocess.Popen[bytes]) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with suppress(OSError):  # it had not read all
                 stream.close()
+    with suppress(OSError):  # it is another user's by now; without requests it ends by itself
+        process.kill()
+    process.wait()
