@@ -11,6 +11,7 @@ from moac.checkpoint.families import Family, Names, family_of, model_spec
 from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
+from moac.checkpoint.gguf_header import check_header
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
 from moac.checkpoint.library import attention_of, model_of
 from moac.checkpoint.tensors import Shape, expected_tensors
@@ -93,6 +94,7 @@ def open_gguf(path: Path) -> GgufFile:
     """Read the header. Raises CheckpointError for a damaged file or something not served."""
     _check_start(path)
     try:
+        check_header(path)
         reader = _reader(path)
         values = {name: value.contents() for name, value in reader.fields.items()}
         found = {tensor.name: _shape(tensor) for tensor in reader.tensors}

@@ -10,6 +10,7 @@ from typing import Any
 
 from moac.checkpoint.families import Family, gguf_family, parse_config
 from moac.checkpoint.families.options import refuse
+from moac.checkpoint.families.reading import MOST_LAYERS, MOST_SIZE
 from moac.checkpoint.gguf_fields import Fields
 from moac_runtime.errors import CheckpointError
 
@@ -121,6 +122,9 @@ def _size(fields: Fields, name: str, *default: int) -> int:
     size: int = fields.whole(name, *default)
     if size < 1:
         raise fields.wrong(name, "a positive number")
+    most = MOST_LAYERS if name.endswith(".block_count") else MOST_SIZE
+    if size > most:
+        raise fields.wrong(name, f"at most {most}")
     return size
 
 

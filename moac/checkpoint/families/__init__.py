@@ -12,6 +12,7 @@ from typing import Any
 
 from moac.checkpoint.families import options, reading, unserved
 from moac.checkpoint.families.family import Family, Gguf, Names
+from moac_runtime.package.limits import MOST_CONTEXT
 from moac_runtime.package.spec import ModelSpec
 
 __all__ = [
@@ -82,4 +83,7 @@ def model_spec(config: Any) -> ModelSpec:
     family = family_of(config.model_type)
     options.check_config_file(config.to_dict(), family)
     reading.check_sizes(config, family.epsilon)
-    return family.spec(config)
+    spec = family.spec(config)
+    if spec.context > MOST_CONTEXT:
+        raise options.refuse("a context of", spec.context, f"at most {MOST_CONTEXT} tokens")
+    return spec
