@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Scripted:
         self.name, self.ends, self.asked = name, -1, 0
         self.back = asyncio.Event()
 
-    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         self.asked += 1
         for place in range(2):
             if place == self.ends:
@@ -199,7 +199,7 @@ class Mortal(Replica):
 
     left: int | None = None
 
-    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         left = self.left
         async for batch in super().answer(scope, body):
             if left == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from starlette.applications import Starlette
@@ -72,7 +72,7 @@ def build_front(pool: Pool, keys: Sequence[str] = (), *, origins: Sequence[str] 
 class Relay:
     """Sends on what a replica sends, until it ends or the client leaves."""
 
-    def __init__(self, batches: AsyncIterator[list[Message]]) -> None:
+    def __init__(self, batches: AsyncGenerator[list[Message]]) -> None:
         self._batches = batches
         self._streams = False
 

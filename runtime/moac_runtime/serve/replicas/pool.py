@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ class Gone(Exception):
 class Asked(Protocol):
     """A replica as it is asked from another process. Both raise Gone."""
 
-    def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         """As `replica.Replica.answer`."""
 
     async def tell(self) -> Told:
@@ -46,7 +46,7 @@ class Pool:
 
     async def answer(
         self, key: str, scope: dict[str, Any], body: bytes
-    ) -> AsyncIterator[list[Message]]:
+    ) -> AsyncGenerator[list[Message]]:
         """What the best replica for `key` sends; the next best where it ends before it begins.
 
         Raises Gone where it ends later, and ApiError where no replica runs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Replica:
         state = self._opened.thread.state
         return Told(state.running, state.waiting, self._opened.metrics.text())
 
-    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         """What the application sends to a request, as it comes, and a note for the log.
 
         `scope`: the request's, as far as it can be sent. Whoever stops reading ends the answer.
@@ -79,7 +79,10 @@ class Replica:
                 return given.pop()
             return await asyncio.Future()  # the client's leaving cancels the answer as a whole
 
-        answering = asyncio.ensure_future(self._app(asked, receive, sent.put))
+        async def send(message: MutableMapping[str, Any]) -> None:
+            await sent.put(dict(message))
+
+        answering = asyncio.ensure_future(self._app(asked, receive, send))
         answering.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             while batch := await _batch(sent):

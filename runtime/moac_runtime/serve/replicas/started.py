@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ class RayReplica:
     def __init__(self, handle: Any) -> None:
         self._handle, self._stream = handle, handle.options(stream=True)
 
-    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         """What the replica sends; who stops reading has it stop."""
         found = self._stream.answer.remote(scope, body)
         try:
