@@ -133,6 +133,12 @@ template <class T> struct Engine {
     return false;
   }
 
+  // Whether a step's number of tokens chooses the kernel for all of them. Where activations and
+  // weights have 8 bits, a token costs three times as much by `few` as by tiles.
+  bool by_step() const {
+    return sizeof(T) == sizeof(bf16) && model.layers[0].qkv.format == WEIGHTS_INT8;
+  }
+
   // Whether any matrix is of fewer bits than the engine's type.
   bool narrow() const {
     bool any = model.head.format != WEIGHTS_PLAIN;
@@ -218,7 +224,7 @@ template <class T> struct Engine {
 
   // c [m][columns] = a . weights, for columns from `first` on. `whole`: a in whole numbers, where the
   // product takes them. `lone` [m] says by which kernel a row goes, and so in which order it is summed:
-  // that follows from how many tokens its own segment has, whoever else shares the step.
+  // unless `by_step`, that follows from how many tokens its own segment has, whoever shares the step.
   void product(Desk<A> &desk, const A *a, const uint8_t *lone, int64_t m, int64_t depth,
                const Matrix &weights, int64_t first, int64_t columns, float *c,
                const Rounded *whole = nullptr) {
@@ -942,10 +948,10 @@ template <class T> struct Engine {
     for (int64_t i = 0; i < asked.num_segments; i++)
       for (int64_t t = 0; t < asked.segments[i].count; t++, m++)
         segment[m] = i, position[m] = asked.segments[i].start + t,
-        lone[m] = asked.segments[i].count <= FEW_ROWS;
+        lone[m] = (by_step() ? asked.num_tokens : asked.segments[i].count) <= FEW_ROWS;
     for (int64_t i = 0, n; i < asked.num_wanted; i += n) {  // those of a segment stand together
       for (n = 1; i + n < asked.num_wanted && segment[asked.wanted[i + n]] == segment[asked.wanted[i]]; n++) {}
-      memset(wanted_lone + i, n <= FEW_ROWS, n);
+      memset(wanted_lone + i, (by_step() ? asked.num_wanted : n) <= FEW_ROWS, n);
     }
     step = asked;
     plan();
