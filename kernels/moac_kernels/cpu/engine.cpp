@@ -133,8 +133,8 @@ template <class T> struct Engine {
     return false;
   }
 
-  // Whether a step's number of tokens chooses the kernel for all of them. Where activations and
-  // weights have 8 bits, a token costs three times as much by `few` as by tiles.
+  // Whether a step's number of tokens chooses the kernel for all of them: where activations and
+  // weights have 8 bits, a token beside many costs much more by `few` than by tiles.
   bool by_step() const {
     return sizeof(T) == sizeof(bf16) && model.layers[0].qkv.format == WEIGHTS_INT8;
   }
