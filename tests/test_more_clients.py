@@ -1,8 +1,6 @@
 """Clients that the project does not install: LangChain's, and a load generator.
 
-    pip install -c constraints.txt langchain-openai guidellm
-
-brings them; without them these tests are skipped.
+`pip install langchain-openai guidellm` brings them; without them these tests are skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +42,9 @@ def test_langchain_answers_streams_and_reads_json(tiny: Running) -> None:
                      done.stdout, re.MULTILINE)  # fmt: skip
 
 
-def test_guidellm_loads_the_server(tiny: Running, tmp_path: Path) -> None:
+def test_guidellm_loads_the_server(
+    tiny: Running, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     program = shutil.which("guidellm")
     if program is None:
         pytest.skip("needs guidellm")
@@ -56,6 +56,7 @@ def test_guidellm_loads_the_server(tiny: Running, tmp_path: Path) -> None:
         [
             program, "run", "--disable-progress",
             "--backend", f"kind=openai_http,target={tiny.url},model={NAME},max_tokens=12",
+            "--tokenizer", f"kind=huggingface_auto,model={tiny_checkpoint('llama')}",
             "--profile", "kind=concurrent,streams=4",
             "--constraint", "kind=max_requests,count=24",
             "--data", f"kind=json_file,path={prompts}",
