@@ -98,6 +98,14 @@ def test_one_is_killed_and_the_other_goes_on(door: Door) -> None:
     door.until(lambda: door.ask("/health")[1]["replicas"]["running"] == 2, seconds=120)
 
 
+def test_one_that_is_killed_while_idle_holds_nobody_up(door: Door) -> None:
+    os.kill(process_of("0"), signal.SIGKILL)
+    assert door.ask("/health")[0] == 200
+    for place in range(4):
+        assert door.ask(CHAT, asked(f"number {place}", max_tokens=4))[0] == 200
+    door.until(lambda: door.ask("/health")[1]["replicas"]["running"] == 2, seconds=120)
+
+
 def test_a_client_that_leaves_ends_its_sequence_in_the_replica(door: Door) -> None:
     for stream in (True, False):
         connection, _ = begun(door, asked("tell all", max_tokens=1500, stream=stream))

@@ -162,6 +162,24 @@ def test_where_none_runs_a_request_is_refused() -> None:
     asyncio.run(run())
 
 
+def test_one_that_ends_while_idle_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moac_runtime.serve.replicas.pool._LATE_S", 0.01)
+    monkeypatch.setattr("moac_runtime.serve.replicas.pool._LOOK_S", 0.01)
+
+    async def run() -> None:
+        _, pool, home, other = scripted()
+        home.ends = 0  # it tells nothing until it is back
+        watching = asyncio.ensure_future(pool.watch())
+        while len(pool.here) == 2:
+            await asyncio.sleep(0.01)
+        assert (pool.here, home.asked) == ([other.name], 0)
+        assert await said(pool, "key") == [other.name] * 2
+        watching.cancel()
+        pool.close()
+
+    asyncio.run(run())
+
+
 def test_requests_without_a_key_are_spread() -> None:
     async def run() -> None:
         made, pool, _, _ = scripted()

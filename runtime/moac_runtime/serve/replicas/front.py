@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
@@ -54,7 +55,9 @@ def build_front(pool: Pool, keys: Sequence[str] = (), *, origins: Sequence[str] 
 
     @asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(pool.watch())
         yield
+        watching.cancel()
         pool.close()
 
     routes = [

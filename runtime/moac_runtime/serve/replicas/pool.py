@@ -12,6 +12,9 @@ from moac_runtime.serve.replicas.replica import Message, Told
 from moac_runtime.serve.replicas.routing import ranked
 
 _AGAIN_S = 0.5
+_LOOK_S = 1.0
+_LATE_S = 5.0
+"""After which a replica that tells nothing counts as gone until it does."""
 
 
 class Gone(Exception):
@@ -74,6 +77,12 @@ class Pool:
         found = await asyncio.gather(*(self._told(name) for name in names))
         return {name: told for name, told in zip(names, found, strict=True) if told is not None}
 
+    async def watch(self) -> None:
+        """Ask each replica now and then, for ever: one may end while nobody waits for it."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self.tell()
+
     def close(self) -> None:
         """Wait for nobody any more."""
         for task in self._away.values():
@@ -81,8 +90,8 @@ class Pool:
 
     async def _told(self, name: str) -> Told | None:
         try:
-            return await self._replicas[name].tell()
-        except Gone:
+            return await asyncio.wait_for(self._replicas[name].tell(), _LATE_S)
+        except (Gone, TimeoutError):
             self._miss(name)
             return None
 
