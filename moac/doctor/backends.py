@@ -10,7 +10,8 @@ from typing import Any
 from moac.doctor.machine import own_sets
 from moac_runtime.backends.cpu.library import CPU_TARGETS, runnable_sets
 from moac_runtime.backends.open import RUNNABLE, backend_obstacle
-from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED, WITHOUT_CODE
 
 
 def backends() -> dict[str, str | None]:
@@ -27,7 +28,7 @@ def package_backends(path: Path) -> dict[str, Any]:
     Names and sizes of its files are checked, not their hashes. Raises ArtifactError.
     """
     artifact = open_artifact(path, check="sizes")
-    found = {name: _package_obstacle(name, artifact.targets) for name in RUNNABLE}
+    found = {name: _package_obstacle(name, artifact) for name in RUNNABLE}
     chosen = next((name for name, reason in found.items() if reason is None), None)
     return {
         "path": str(path),
@@ -50,7 +51,10 @@ def obstacle(name: str, targets: Sequence[str]) -> str | None:
             return f"what the backend {name} needs cannot be loaded: {reason}"
 
 
-def _package_obstacle(name: str, targets: Sequence[str]) -> str | None:
+def _package_obstacle(name: str, artifact: Artifact) -> str | None:
+    targets = artifact.targets
     if name not in {target.partition(":")[0] for target in targets}:
         return f"the package is not built for it; compile it with --target {name} among others"
+    if not artifact.trusted and name not in WITHOUT_CODE:
+        return f"{UNTRUSTED}; {TRUST_IT}"
     return obstacle(name, targets)

@@ -29,6 +29,8 @@ new option needs another version only where packages use it."""
 class Manifest:
     """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
 
+    `digest`: SHA-256 of all the others, which names the package: it holds those of its files.
+
     `kv_format`: how keys and values are held, `dtype` so far. `weight_formats`: of each kind of
     matrix (see `weight_formats.py`), `dtype`, "int8" or "int4".
     """
@@ -43,6 +45,7 @@ class Manifest:
     files: dict[str, FileRecord]
     provenance: dict[str, Any]
     verification: dict[str, Any]
+    digest: str
 
 
 def manifest_digest(data: Mapping[str, Any]) -> str:
@@ -53,14 +56,21 @@ def manifest_digest(data: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a package. Raises ArtifactError."""
+    """The object in a JSON file. Raises ArtifactError."""
     try:
-        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}), expected a readable file: "
             "check its permissions or copy the package again"
         ) from error
+    return parse_json(content, name)
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """The object that the JSON file `name` of a package holds. Raises ArtifactError."""
+    try:
+        data = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{name} is not JSON ({error}), expected JSON: {REMEDY}") from error
     if not isinstance(data, dict):
@@ -86,6 +96,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
         files=_files(data),
         provenance=_field(data, "provenance", dict[str, Any]),
         verification=_field(data, "verification", dict[str, Any]),
+        digest=_field(data, "digest", str),
     )
 
 

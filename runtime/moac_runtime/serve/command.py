@@ -11,12 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moac_runtime.command import Parser, size_option
+from moac_runtime.command import Parser, add_trust, size_option, trust_of
 from moac_runtime.errors import UsageError
 from moac_runtime.host.extras import EXTRAS, missing
 from moac_runtime.host.process import run_process
 
 if TYPE_CHECKING:
+    from moac_runtime.backends.stranger import Build
     from moac_runtime.engine.engine import Engine
     from moac_runtime.engine.model import Model
     from moac_runtime.serve.served import Served
@@ -25,9 +26,14 @@ _SHORT_OF_MEMORY = "lower --max-kv-bytes or --kept-bytes, or end other programs"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal ends it, and return the exit code (0, 1 or 2)."""
-    return run_process(lambda: _serve(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
+def main(argv: Sequence[str] | None = None, *, build: Build | None = None) -> int:
+    """Serve until a signal ends it, and return the exit code (0, 1, 2 or 3).
+
+    `build`: as of `load`.
+    """
+    return run_process(
+        lambda: _serve(parser().parse_args(argv), build), short_of_memory=_SHORT_OF_MEMORY
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,13 +41,14 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="moac serve",
         description="Serve a package to OpenAI's clients, and a chat page at /.",
-        epilog="Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.",
+        epilog="Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage, 3 not signed as asked.",
         allow_abbrev=False,
     )
     made.add_argument("package", type=Path, metavar="PACKAGE", help="the package directory")
     _add_network(made)
     _add_memory(made)
     _add_running(made)
+    add_trust(made)
     return made
 
 
@@ -112,13 +119,13 @@ def _add_running(made: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace, build: Build | None) -> int:
     for name in EXTRAS["serve"]:
         if find_spec(name) is None:
             raise UsageError(f"this command needs {missing(name, extra='serve')}")
     _check(options)
     keys = _read_keys(options.api_key_file)
-    served = _served(options, keys)
+    served = _served(options, keys, build)
     _tell(served, options)
     return _run(served, options)
 
@@ -145,12 +152,17 @@ def _read_keys(path: Path | None) -> list[str]:
     return lines
 
 
-def _served(options: argparse.Namespace, keys: Sequence[str]) -> Served:
+def _served(options: argparse.Namespace, keys: Sequence[str], build: Build | None) -> Served:
     from moac_runtime.engine.model import load
     from moac_runtime.serve.served import Served
 
     model = load(
-        options.package, backend=options.backend, dtype=options.dtype, threads=options.threads
+        options.package,
+        backend=options.backend,
+        dtype=options.dtype,
+        threads=options.threads,
+        build=build,
+        **trust_of(options),
     )
     if options.context is not None and options.context > model.capacity:
         raise UsageError(
