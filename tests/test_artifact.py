@@ -525,6 +525,15 @@ def test_code_that_is_not_listed_is_refused(package: Path, name: str) -> None:
     refused(package, name, "does not list", "remove the file")
 
 
+@pytest.mark.parametrize("name", ["json", "moac_runtime/json"])
+def test_a_link_to_a_folder_that_is_not_listed_is_refused(package: Path, name: str) -> None:
+    """`python PACKAGE` would import what is in it."""
+    (package.parent / "elsewhere").mkdir()
+    (package.parent / "elsewhere" / "__init__.py").write_text("")
+    (package / name).symlink_to(package.parent / "elsewhere")
+    refused(package, name, "a link to a folder", "lists nothing", "remove the link")
+
+
 # A package that is whole but wrong.
 
 

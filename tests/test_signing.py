@@ -94,6 +94,10 @@ def added_code(package: Path) -> None:
     (package / "moac_runtime" / "__pycache__" / "errors.cpython-311.pyc").write_bytes(b"")
 
 
+def added_link(package: Path) -> None:
+    (package / "notes").symlink_to(package.parent)
+
+
 def taken_out(package: Path) -> None:
     (package / "report.html").unlink()
     resealed(package)
@@ -128,6 +132,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (added, r"NOTES\.txt was added to .* after it was signed, .*: remove it"),
     (added_and_listed, r"NOTES\.txt was added to .* after it was signed, .*: remove it"),
     (added_code, r"__pycache__/errors\.cpython-311\.pyc was added to .* after it was signed"),
+    (added_link, r"notes was added to .* after it was signed"),
     (taken_out, r"report\.html was taken out of .* after it was signed"),
     (gone, r"report\.html is missing"),
     (damaged_signature, r"moac\.sig in .* is no signature by .*mine\.pub of any package"),

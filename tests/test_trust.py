@@ -256,7 +256,7 @@ def test_records_that_others_may_write_do_not_count(records: Path, mode: int) ->
     trust("a" * 64, "a package")
     records.chmod(mode)
     assert not is_trusted("a" * 64)
-    with pytest.raises(MoacError, match="others may write to .*, so what it says is not trusted"):
+    with pytest.raises(MoacError, match=r"others may write to .*, so what it says is not trusted"):
         trust("b" * 64, "another")
     records.chmod(0o700)
     (records / ("a" * 64)).chmod(0o622)
@@ -289,7 +289,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trust_folder() is None
     assert not is_trusted("a" * 64)
     assert trusted_digests() == []
-    with pytest.raises(MoacError, match="has no home folder .*; set XDG_STATE_HOME to a folder"):
+    with pytest.raises(MoacError, match=r"has no home folder .*; set XDG_STATE_HOME to a folder"):
         trust("a" * 64, "a package")
 
 

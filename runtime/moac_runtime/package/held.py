@@ -7,6 +7,7 @@ under the same name, or a file of it, changes nothing for whoever holds it.
 from __future__ import annotations
 
 import os
+import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,13 @@ class HeldFiles:
             subfolders.sort()
             for name in sorted(names):
                 yield Path(folder, name).as_posix()
+
+    def linked_folders(self) -> Iterator[str]:
+        """Every link to a folder below the folder, as a relative name: nobody looks into those."""
+        for folder, subfolders, _, number in os.fwalk(dir_fd=self._folder):
+            for name in sorted(subfolders):
+                if stat.S_ISLNK(os.stat(name, dir_fd=number, follow_symlinks=False).st_mode):
+                    yield Path(folder, name).as_posix()
 
     def _open(self, name: str) -> int:
         return os.open(name, _FLAGS, dir_fd=self._folder)

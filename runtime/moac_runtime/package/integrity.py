@@ -199,6 +199,12 @@ def _refuse_stray_code(held: HeldFiles, files: Mapping[str, FileRecord]) -> None
                 f"{name} is code that {MANIFEST} does not list, expected only listed code in a "
                 "package: remove the file"
             )
+    for link in held.linked_folders():
+        if not any(name.startswith(f"{link}/") for name in files):
+            raise ArtifactError(
+                f"{link} is a link to a folder of which {MANIFEST} lists nothing, expected only "
+                "listed code in a package: remove the link"
+            )
 
 
 def _start(

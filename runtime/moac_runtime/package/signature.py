@@ -73,7 +73,8 @@ class FolderDigests:
 
 def folder_digests(held: HeldFiles, files: Mapping[str, FileRecord]) -> FolderDigests:
     """Every file of a package. `files`: what its manifest lists, which is not hashed again."""
-    digests = {}
+    digests: dict[str, str] = {}
+    digests |= dict.fromkeys(held.linked_folders(), "00")  # which no signature has
     for name in held.names():
         if name in files:
             digests[name] = files[name].sha256
