@@ -493,12 +493,16 @@ def test_bytes_that_are_no_graph_are_one_sentence(
 
 
 def test_graphs_in_each_other_without_end_are_refused() -> None:
-    graph = onnx.GraphProto()
-    for _ in range(80):
-        node = onnx.NodeProto(attribute=[onnx.AttributeProto(name="a", g=graph)])
-        graph = onnx.GraphProto(node=[node])
+    content = b""
+    for field in (0x32, 0x2A, 0x0A) * 30:  # a graph in an attribute in a node, by hand
+        content = bytes([field, *onnx_size(len(content))]) + content
     with pytest.raises(ValueError, match="too deep"):
-        external_files(onnx.ModelProto(graph=graph).SerializeToString())
+        external_files(bytes([0x3A, *onnx_size(len(content))]) + content)
+
+
+def onnx_size(size: int) -> bytes:
+    """As a protobuf message writes it, below 16384."""
+    return bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
 
 
 def test_weights_that_are_exchanged_meanwhile_are_refused(

@@ -13,6 +13,7 @@ import moac.cli.main
 from moac import CompileRequest
 from moac_runtime.package.integrity import MANIFEST, hash_files, package_files
 from moac_runtime.package.manifest import manifest_digest
+from moac_runtime.package.signature import SIGNATURE
 from moac_runtime.package.trust import trust
 
 CONTEXT = 2048
@@ -64,7 +65,7 @@ def resealed(package: Path, **changes: Any) -> str:
     Nobody recorded that one: it is a stranger's package.
     """
     path = package / MANIFEST
-    names = [name for name in package_files(package) if name != MANIFEST]
+    names = [name for name in package_files(package) if name not in (MANIFEST, SIGNATURE)]
     files = {name: asdict(record) for name, record in hash_files(package, names).items()}
     manifest = json.loads(path.read_text(encoding="utf-8")) | {"files": files, **changes}
     manifest["digest"] = manifest_digest(manifest)
@@ -75,7 +76,8 @@ def resealed(package: Path, **changes: Any) -> str:
 def stranger(package: Path, copy: Path) -> Path:
     """A copy of `package` that is whole, and that nobody here compiled."""
     shutil.copytree(package, copy)
-    resealed(copy, provenance={"source": "a stranger"})
+    provenance = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["provenance"]
+    resealed(copy, provenance={**provenance, "source": "a stranger"})
     return copy
 
 

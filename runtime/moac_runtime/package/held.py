@@ -6,6 +6,7 @@ under the same name, or a file of it, changes nothing for whoever holds it.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import weakref
@@ -40,6 +41,11 @@ class HeldFiles:
             if name not in self._held:
                 self._held[name] = self._open(name)
 
+    def release(self, names: Iterable[str]) -> None:
+        """Close files that nobody reads any more."""
+        for name in names:
+            os.close(self._held.pop(name))
+
     @contextmanager
     def opened(self, name: str) -> Iterator[int]:
         """A descriptor of the file, good inside the block; the held one where it is held."""
@@ -55,7 +61,10 @@ class HeldFiles:
     def read(self, name: str) -> bytes:
         """The whole file as it is open, at most as many bytes as it had when that was asked."""
         with self.opened(name) as descriptor:
-            left, parts = os.fstat(descriptor).st_size, list[bytes]()
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "no regular file", str(self.root / name))
+            left, parts = found.st_size, list[bytes]()
             while left > 0 and (part := os.pread(descriptor, left, sum(map(len, parts)))):
                 parts.append(part)
                 left -= len(part)

@@ -44,9 +44,9 @@ class IntegrityCheck:
     """Checks names and sizes at once, then hashes in threads until `result` is asked for.
 
     Hashing releases the interpreter lock, so `import torch` can run beside it. `hashed`: which
-    files are hashed, by how their names begin; "" is all of them. From here on every file that a
-    reader asks for is held open. Raises ArtifactError for a file that is missing, resized, outside
-    the package or not listed.
+    files are hashed, by how their names begin; "" is all of them. From here on every file is held
+    open; once all is well, all but those of the runtime that a package carries. Raises
+    ArtifactError for a file that is missing, resized, outside the package or not listed.
     """
 
     def __init__(
@@ -55,12 +55,11 @@ class IntegrityCheck:
         for name, record in files.items():
             _locate(held.root, name)
             with _explaining(held.root, name):
-                if not name.startswith(_OWN_RUNTIME):
-                    held.hold([name])
+                held.hold([name])
                 with held.opened(name) as descriptor:
                     _check_size(held.root, name, os.fstat(descriptor), record)
         _refuse_stray_code(held, files)
-        self._files = files
+        self._held, self._files = held, files
         self._cancelled = threading.Event()
         named = {name: files[name] for name in files if name.startswith(hashed)}
         self._digests = _start(held, named, self._cancelled)
@@ -72,6 +71,7 @@ class IntegrityCheck:
                 _check_digest(name, digest, self._files[name])
         finally:
             self.cancel()
+        self._held.release(name for name in self._files if name.startswith(_OWN_RUNTIME))
 
     def cancel(self) -> None:
         """End the hashing, whatever is done of it."""

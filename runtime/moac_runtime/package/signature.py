@@ -24,6 +24,7 @@ from moac_runtime.package.integrity import MANIFEST, FileRecord, sha256
 SIGNATURE = "moac.sig"
 CURVES = "P-256, P-384 or P-521"
 
+_ALTERED = r"Hash mismatch for \\*'(.+?)\\*': Expected"
 _OTHER = "get the package again from whoever signed it"
 _FILES = {
     "method": "files",
@@ -76,9 +77,11 @@ def folder_digests(held: HeldFiles, files: Mapping[str, FileRecord]) -> FolderDi
     digests: dict[str, str] = {}
     digests |= dict.fromkeys(held.linked_folders(), "00")  # which no signature has
     for name in held.names():
+        if name == SIGNATURE:
+            continue
         if name in files:
             digests[name] = files[name].sha256
-        elif name != SIGNATURE:
+        else:
             with held.opened(name) as descriptor:
                 digests[name] = sha256(descriptor)
     return FolderDigests(held.root.resolve().name, digests)
@@ -144,7 +147,8 @@ def _reason(root: Path, key: Path, found: FolderDigests, error: Exception) -> st
         )
     if found.left_out:
         return f"{found.left_out[0]} was taken out of {root} after it was signed: {_OTHER}"
-    if altered := re.findall("Hash mismatch for '([^']*)'", str(error)):
+    if "Signature mismatch" in str(error):
+        altered = re.findall(_ALTERED, str(error))  # quotes in a digest have the others escaped
         named = next((name for name in altered if name != MANIFEST), MANIFEST)
         return f"{named} in {root} was altered after it was signed: {_OTHER}"
     return f"{SIGNATURE} in {root} is no signature by {key} of any package: {_OTHER}"
