@@ -25,7 +25,8 @@ from moac_runtime.package.integrity import (
     IntegrityCheck,
     inside,
 )
-from moac_runtime.package.manifest import Manifest, parse_json, parse_manifest
+from moac_runtime.package.json_text import MOST_BYTES
+from moac_runtime.package.manifest import Manifest, json_object, parse_manifest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.signature import check_signature
 from moac_runtime.package.spec import ModelSpec
@@ -37,6 +38,7 @@ WEIGHT_INDEX = "weights/model.safetensors.index.json"
 
 CheckLevel = Literal["full", "sizes"]
 _HASHED: dict[CheckLevel, tuple[str, ...]] = {"full": ("",), "sizes": CODE}
+_JSON_BYTES = MOST_BYTES + 1  # so that a longer text is told from the longest
 _TRIES = 5  # at a package that is exchanged while it is being opened
 
 
@@ -90,7 +92,8 @@ class Artifact:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a listed JSON file. Raises ArtifactError."""
-        return parse_json(self.read(name), name)
+        self._require(name)
+        return json_object(self.held.read(name, _JSON_BYTES), name)
 
     def path(self, name: str) -> Path:
         """A path of the listed file that was checked, as long as this object is there.
@@ -167,7 +170,7 @@ class Opening:
         return Artifact(
             root=self._held.root,
             spec=manifest.model,
-            plan=_parse_plan(self._held.read(PLAN), manifest.model),
+            plan=_parse_plan(self._held.read(PLAN, _JSON_BYTES), manifest.model),
             dtype=manifest.dtype,
             kv_format=manifest.kv_format,
             weight_formats=manifest.weight_formats,
@@ -272,7 +275,7 @@ def _hold(root: Path) -> HeldFiles:
 def _read_manifest(held: HeldFiles) -> dict[str, Any]:
     try:
         held.hold([MANIFEST])
-        return parse_json(held.read(MANIFEST), MANIFEST)
+        return json_object(held.read(MANIFEST, _JSON_BYTES), MANIFEST)
     except OSError as error:
         raise _unreadable(held.root / MANIFEST, error) from error
 
@@ -285,7 +288,7 @@ def _unreadable(path: Path, error: OSError) -> ArtifactError:
 
 
 def _parse_plan(content: bytes, spec: ModelSpec) -> Plan:
-    data = parse_json(content, PLAN)
+    data = json_object(content, PLAN)
     try:
         plan = Plan.from_json(data)
     except (KeyError, TypeError, ValueError) as error:

@@ -58,13 +58,14 @@ class HeldFiles:
         finally:
             os.close(descriptor)
 
-    def read(self, name: str) -> bytes:
-        """The whole file as it is open, at most as many bytes as it had when that was asked."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """The file as it is open: the bytes that it has now, however it grows, or the first `most`."""
         with self.opened(name) as descriptor:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EINVAL, "no regular file", str(self.root / name))
-            left, parts = found.st_size, list[bytes]()
+            left = found.st_size if most is None else min(found.st_size, most)
+            parts = list[bytes]()
             while left > 0 and (part := os.pread(descriptor, left, sum(map(len, parts)))):
                 parts.append(part)
                 left -= len(part)

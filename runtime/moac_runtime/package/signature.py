@@ -20,6 +20,7 @@ from moac_runtime.errors import CheckFailed, UsageError
 from moac_runtime.host.extras import missing
 from moac_runtime.package.held import HeldFiles
 from moac_runtime.package.integrity import MANIFEST, FileRecord, sha256
+from moac_runtime.package.json_text import MOST_BYTES
 
 SIGNATURE = "moac.sig"
 CURVES = "P-256, P-384 or P-521"
@@ -124,7 +125,7 @@ def _verifier(key: Path) -> Any:
 
 def _read_signature(held: HeldFiles, key: Path) -> bytes:
     try:
-        return held.read(SIGNATURE)
+        return held.read(SIGNATURE, MOST_BYTES)
     except FileNotFoundError:
         raise CheckFailed(
             f"{held.root} is not signed (it holds no {SIGNATURE}), expected a signature by "

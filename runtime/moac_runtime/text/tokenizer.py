@@ -12,7 +12,7 @@ import tokenizers
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.integrity import REMEDY
-from moac_runtime.package.manifest import parse_json
+from moac_runtime.package.manifest import json_object
 from moac_runtime.text.control import ControlTokens
 from moac_runtime.text.messages import Message, plain_messages, text_of
 from moac_runtime.text.template import ChatTemplate
@@ -140,7 +140,7 @@ class Tokenizer:
             self.backend,
             ends=self.eos_token_ids,
             named=frozenset(self.special_tokens.values()),
-            written=self._template().literals(),
+            written=self._template().literals,
         )
 
     def _hidden_tokens(self) -> dict[int, str]:
@@ -157,7 +157,7 @@ class Tokenizer:
 
 
 def _parse_settings(content: bytes) -> dict[str, Any]:
-    settings = parse_json(content, GENERATION)
+    settings = json_object(content, GENERATION)
     tokens = settings.get("eos_token_ids")
     if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
         raise ArtifactError(
