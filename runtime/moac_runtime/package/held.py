@@ -59,7 +59,7 @@ class HeldFiles:
             os.close(descriptor)
 
     def read(self, name: str, most: int | None = None) -> bytes:
-        """The file as it is open: the bytes that it has now, however it grows, or the first `most`."""
+        """The file as it is open, at most as many bytes as it has now, or `most` of them."""
         with self.opened(name) as descriptor:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
