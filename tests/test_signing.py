@@ -99,6 +99,14 @@ def added_link(package: Path) -> None:
     (package / "notes").symlink_to(package.parent)
 
 
+def added_pipe(package: Path) -> None:
+    os.mkfifo(package / "notes")
+
+
+def added_link_to_nothing(package: Path) -> None:
+    (package / "notes").symlink_to("nothing")
+
+
 def taken_out(package: Path) -> None:
     (package / "report.html").unlink()
     resealed(package)
@@ -114,6 +122,11 @@ def unsigned(package: Path) -> None:
 
 def damaged_signature(package: Path) -> None:
     (package / SIGNATURE).write_text("{}")
+
+
+def endless_signature(package: Path) -> None:
+    """More than memory holds, on a disk that stores none of it."""
+    os.truncate(package / SIGNATURE, 2**40)
 
 
 def forged_signature(package: Path) -> None:
@@ -134,9 +147,12 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (added_and_listed, r"NOTES\.txt was added to .* after it was signed, .*: remove it"),
     (added_code, r"__pycache__/errors\.cpython-311\.pyc was added to .* after it was signed"),
     (added_link, r"notes was added to .* after it was signed"),
+    (added_pipe, r"notes was added to .* after it was signed"),
+    (added_link_to_nothing, r"notes was added to .* after it was signed"),
     (taken_out, r"report\.html was taken out of .* after it was signed"),
     (gone, r"report\.html was taken out of .* after it was signed"),
     (damaged_signature, r"moac\.sig in .* is no signature by .*mine\.pub of any package"),
+    (endless_signature, r"moac\.sig in .* is no signature by .*mine\.pub of any package"),
     (forged_signature, r"moac\.sig in .* is no signature by .*mine\.pub of any package"),
 ]
 
@@ -237,6 +253,16 @@ def test_a_damaged_package_is_not_signed(signed: Path, keys: Path, capsys: Captu
     assert (signed / SIGNATURE).read_bytes() == before
 
 
+@pytest.mark.parametrize("fault", [added_pipe, added_link_to_nothing])
+def test_what_cannot_be_read_is_not_signed(
+    fault: Callable[[Path], None], signed: Path, keys: Path, capsys: Capture
+) -> None:
+    fault(signed)
+    assert moac_command("sign", signed, "--key", keys / "mine.key") == 1
+    assert "notes in " in (told := capsys.readouterr().err)
+    assert "is no file that can be read, so it cannot be signed; remove it" in told
+
+
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda c: c.name)
 def test_other_curves(curve: ec.EllipticCurve, signed: Path, tmp_path: Path) -> None:
     key = make_key(tmp_path, "large", curve)
@@ -275,7 +301,8 @@ def test_what_is_no_private_key_is_a_sentence(
 ) -> None:
     assert moac_command("sign", signed, "--key", no_keys(tmp_path)[kind]) == 2
     sentence = "cannot be read" if kind == "gone" else "is no private key in PEM on P-256"
-    assert sentence in capsys.readouterr().err
+    assert sentence in (told := capsys.readouterr().err)
+    assert kind == "gone" or told.endswith(" -out KEY\n")  # never over the file that was given
 
 
 @pytest.mark.parametrize("kind", ["gone", "text", "private", "curve"])

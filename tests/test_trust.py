@@ -350,6 +350,35 @@ def test_python_package_takes_no_options_of_trust(tiny_package: Compiled) -> Non
     assert main(["--prompt", "hi", "--trust"], package=tiny_package.package) == 2
 
 
+@needs_compiler
+@needs_avx2
+def test_doctor_says_what_run_would_take(
+    cpu_package: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = stranger(cpu_package, tmp_path / "out")
+    assert moac_command("doctor", package) == 0
+    assert ", by kernels built here since its own are not trusted, in" in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert moac_command("doctor", package) == 0
+    told = capsys.readouterr().out
+    assert f"{package} runs with torch in" in told
+    assert f"{UNTRUSTED}, so none of its code runs, and CXX names 'no-such-compiler'" in told
+
+
+def test_verify_says_what_it_did_not_check(
+    cpu_package: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    package = stranger(cpu_package, tmp_path / "out")
+    assert moac_command("verify", package) == 0
+    out, err = capsys.readouterr()
+    assert " cpu " not in out
+    assert "so none of its code runs, and cpu:avx2 is not checked; if you trust whoever" in err
+    assert moac_command("verify", package, "--trust") == 0
+    out, err = capsys.readouterr()
+    assert " cpu avx2 " in out
+    assert "not checked" not in err
+
+
 def test_bench_refuses_a_stranger_s_kernels(
     cpu_package: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -34,8 +34,9 @@ def package_backends(path: Path) -> dict[str, Any]:
         "path": str(path),
         "targets": list(artifact.targets),
         "dtype": artifact.dtype,
+        "trusted": artifact.trusted,
         "backend": chosen,
-        "kernels": runnable_sets(artifact.targets)[0] if chosen == "cpu" else None,
+        "kernels": runnable_sets(_cpu_targets(artifact))[0] if chosen == "cpu" else None,
         "backends": found,
     }
 
@@ -55,6 +56,24 @@ def _package_obstacle(name: str, artifact: Artifact) -> str | None:
     targets = artifact.targets
     if name not in {target.partition(":")[0] for target in targets}:
         return f"the package is not built for it; compile it with --target {name} among others"
-    if not artifact.trusted and name not in WITHOUT_CODE:
-        return f"{UNTRUSTED}; {TRUST_IT}"
-    return obstacle(name, targets)
+    if artifact.trusted or name in WITHOUT_CODE:
+        return obstacle(name, targets)
+    if name == "cpu" and (reason := _unbuilt(artifact)) is None:
+        return None
+    because = f", and {reason}" if name == "cpu" else ""
+    return f"{UNTRUSTED}{because}; {TRUST_IT}"
+
+
+def _cpu_targets(artifact: Artifact) -> Sequence[str]:
+    """What of the backend cpu runs the package: its own kernels, or those that are built here."""
+    return artifact.targets if artifact.trusted else CPU_TARGETS
+
+
+def _unbuilt(artifact: Artifact) -> str | None:
+    """Why a package whose code must not run gets no kernels that are built here."""
+    from moac.packaging.cpu_kernels import cpu_obstacle  # which needs what doctor does without
+
+    sets = runnable_sets(CPU_TARGETS)
+    if not sets:
+        return f"this processor runs none of {', '.join(own_sets())}"
+    return cpu_obstacle(artifact.spec, artifact.dtype, sets[:1])

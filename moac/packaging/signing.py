@@ -15,8 +15,8 @@ def sign(package: Path, key: Path, password: bytes | None = None) -> None:
     """Write `moac.sig` over every file of a whole package, in the place of one that is there.
 
     `key`: a private key in PEM; `password`: where it is encrypted. Raises ArtifactError for a
-    package that is not whole, UsageError for a key that is none, and MoacError where the package
-    cannot be written.
+    package that is not whole, UsageError for a key that is none, and MoacError where a file
+    cannot be read or the signature not be written.
     """
     require_signing()
     from model_signing import signing
@@ -28,7 +28,13 @@ def sign(package: Path, key: Path, password: bytes | None = None) -> None:
     except Exception as error:  # ValueError, TypeError, or of another kind of key
         raise UsageError(_no_key(key, error)) from error
     artifact = open_artifact(package)
-    signer.set_hashing_config(folder_digests(artifact.held, artifact.files))
+    found = folder_digests(artifact.held, artifact.files)
+    if found.unread is not None:
+        raise MoacError(
+            f"{found.unread} in {package} is no file that can be read, so it cannot be signed; "
+            "remove it, or sign a copy in which links are followed (cp -rL)"
+        )
+    signer.set_hashing_config(found)
     with TemporaryDirectory(prefix="moac-") as folder:
         written = Path(folder, SIGNATURE)
         signer.sign(package, written)
@@ -55,5 +61,5 @@ def _no_key(key: Path, error: Exception) -> str:
         return f"{key} is encrypted and this password does not open it; give the right one"
     return (
         f"{key} is no private key in PEM on {CURVES}; make one: "
-        f"openssl ecparam -name prime256v1 -genkey -noout -out {key}"
+        f"openssl ecparam -name prime256v1 -genkey -noout -out KEY"
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moac.origin import check_source
+from moac.progress.progress import notes
 from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.backends.cpu.opening import open_cpu
 from moac_runtime.backends.cuda.opening import device_obstacle
@@ -21,6 +22,7 @@ from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 from moac_runtime.package.weights import packed_weights
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ def verify(
     if checkpoint is not None:
         check_source(artifact, checkpoint)
     yield Check("damaged files", True, 0, 0)
+    if unchecked := [target for target in artifact.targets if target not in artifact.runs]:
+        notes([f"{UNTRUSTED}, and {', '.join(unchecked)} is not checked; {TRUST_IT}"])
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
         del runner  # before the next is opened: each holds the weights

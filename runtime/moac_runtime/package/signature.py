@@ -7,7 +7,9 @@ compared by what the manifest says of it, since that is what `integrity.py` hold
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -25,6 +27,7 @@ from moac_runtime.package.json_text import MOST_BYTES
 SIGNATURE = "moac.sig"
 CURVES = "P-256, P-384 or P-521"
 
+_UNREAD = "00"  # a digest that nothing has
 _ALTERED = r"Hash mismatch for \\*'(.+?)\\*': Expected"
 _OTHER = "get the package again from whoever signed it"
 _FILES = {
@@ -54,6 +57,11 @@ class FolderDigests:
         self.added: list[str] = []
         self.left_out: list[str] = []
 
+    @property
+    def unread(self) -> str | None:
+        """The first name that nothing can be read under, if there is one."""
+        return next((name for name in self._digests if self._digests[name] == _UNREAD), None)
+
     def hash(self, model_path: Path, *, files_to_hash: Any = None) -> Any:
         """The library's manifest of it. `files_to_hash`: paths of the names that are signed."""
         from model_signing import manifest
@@ -75,17 +83,21 @@ class FolderDigests:
 
 def folder_digests(held: HeldFiles, files: Mapping[str, FileRecord]) -> FolderDigests:
     """Every file of a package. `files`: what its manifest lists, which is not hashed again."""
-    digests: dict[str, str] = {}
-    digests |= dict.fromkeys(held.linked_folders(), "00")  # which no signature has
+    digests = dict.fromkeys(held.linked_folders(), _UNREAD)
     for name in held.names():
-        if name == SIGNATURE:
-            continue
-        if name in files:
-            digests[name] = files[name].sha256
-        else:
-            with held.opened(name) as descriptor:
-                digests[name] = sha256(descriptor)
+        if name != SIGNATURE:
+            digests[name] = files[name].sha256 if name in files else _digest(held, name)
     return FolderDigests(held.root.resolve().name, digests)
+
+
+def _digest(held: HeldFiles, name: str) -> str:
+    """Of a file that no manifest lists."""
+    try:
+        with held.opened(name) as descriptor:
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return sha256(descriptor) if regular else _UNREAD
+    except OSError:  # a link that leads nowhere, a socket, another user's file
+        return _UNREAD
 
 
 def check_signature(held: HeldFiles, files: Mapping[str, FileRecord], key: Path) -> None:
