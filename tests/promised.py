@@ -74,7 +74,14 @@ def write_schema_3(folder: Path) -> None:
         "capacity": CAPACITY,
         "head_order": [[1, 0], [0, 1]],
         "targets": ["torch"],
-        "provenance": {"source": "by hand"},
+        "provenance": {
+            "source": "by hand",
+            "revision": None,
+            "identity": "0" * 64,
+            "created": "2026-01-01T00:00:00+00:00",
+            "device": "cpu",
+            "versions": {"moac": "0.1.0"},
+        },
         "verification": {"limits": {}},
     }
     plan = {
@@ -83,8 +90,25 @@ def write_schema_3(folder: Path) -> None:
         "block": 4,
         "min_span": 8,
         "windows": [None, 24],
+        **_record_3(),
     }
     _write(folder, manifest, plan, _tensors())
+
+
+def _record_3() -> dict[str, Any]:
+    """How the rules were found: no reader of packages needs it, and `inspect` and `diff` show it."""
+    losses = {"documents": 1.0, "retrieval": 0.5, "text": 3.0}
+    measured = [{"plan": name, "loss": 1.5, "losses": losses} for name in ("plan 1", "dense")]
+    return {
+        "budget": 0.75,
+        "lengths": [32, 48],
+        "extrapolated": CAPACITY,
+        "unseen": 40,
+        "rules_per_layer": None,
+        "chosen": "plan 1",
+        "front": [{"plan": "plan 1", "chosen": True, "losses": {"32": 0.1, "48": 0.2}}],
+        "measured_loss": measured,
+    }
 
 
 PROMISED: dict[int, Callable[[Path], None]] = {3: write_schema_3}
@@ -138,7 +162,7 @@ def _write(
     (folder / "tokenizer" / "generation.json").write_text(json.dumps(settings))
     _write_golden(folder, manifest, plan)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    manifest["files"] = {name: _record(folder / name) for name in names}
+    manifest["files"] = {name: _listed(folder / name) for name in names}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / "moac.json").write_text(json.dumps(manifest))
@@ -173,6 +197,6 @@ def _tokenizer() -> dict[str, Any]:
     }
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _listed(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
