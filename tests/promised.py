@@ -96,7 +96,7 @@ def write_schema_3(folder: Path) -> None:
 
 
 def _record_3() -> dict[str, Any]:
-    """How the rules were found: no reader of packages needs it, and `inspect` and `diff` show it."""
+    """How the rules were found: only `inspect` and `diff` read it."""
     losses = {"documents": 1.0, "retrieval": 0.5, "text": 3.0}
     measured = [{"plan": name, "loss": 1.5, "losses": losses} for name in ("plan 1", "dense")]
     return {

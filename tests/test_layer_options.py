@@ -208,7 +208,7 @@ def graph_session(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> 
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
     return open_graph(
         OnnxGraph(
-            (folder / ONNX_MODEL).read_bytes(), layout, spec.ropes[0], folder=folder, threads=1
+            (folder / ONNX_MODEL).read_bytes(), layout, spec.ropes, folder=folder, threads=1
         ),
         capacity=LENGTH,
     )

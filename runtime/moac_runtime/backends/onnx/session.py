@@ -17,9 +17,9 @@ import onnxruntime
 
 from moac_runtime.backends.feeding import check_growth, check_sizes, num_wanted, wanted_of
 from moac_runtime.backends.fixed import FixedRow, FixedRows
-from moac_runtime.backends.layout import packed_spans, rope_frequencies
+from moac_runtime.backends.layout import packed_spans, rope_tables
 from moac_runtime.backends.onnx.external import external_files
-from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout
+from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout, frequency_inputs
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import default_threads
@@ -44,21 +44,21 @@ class OnnxGraph:
     """A package's graph opened by onnxruntime on the CPU; it holds weights and no state.
 
     `model`: the graph itself; `folder`: where the files that it names for its weights are.
-    `threads`: None is every core this process may use. Raises ArtifactError where it refuses
-    them.
+    `ropes`: the model's rotary tables. `threads`: None is every core this process may use.
+    Raises ArtifactError where it refuses them.
     """
 
     def __init__(
         self,
         model: bytes,
         layout: OnnxLayout,
-        rope: RopeSpec,
+        ropes: Sequence[RopeSpec],
         *,
         folder: Path,
         threads: int | None = None,
     ) -> None:
         self.layout = layout
-        self.rope = rope
+        self.ropes = ropes
         self.dtype: Any = np.dtype(layout.dtype)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -116,11 +116,12 @@ def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    (rope,) = artifact.spec.ropes
     model = artifact.read(layout.model)
     weights = _weight_files(artifact, layout.model, model)
     # through the folder that is held, so that another one under its path is not looked into
-    graph = OnnxGraph(model, layout, rope, folder=artifact.held.folder, threads=threads)
+    graph = OnnxGraph(
+        model, layout, artifact.spec.ropes, folder=artifact.held.folder, threads=threads
+    )
     for name in weights:
         if not artifact.held.unchanged(name):
             raise ArtifactError(
@@ -168,7 +169,7 @@ class OnnxSession(FixedRows):
         self._graph, self._plan, self._head_order = graph, plan, head_order
         self._chunk = chunk
         self._spans: list[HeadSpan] = []
-        self._frequencies: Array
+        self._frequencies: dict[str, Array] = {}
         self._caches: dict[str, Array] = {}
         self._decoding: dict[tuple[int, int], _Step] = {}  # by first place and number of rows
 
@@ -230,8 +231,12 @@ class OnnxSession(FixedRows):
     def _begin(self, rows: list[FixedRow]) -> None:
         capacity, layout = rows[0].capacity, self._graph.layout
         self._spans = self._spans_at(capacity)
-        frequencies = rope_frequencies(self._graph.rope, layout.head_dim, capacity)
-        self._frequencies = np.array(frequencies, dtype=np.float32)
+        tables = rope_tables(self._graph.ropes, layout.head_dim, capacity)
+        inputs = frequency_inputs(len(tables))
+        self._frequencies = {
+            name: np.array(table, dtype=np.float32)
+            for name, table in zip(inputs, tables, strict=True)
+        }
         self._caches = dict(self._new_caches(len(rows)))
         for row in rows:
             for name, part in (row.content or {}).items():
@@ -333,7 +338,7 @@ class _Step:
         graph: OnnxGraph,
         caches: dict[str, Array],
         sinks: Array,
-        frequencies: Array,
+        frequencies: dict[str, Array],
         wanted: Array,
         count: int,
     ) -> None:
@@ -348,8 +353,8 @@ class _Step:
             "past_lengths": self._past,
             "counts": np.full(rows, count, dtype=np.int64),
             "wanted": wanted,
-            "inv_freq": frequencies,
             "sinks": sinks,
+            **frequencies,
         }
         for name, array in self._inputs.items():
             self._binding.bind_ortvalue_input(name, _value(array))
