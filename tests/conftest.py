@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Tests load nothing from a hub; set before the libraries read it.
@@ -21,6 +22,9 @@ from families import save_checkpoint, tiny_model
 from tiny import CONTEXT, Compiled, request
 
 torch.set_num_threads(1)
+# Packages that tests compile are trusted by tests alone.
+_STATE = TemporaryDirectory(prefix="moac-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 
 
 @pytest.fixture(scope="session")

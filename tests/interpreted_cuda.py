@@ -25,7 +25,7 @@ from moac.checkpoint.families import model_spec
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.kernels import require_kernels
 from moac_kernels.uncompiled import write_uncompiled
-from moac_runtime.backends.cuda.binaries import Binary
+from moac_runtime.backends.cuda.binaries import Binary, reading
 from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.cuda.source import SourceKernels, load_source
@@ -75,5 +75,5 @@ def _kernels(spec: ModelSpec, plan: Plan) -> tuple[SourceKernels, Any]:
     root = Path(mkdtemp())
     made = write_uncompiled(root / "kernels", require_kernels(spec, plan, "float32"), block=16)
     described = {built.name: Binary.from_json(asdict(built)) for built in made}
-    kernels = SourceKernels(root, described, programs=PROGRAMS)
-    return kernels, load_source(root / "kernels" / "tables.py")
+    kernels = SourceKernels(reading(root), described, programs=PROGRAMS)
+    return kernels, load_source(reading(root), "kernels/tables.py")

@@ -453,6 +453,15 @@ def test_a_manifest_that_is_no_json_object_is_refused(package: Path, text: str) 
     refused(package, "moac.json", "expected", "JSON")
 
 
+@pytest.mark.parametrize("name", ["moac.json", WEIGHT_INDEX])
+def test_json_is_read_no_further_than_it_is_parsed(package: Path, name: str) -> None:
+    """More than memory holds, on a disk that stores none of it."""
+    held = open_artifact(package)
+    os.truncate(package / name, 2**40)
+    with pytest.raises(ArtifactError, match=rf"{name} is not JSON \(it has more than 16 MiB\)"):
+        open_artifact(package) if name == "moac.json" else held.json(name)
+
+
 def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_text("")
@@ -523,6 +532,15 @@ def test_code_that_is_not_listed_is_refused(package: Path, name: str) -> None:
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_text("")
     refused(package, name, "does not list", "remove the file")
+
+
+@pytest.mark.parametrize("name", ["json", "moac_runtime/json"])
+def test_a_link_to_a_folder_that_is_not_listed_is_refused(package: Path, name: str) -> None:
+    """`python PACKAGE` would import what is in it."""
+    (package.parent / "elsewhere").mkdir()
+    (package.parent / "elsewhere" / "__init__.py").write_text("")
+    (package / name).symlink_to(package.parent / "elsewhere")
+    refused(package, name, "a link to a folder", "lists nothing", "remove the link")
 
 
 # A package that is whole but wrong.

@@ -278,7 +278,7 @@ def instructions(word: str) -> list[str]:
 
 
 def test_the_image_runs_a_package_as_nobody_in_particular() -> None:
-    assert json.loads(instructions("ENTRYPOINT")[0])[1:] == ["run", "/package"]
+    assert json.loads(instructions("ENTRYPOINT")[0])[1:] == ["run", "/package", "--trust"]
     assert json.loads(instructions("ENTRYPOINT")[0])[0].endswith("/bin/moac")
     (user,) = instructions("USER")
     assert int(user.partition(":")[0]) > 0

@@ -134,6 +134,12 @@ def test_a_sentencepiece_model_alone(
         assert ours.encode(text, add_special_tokens=False).ids == own.encode(text)
 
 
+def packaged_tokenizer(folder: Path) -> PackagedTokenizer:
+    """What a package whose tokenizer is in this folder answers with."""
+    files = (folder / name for name in ("tokenizer.json", "generation.json"))
+    return PackagedTokenizer.parsed(*(file.read_bytes() for file in files), None)
+
+
 def test_a_sentencepiece_checkpoint_compiles_and_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,9 +148,7 @@ def test_a_sentencepiece_checkpoint_compiles_and_answers(
     assert moac_command("compile", folder, "-o", out, *options(), "--work-dir", work) == 0
     capsys.readouterr()
     assert moac_command("run", out, "--prompt", "What is the key?", "--max-tokens", 4) == 0
-    read = PackagedTokenizer.read(
-        out / "tokenizer" / "tokenizer.json", out / "tokenizer" / "generation.json", None
-    )
+    read = packaged_tokenizer(out / "tokenizer")
     theirs = AutoTokenizer.from_pretrained(folder)
     assert read.encode("The key.", special=True) == theirs("The key.")["input_ids"]
 
@@ -401,9 +405,7 @@ def test_rows_of_the_embedding_without_a_token(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.notes == ()
     checkpoint.save_tokenizer(tmp_path / "t")
-    read = PackagedTokenizer.read(
-        tmp_path / "t" / "tokenizer.json", tmp_path / "t" / "generation.json", None
-    )
+    read = packaged_tokenizer(tmp_path / "t")
     ids = [*read.encode("key", special=False), VOCAB + 7]
     assert read.decode(ids) == "key"
     stream = TextStream(read.decode)

@@ -157,12 +157,9 @@ def packaged(checkpoint: Path) -> Pair:
     config = SimpleNamespace(
         vocab_size=len(library), eos_token_id=None, bos_token_id=None, pad_token_id=None
     )
-    with TemporaryDirectory() as folder:
-        for name, content in tokenizer_files(library, config, {}).items():
-            Path(folder, name).write_text(content, encoding="utf-8")
-        ours = Tokenizer.read(
-            Path(folder, "tokenizer.json"), Path(folder, "generation.json"), None
-        )
+    files = tokenizer_files(library, config, {})
+    contents = (files[name].encode() for name in ("tokenizer.json", "generation.json"))
+    ours = Tokenizer.parsed(*contents, None)
     return Pair(library, ours)
 
 

@@ -355,8 +355,8 @@ def test_the_onnx_backend_takes_the_quota(
         found.append(options.intra_op_num_threads)
 
     monkeypatch.setattr(runtime, "InferenceSession", open_session)
-    layout: Any = SimpleNamespace(dtype="float32", opset=1)
-    OnnxGraph(Path("model.onnx"), layout, Any, threads=asked)
+    layout: Any = SimpleNamespace(dtype="float32", opset=1, model="model.onnx")
+    OnnxGraph(b"", layout, Any, folder=Path(), threads=asked)
     assert found == [threads]
 
 

@@ -14,14 +14,21 @@ from typing import Any
 
 import independent_reader
 import pytest
+import torch
 from families import FAMILIES
 from jsonschema import Draft202012Validator
-from tiny import Compiled, request
+from promised import PROMISED
+from tiny import Compiled, moac_command, request
 
 from moac import compile_model
+from moac_runtime import load
+from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.session import Feed
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
-from moac_runtime.package.manifest import manifest_digest, parse_manifest
+from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.golden import load_golden
+from moac_runtime.package.manifest import SCHEMA_VERSION, manifest_digest, parse_manifest
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +110,60 @@ def test_the_runtime_refuses_what_the_schema_refuses(place: str, tiny_package: C
             assert not _is_read(data), f"{place}: {told} is read, and the schema refuses it"
             refused += 1
     assert refused >= 5
+
+
+# What is promised.
+
+
+@pytest.fixture(params=sorted(PROMISED))
+def promised(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A package as a version that is promised wrote it."""
+    PROMISED[request.param](tmp_path / "promised")
+    return tmp_path / "promised"
+
+
+def test_every_schema_since_the_first_that_is_promised_is_tried() -> None:
+    assert sorted(PROMISED) == list(range(3, SCHEMA_VERSION + 1))
+    assert f"`schema_version` is {SCHEMA_VERSION}" in PAGE
+
+
+def test_a_promised_schema_is_read_and_computed(promised: Path) -> None:
+    artifact = open_artifact(promised)
+    backend = open_backend(artifact, "torch")
+    for prompt in load_golden(artifact):
+        session = backend.session()
+        row = session.admit(prompt.capacity)
+        found = session.step([Feed(row, prompt.tokens.tolist(), prompt.positions.tolist())])
+        assert float((torch.as_tensor(found) - prompt.logits).abs().max()) < LIMIT
+    model = load(promised, backend="torch")
+    (answer,) = model.generate("t3 t5 t8", raw=True, max_tokens=3, temperature=0)
+    assert len(answer.token_ids) in (1, 2, 3)
+
+
+def test_the_schemas_hold_for_it(promised: Path) -> None:
+    for name in ("moac", "plan"):
+        validator(f"{name}.schema.json").validate(
+            json.loads((promised / f"{name}.json").read_bytes())
+        )
+
+
+def test_inspect_and_diff_read_it(promised: Path) -> None:
+    assert moac_command("inspect", promised) == 0
+    assert moac_command("inspect", promised, "--json") == 0
+    assert moac_command("diff", promised, promised) == 0
+
+
+@pytest.mark.parametrize("version", range(1, min(PROMISED)))
+@pytest.mark.parametrize("command", [("inspect",), ("run", "--prompt", "hi"), ("verify",)])
+def test_an_older_one_is_refused_with_how_to_compile_it_again(
+    version: int, command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PROMISED[min(PROMISED)](tmp_path / "old")
+    path = tmp_path / "old" / "moac.json"
+    older = {"schema_version": version, "minimum_reader": version}
+    path.write_text(json.dumps(json.loads(path.read_text()) | older))  # whatever its digest was of
+    assert moac_command(command[0], tmp_path / "old", *command[1:]) in (1, 3)
+    assert "moac compile CHECKPOINT -o PACKAGE --force" in capsys.readouterr().err
 
 
 def test_the_independent_reader_knows_nothing_of_moac() -> None:

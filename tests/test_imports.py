@@ -29,6 +29,7 @@ ALLOWED = {
         *("numpy", "onnxruntime"),  # the onnx backend's
         "cuda",  # the cuda backend's
         *("starlette", "uvicorn", "prometheus_client", "llguidance", "ray"),  # the server's
+        "model_signing",  # where a signature is asked for
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }

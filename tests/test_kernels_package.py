@@ -91,12 +91,12 @@ for capability in ((9, 0), (8, 0)):
     )
     driver = Driver()
     kernels = DriverKernels(
-        choice, lambda name: (artifact.root / name).read_bytes(), driver=driver,
+        choice, artifact.read, driver=driver,
         stream=lambda: 0, processors=132,
     )
     elf = [image.startswith(b"\\x7fELF") for image in driver.loaded]
     print(kernels.origin, len(elf), all(elf), kernels.constant("prefill", "BLOCK_M"))
-print(load_source(artifact.path("kernels/tables.py")).most_items(2, 4, 8))
+print(load_source(artifact.read, "kernels/tables.py").most_items(2, 4, 8))
 """
 
 
@@ -130,8 +130,8 @@ from moac_runtime.engine.model import load
 torch.set_num_threads(1)
 opening.device_obstacle = lambda targets: None
 opening.current_device = lambda: torch.device("cpu")
-opening.open_kernels = lambda root, binaries, device: SourceKernels(
-    root, binaries["compute_80"], programs=4
+opening.open_kernels = lambda read, binaries, device: SourceKernels(
+    read, binaries["compute_80"], programs=4
 )
 found = {}
 for backend in ("cuda", "torch"):

@@ -18,7 +18,7 @@ import torch
 from batches import WRONG_FEEDS, Batch
 from families import checkpoint_tensors, tiny_model
 from oracle import oracle_logits
-from tiny import Compiled, moac_command, options, request
+from tiny import Compiled, moac_command, options, request, resealed
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,6 +33,8 @@ from moac.pipeline.verify import verify
 from moac.show.inspection import inspect_package
 from moac_runtime.backends.feeding import by_feed
 from moac_runtime.backends.layout import rope_frequencies
+from moac_runtime.backends.onnx import session
+from moac_runtime.backends.onnx.external import external_files
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, ONNX_MODEL, OnnxLayout, cache_layouts
 from moac_runtime.backends.onnx.session import CHUNK, OnnxGraph, OnnxSession, open_onnx
 from moac_runtime.backends.open import choose_backend
@@ -70,7 +72,9 @@ def export(
     choices = {"dtype": dtype, "capacity": 512, "weights": "shared", **changes}
     write_onnx(folder, spec=spec, plan=plan, head_order=order, **choices)
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
-    return OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes, threads=1)
+    return OnnxGraph(
+        (folder / ONNX_MODEL).read_bytes(), layout, spec.ropes, folder=folder, threads=1
+    )
 
 
 def open_session(graph: OnnxGraph, *, capacity: int, batch: int = 1, chunk: int = CHUNK) -> Batch:
@@ -401,13 +405,124 @@ def test_verify_finds_a_graph_of_another_plan(onnx_package: Path, tmp_path: Path
 
 
 def test_a_damaged_layout_is_one_sentence(onnx_package: Path, tmp_path: Path) -> None:
-    artifact = open_artifact(onnx_package)
     shutil.copytree(onnx_package, tmp_path / "out")
     (tmp_path / "out" / ONNX_LAYOUT).write_text("{}")
-    from dataclasses import replace
-
+    resealed(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"onnx\.json describes no graph"):
-        open_onnx(replace(artifact, root=tmp_path / "out"))
+        open_onnx(open_artifact(tmp_path / "out"))
+
+
+# Where a graph's weights may lie.
+
+
+def graph_of(**entries: str) -> onnx.TensorProto:
+    """A tensor whose numbers are stored as the entries say."""
+    tensor = onnx.TensorProto(name="w", dims=[1], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def hidden_weights() -> dict[str, onnx.ModelProto]:
+    """A model for every place of the format where a tensor may stand."""
+    helper, tensor = onnx.helper, graph_of(offset="0", location="elsewhere", length="4")
+    sparse = onnx.SparseTensorProto(values=tensor, dims=[4])
+    graph = onnx.GraphProto(initializer=[tensor])
+    attributes = {
+        "t": onnx.AttributeProto(name="a", t=tensor),
+        "tensors": onnx.AttributeProto(name="a", tensors=[tensor]),
+        "g": onnx.AttributeProto(name="a", g=graph),
+        "graphs": onnx.AttributeProto(name="a", graphs=[graph]),
+        "sparse_tensor": onnx.AttributeProto(name="a", sparse_tensor=sparse),
+        "sparse_tensors": onnx.AttributeProto(name="a", sparse_tensors=[sparse]),
+    }
+    node = {name: onnx.NodeProto(attribute=[found]) for name, found in attributes.items()}
+    graphs = {name: onnx.GraphProto(node=[found]) for name, found in node.items()}
+    graphs |= {"initializer": graph, "sparse": onnx.GraphProto(sparse_initializer=[sparse])}
+    found = {name: helper.make_model(made) for name, made in graphs.items()}
+    empty = onnx.GraphProto()
+    function = onnx.FunctionProto(name="f", node=[node["t"]])
+    default = onnx.FunctionProto(name="f", attribute_proto=[attributes["t"]])
+    for name, made in (("function", function), ("default", default)):
+        found[name] = helper.make_model(empty, functions=[made])
+    for name in ("initialization", "algorithm"):
+        training = onnx.TrainingInfoProto(**{name: graph})
+        found[name] = onnx.ModelProto(graph=empty, training_info=[training])
+    return found
+
+
+@pytest.mark.parametrize("place", hidden_weights())
+def test_weights_that_are_stored_apart_are_found_wherever_they_hide(place: str) -> None:
+    assert external_files(hidden_weights()[place].SerializeToString()) == {"elsewhere"}
+
+
+def test_the_files_of_a_package_are_those_that_it_lists(onnx_package: Path) -> None:
+    found = external_files((onnx_package / ONNX_MODEL).read_bytes())
+    assert found
+    assert found <= open_artifact(onnx_package).files.keys()
+
+
+@pytest.mark.parametrize(
+    "location", ["../../etc/passwd", "/etc/passwd", "weights/../../x", "weights/unlisted.bin", ""]
+)
+def test_a_graph_that_reaches_for_other_files_is_refused(
+    onnx_package: Path, tmp_path: Path, location: str
+) -> None:
+    out = Path(shutil.copytree(onnx_package, tmp_path / "out"))
+    model = onnx.load(out / ONNX_MODEL, load_external_data=False)
+    model.graph.initializer.append(graph_of(location=location))
+    (out / ONNX_MODEL).write_bytes(model.SerializeToString())
+    resealed(out)
+    (out / "weights" / "unlisted.bin").write_bytes(b"four")
+    with pytest.raises(ArtifactError, match=r"takes weights from '.*', expected a file that moac"):
+        open_onnx(open_artifact(out))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff", b"\x3a\x05ab", b"\x3b", b"\x3a" + b"\xff" * 11, b"\x3a\x04" * 200 + b"\x00" * 8],
+)
+def test_bytes_that_are_no_graph_are_one_sentence(
+    onnx_package: Path, tmp_path: Path, content: bytes
+) -> None:
+    out = Path(shutil.copytree(onnx_package, tmp_path / "out"))
+    (out / ONNX_MODEL).write_bytes(content)
+    resealed(out)
+    with pytest.raises(ArtifactError, match=r"model\.onnx is no ONNX graph"):
+        open_onnx(open_artifact(out))
+
+
+def test_graphs_in_each_other_without_end_are_refused() -> None:
+    content = b""
+    for field in (0x32, 0x2A, 0x0A) * 30:  # a graph in an attribute in a node, by hand
+        content = bytes([field, *onnx_size(len(content))]) + content
+    with pytest.raises(ValueError, match="too deep"):
+        external_files(bytes([0x3A, *onnx_size(len(content))]) + content)
+
+
+def onnx_size(size: int) -> bytes:
+    """As a protobuf message writes it, below 16384."""
+    return bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
+
+
+def test_weights_that_are_exchanged_meanwhile_are_refused(
+    onnx_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime opens them by name, in the folder that is held."""
+    out = Path(shutil.copytree(onnx_package, tmp_path / "out"))
+    artifact, opened = open_artifact(out), session.onnxruntime.InferenceSession
+
+    def exchanged(*arguments: Any, **options: Any) -> Any:
+        found = opened(*arguments, **options)
+        for path in (out / "weights").glob("*.safetensors"):
+            shutil.copy(path, tmp_path / "other")
+            (tmp_path / "other").replace(path)
+        return found
+
+    monkeypatch.setattr(session.onnxruntime, "InferenceSession", exchanged)
+    with pytest.raises(ArtifactError, match="was exchanged while onnxruntime opened it"):
+        open_onnx(artifact)
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

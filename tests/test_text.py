@@ -334,12 +334,12 @@ def test_read_takes_settings_and_never_truncates(tmp_path: Path) -> None:
     backend.save(str(tokens))
     template = tmp_path / "chat_template.jinja"
     template.write_text("é{{ bos_token }}", encoding="utf-8")
-    tokenizer = Tokenizer.read(tokens, settings, template)
+    tokenizer = Tokenizer.parsed(tokens.read_bytes(), settings.read_bytes(), template.read_bytes())
     assert len(tokenizer.encode("twelve bytes", special=False)) == 12
     assert tokenizer.eos_token_ids == {257, 258}
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.chat([USER]) == "é<s>"
-    assert Tokenizer.read(tokens, settings, None).chat_template is None
+    assert Tokenizer.parsed(tokens.read_bytes(), settings.read_bytes(), None).chat_template is None
 
 
 @pytest.mark.parametrize(
@@ -349,14 +349,14 @@ def test_damaged_settings_are_named(tmp_path: Path, settings: str) -> None:
     files = write_tokenizer(tmp_path)
     files[1].write_text(settings, encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"generation\.json"):
-        Tokenizer.read(*files, None)
+        Tokenizer.parsed(*(file.read_bytes() for file in files), None)
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     files = write_tokenizer(tmp_path)
     files[0].write_text("{}", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is no tokenizer"):
-        Tokenizer.read(*files, None)
+        Tokenizer.parsed(*(file.read_bytes() for file in files), None)
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:

@@ -11,7 +11,10 @@ from typing import Any
 
 import moac.cli.main
 from moac import CompileRequest
+from moac_runtime.package.integrity import MANIFEST, hash_files, package_files
 from moac_runtime.package.manifest import manifest_digest
+from moac_runtime.package.signature import SIGNATURE
+from moac_runtime.package.trust import trust
 
 CONTEXT = 2048
 LENGTHS = (512, 768)
@@ -50,11 +53,31 @@ def plan_options(**changes: Any) -> list[str]:
 
 
 def built_for(package: Path, targets: Sequence[str], copy: Path) -> Path:
-    """A copy of `package` whose manifest says that it is built for `targets`."""
+    """A copy of `package` whose manifest says that it is built for `targets`; it is trusted."""
     shutil.copytree(package, copy)
-    manifest = json.loads((copy / "moac.json").read_text()) | {"targets": list(targets)}
+    trust(resealed(copy, targets=list(targets)), "a test")
+    return copy
+
+
+def resealed(package: Path, **changes: Any) -> str:
+    """Have a package's manifest list what stands in its folder, with `changes`; its new digest.
+
+    Nobody recorded that one: it is a stranger's package.
+    """
+    path = package / MANIFEST
+    names = [name for name in package_files(package) if name not in (MANIFEST, SIGNATURE)]
+    files = {name: asdict(record) for name, record in hash_files(package, names).items()}
+    manifest = json.loads(path.read_text(encoding="utf-8")) | {"files": files, **changes}
     manifest["digest"] = manifest_digest(manifest)
-    (copy / "moac.json").write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return str(manifest["digest"])
+
+
+def stranger(package: Path, copy: Path) -> Path:
+    """A copy of `package` that is whole, and that nobody here compiled."""
+    shutil.copytree(package, copy)
+    provenance = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["provenance"]
+    resealed(copy, provenance={**provenance, "source": "a stranger"})
     return copy
 
 

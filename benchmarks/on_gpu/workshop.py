@@ -14,7 +14,7 @@ from moac_kernels.build import build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS
 from moac_kernels.uncompiled import write_uncompiled
-from moac_runtime.backends.cuda.binaries import Choice, Form, read_folder
+from moac_runtime.backends.cuda.binaries import Choice, Form, read_folder, reading
 from moac_runtime.backends.cuda.launch import Kernels
 from moac_runtime.backends.cuda.opening import cuda_driver, load_kernels
 from moac_runtime.backends.cuda.source import SourceKernels, can_build, load_source
@@ -67,7 +67,7 @@ class Workshop:
     def tables(self, shape: KernelShape) -> Any:
         """The tables' source that belongs to the kernels of a shape."""
         self.build([shape])
-        return load_source(self._folders[shape] / "kernels" / "tables.py")
+        return load_source(reading(self._folders[shape]), "kernels/tables.py")
 
     def _build(self, names: Sequence[str], shape: KernelShape) -> None:
         folder = self._folders[shape] / "kernels"
@@ -81,9 +81,11 @@ class Workshop:
         root = self._folders[shape]
         binaries = read_folder(root)
         if self._setting.interpret:
-            return SourceKernels(root, binaries[_PORTABLE], programs=_PROGRAMS)
+            return SourceKernels(reading(root), binaries[_PORTABLE], programs=_PROGRAMS)
         arch = f"sm_{self.architecture}" if form == "cubin" else _PORTABLE
-        return load_kernels(root, Choice(form, arch, binaries[arch]), self._setting.device)
+        return load_kernels(
+            reading(root), Choice(form, arch, binaries[arch]), self._setting.device
+        )
 
 
 def _architecture(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from moac.packaging.kernels import require_kernels
 from moac_kernels.build import build_kernels
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS
-from moac_runtime.backends.cuda.binaries import read_folder
+from moac_runtime.backends.cuda.binaries import read_folder, reading
 from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.opening import CudaModel, current_device, open_cuda, open_kernels
 from moac_runtime.backends.cuda.source import load_source
@@ -29,8 +29,8 @@ def open_subject(subject: Subject, weights: dict[str, torch.Tensor] | None) -> C
     device = current_device()
     shape = require_kernels(subject.spec, subject.plan, subject.dtype)
     root = Path(_built(shape, _architectures(device)).name)
-    kernels = open_kernels(root, read_folder(root), device)
-    tables = load_source(root / "kernels" / "tables.py")
+    kernels = open_kernels(reading(root), read_folder(root), device)
+    tables = load_source(reading(root), "kernels/tables.py")
     dtype: torch.dtype = getattr(torch, subject.dtype)
     decoder = CudaDecoder(subject.spec, weights, kernels, dtype=dtype, device=device)
     return CudaModel(decoder, subject.plan, head_order(subject.plan), tables)

@@ -34,6 +34,7 @@ from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 
 _BLOCK_STEPS = 8
 _PREFILL, _DECODE = "prefill", "decode"
@@ -68,7 +69,7 @@ def with_backend(request: BenchRequest) -> BenchRequest:
     if request.package is None:
         default = "cuda" if request.device == "cuda" else "torch"
         return replace(request, backend="cpu" if request.cpu else default)
-    targets = open_artifact(request.package, check="sizes").targets
+    targets = open_artifact(request.package, check="sizes").runs
     if request.device == "cuda":
         kernels = any(target.partition(":")[0] == "cuda" for target in targets)
         return replace(request, backend="cuda" if kernels else "torch")
@@ -104,6 +105,8 @@ def _open_model(request: BenchRequest) -> _Target:
         limit = spec.context
     else:
         artifact = open_artifact(request.package)
+        if request.backend in ("cpu", "cuda") and not artifact.trusted:
+            raise MoacError(f"{UNTRUSTED}; {TRUST_IT}")
         if request.backend not in {target.partition(":")[0] for target in artifact.targets}:
             raise MoacError(
                 f"{request.package} is built for {', '.join(artifact.targets)}, not for "

@@ -50,33 +50,38 @@ def _age(context: click.Context, option: click.Parameter, value: str | None) -> 
 )
 @click.option("--partial", is_flag=True, help="remove what killed runs left half-written")
 @click.option("--all", "every", is_flag=True, help="remove everything that moac keeps there")
+@click.option(
+    "--trust", is_flag=True, help="forget which packages you compiled or trusted (moac trust)"
+)
 @click.option("--dry-run", is_flag=True, help="tell what would be removed, and remove nothing")
 @click.option("--yes", is_flag=True, help="do not ask before removing")
 @click.option("--json", "as_json", is_flag=True, help="the same as JSON")
 def clean_command(
-    work_dir: Path | None, dry_run: bool, yes: bool, as_json: bool, **asked: Any
+    work_dir: Path | None, trust: bool, dry_run: bool, yes: bool, as_json: bool, **asked: Any
 ) -> None:
     """Show what compiles keep in the work folder, and remove what the options name.
 
     Without one nothing is removed. Several add up. Files that are not moac's are told and stay,
-    and so does what another process is writing; a compile makes anew what is missing.
+    and so does what another process is writing; a compile makes anew what is missing. Which
+    packages are trusted is kept elsewhere, and goes by --trust alone.
     """
-    from moac.store.cleaning import choose, drop, survey
+    from moac.store.cleaning import choose, drop, survey, trusted
 
-    some = any(value is not None and value is not False for value in asked.values())
+    some = trust or any(value is not None and value is not False for value in asked.values())
     if yes and (dry_run or not some):
         reason = "--dry-run removes nothing" if dry_run else "nothing is named to be removed"
         raise UsageError(f"{reason}, so --yes has no meaning; leave it out or name what to remove")
     contents, now = survey(_root(work_dir)), time.time()
-    chosen = choose(contents.items, now=now, **asked)
+    records = trusted()
+    chosen = [*choose(contents.items, now=now, **asked), *(records if trust else ())]
     if not as_json:
-        click.echo(_table(contents, now))
+        click.echo(_table(contents, records, now))
     removed: list[Item] = []
     failed: list[tuple[Item, OSError]] = []
     if chosen and not dry_run and _confirmed(chosen, yes=yes):
         removed, failed = drop(chosen)
     if as_json:
-        click.echo(json.dumps(_json(contents, chosen, removed, now), indent=2))
+        click.echo(json.dumps(_json(contents, records, chosen, removed, now), indent=2))
     elif some:
         did, which = ("would remove", chosen) if dry_run else ("removed", removed)
         click.echo(f"\n{did} {_amount(which)}")
@@ -116,7 +121,7 @@ def _amount(items: Sequence[Item]) -> str:
     return f"{count}, {_size(sum(item.size for item in items))}"
 
 
-def _table(contents: Contents, now: float) -> str:
+def _table(contents: Contents, records: Sequence[Item], now: float) -> str:
     from moac.show.summary import table
     from moac.store.cleaning import by_kind, by_model
 
@@ -130,6 +135,8 @@ def _table(contents: Contents, now: float) -> str:
         parts.append(table(("of the model", *columns), rows))
     if not kinds:
         parts.append("nothing is kept there")
+    if records:
+        parts.append(f"trusted packages: {len(records)}, recorded in {records[0].path.parent}")
     if contents.foreign:
         parts.append(_foreign(contents.foreign))
     return "\n\n".join(parts)
@@ -157,7 +164,11 @@ def _told_age(seconds: float) -> str:
 
 
 def _json(
-    contents: Contents, chosen: Sequence[Item], removed: Sequence[Item], now: float
+    contents: Contents,
+    records: Sequence[Item],
+    chosen: Sequence[Item],
+    removed: Sequence[Item],
+    now: float,
 ) -> dict[str, Any]:
     """Sizes in bytes, ages in seconds."""
     from moac.store.cleaning import by_kind, by_model
@@ -166,6 +177,7 @@ def _json(
         "work_dir": str(contents.root),
         "kept": [group.to_json() for group in by_kind(contents.items, now)],
         "models": [group.to_json() for group in by_model(contents.items, now)],
+        "trusted": [item.path.name for item in records],
         "foreign": list(contents.foreign),
         "chosen": [item.path.name for item in chosen],
         "removed": [item.path.name for item in removed],

@@ -15,6 +15,8 @@ from moac.cli.inspect import inspect_command
 from moac.cli.plan import plan_command
 from moac.cli.report import report_command
 from moac.cli.run import chat_command, run_command, serve_command
+from moac.cli.sign import sign_command
+from moac.cli.trust import trust_command
 from moac.cli.verify import verify_command
 
 
@@ -39,6 +41,8 @@ for command in (
     report_command,
     diff_command,
     verify_command,
+    sign_command,
+    trust_command,
     eval_command,
     bench_command,
     doctor_command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from moac.packaging.own_kernels import own_library
 from moac_runtime.commands import COMMANDS, command_main
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import spin_briefly
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         # One parser for `moac run` and `python PACKAGE`, and nothing but the runtime loaded.
-        sys.exit(command_main(arguments[0])(arguments[1:]))
+        sys.exit(command_main(arguments[0])(arguments[1:], build=own_library))
     if arguments[:1] != ["bench"]:  # which measures torch as it comes
         spin_briefly()
     sys.exit(_invoke(arguments))

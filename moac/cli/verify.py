@@ -25,11 +25,27 @@ from moac_runtime.errors import CheckFailed
     metavar="N,N,...",
     help="prompt lengths for --source, in tokens  [64,1000,4000]",
 )
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="FILE",
+    help="first of all check that this key signed it, every file",
+)
+@click.option("--trust", is_flag=True, help="run the package's own kernels to check them")
 @click.option("--json", "as_json", is_flag=True, help="the checks as JSON")
 def verify_command(
-    package: Path, source: str | None, lengths: tuple[int, ...] | None, as_json: bool
+    package: Path,
+    source: str | None,
+    lengths: tuple[int, ...] | None,
+    public_key: Path | None,
+    trust: bool,
+    as_json: bool,
 ) -> None:
-    """Check PACKAGE: its files, its golden logits and, with --source, the original model."""
+    """Check PACKAGE: its files, its golden logits and, with --source, the original model.
+
+    Its kernels are checked too where it is trusted: compiled here, signed by --public-key, or
+    with --trust.
+    """
     require("torch" if source is None else "compile")
     from moac.pipeline.verify import verify
 
@@ -39,7 +55,9 @@ def verify_command(
 
         checkpoint = open_checkpoint(source)
     checks = []
-    for check in verify(package, checkpoint=checkpoint, lengths=lengths):
+    for check in verify(
+        package, checkpoint=checkpoint, lengths=lengths, trust=trust, signed_by=public_key
+    ):
         checks.append(check)
         if not as_json:
             word = "ok    " if check.ok else "FAILED"

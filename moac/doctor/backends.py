@@ -10,7 +10,8 @@ from typing import Any
 from moac.doctor.machine import own_sets
 from moac_runtime.backends.cpu.library import CPU_TARGETS, runnable_sets
 from moac_runtime.backends.open import RUNNABLE, backend_obstacle
-from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED, WITHOUT_CODE
 
 
 def backends() -> dict[str, str | None]:
@@ -27,14 +28,15 @@ def package_backends(path: Path) -> dict[str, Any]:
     Names and sizes of its files are checked, not their hashes. Raises ArtifactError.
     """
     artifact = open_artifact(path, check="sizes")
-    found = {name: _package_obstacle(name, artifact.targets) for name in RUNNABLE}
+    found = {name: _package_obstacle(name, artifact) for name in RUNNABLE}
     chosen = next((name for name, reason in found.items() if reason is None), None)
     return {
         "path": str(path),
         "targets": list(artifact.targets),
         "dtype": artifact.dtype,
+        "trusted": artifact.trusted,
         "backend": chosen,
-        "kernels": runnable_sets(artifact.targets)[0] if chosen == "cpu" else None,
+        "kernels": runnable_sets(_cpu_targets(artifact))[0] if chosen == "cpu" else None,
         "backends": found,
     }
 
@@ -50,7 +52,28 @@ def obstacle(name: str, targets: Sequence[str]) -> str | None:
             return f"what the backend {name} needs cannot be loaded: {reason}"
 
 
-def _package_obstacle(name: str, targets: Sequence[str]) -> str | None:
+def _package_obstacle(name: str, artifact: Artifact) -> str | None:
+    targets = artifact.targets
     if name not in {target.partition(":")[0] for target in targets}:
         return f"the package is not built for it; compile it with --target {name} among others"
-    return obstacle(name, targets)
+    if artifact.trusted or name in WITHOUT_CODE:
+        return obstacle(name, targets)
+    if name == "cpu" and (reason := _unbuilt(artifact)) is None:
+        return None
+    because = f", and {reason}" if name == "cpu" else ""
+    return f"{UNTRUSTED}{because}; {TRUST_IT}"
+
+
+def _cpu_targets(artifact: Artifact) -> Sequence[str]:
+    """What of the backend cpu runs the package: its own kernels, or those that are built here."""
+    return artifact.targets if artifact.trusted else CPU_TARGETS
+
+
+def _unbuilt(artifact: Artifact) -> str | None:
+    """Why a package whose code must not run gets no kernels that are built here."""
+    from moac.packaging.cpu_kernels import cpu_obstacle  # which needs what doctor does without
+
+    sets = runnable_sets(CPU_TARGETS)
+    if not sets:
+        return f"this processor runs none of {', '.join(own_sets())}"
+    return cpu_obstacle(artifact.spec, artifact.dtype, sets[:1])

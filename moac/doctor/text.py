@@ -83,6 +83,8 @@ def _libraries(found: dict[str, Any]) -> str:
 def _package(package: dict[str, Any]) -> str:
     chosen = package["backend"]
     kernels = f" ({package['kernels']})" if package["kernels"] else ""
+    if kernels and not package["trusted"]:
+        kernels += ", by kernels built here since its own are not trusted,"
     told = f"runs with {chosen}{kernels} in {package['dtype']}" if chosen else "cannot run here"
     return f"{package['path']} {told}\n\n" + _reasons("backend", package["backends"])
 

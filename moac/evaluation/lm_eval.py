@@ -34,11 +34,12 @@ from torch.nn import functional as F
 
 from moac.evaluation.methods import OWN, method_plans
 from moac.evaluation.sessions import open_sessions
-from moac.evaluation.tokenizer import read_tokenizer, tokenizer_digest
+from moac.evaluation.tokenizer import tokenizer_digest
 from moac_runtime.backends.feeding import by_feed
 from moac_runtime.backends.session import Feed, Session
 from moac_runtime.engine.model import Model
 from moac_runtime.package.artifact import open_artifact
+from moac_runtime.text.tokenizer import Tokenizer
 
 _HARNESS_DEVICE = "cuda:0"  # what its command line hands over where nobody named a device
 _ROUND = 64  # tokens: requests of like length share a capacity, whatever batch they come in
@@ -91,7 +92,7 @@ class MoacLM(TemplateLM):
         def open_session(size: int) -> Session:
             return sessions.open(plan_at(size))
 
-        self._text = read_tokenizer(artifact)
+        self._text = Tokenizer.packaged(artifact)
         self._model = Model(
             tokenizer=self._text,
             spec=artifact.spec,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moac_runtime.backends.cpu.engine import obstacle
+from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.backends.cpu.opening import host_obstacle
 from moac_runtime.backends.open import check_cpu, open_backend
 from moac_runtime.backends.session import Session
@@ -13,6 +14,7 @@ from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 
 SESSION_BACKENDS = ("cpu", "torch")
 
@@ -42,7 +44,9 @@ def open_sessions(
     backend = check_cpu(cpu, backend)
     set_torch_threads()
     shape = artifact.spec, artifact.dtype
-    reason = host_obstacle(artifact.targets, None, model=shape) or obstacle(*shape)
+    reason = host_obstacle(artifact.runs, None, model=shape) or obstacle(*shape)
+    if not artifact.trusted and runnable_sets(artifact.targets):
+        reason = f"{UNTRUSTED}; {TRUST_IT}"
     chosen = backend or ("cpu" if reason is None else "torch")
     opened = open_backend(artifact, chosen, cpu=cpu)
     if chosen == "cpu":

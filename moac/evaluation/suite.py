@@ -28,7 +28,7 @@ from moac.evaluation.ruler import RULER_TASKS, ruler
 from moac.evaluation.runner import STEPPED, TEXT_STEPPED, Runner, TextLoss
 from moac.evaluation.sessions import Sessions, open_sessions
 from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
-from moac.evaluation.tokenizer import in_transformers, read_tokenizer
+from moac.evaluation.tokenizer import in_transformers
 from moac.evaluation.wordings import WordingKind
 from moac.origin import check_source
 from moac.pipeline.plan_file import read_rules
@@ -41,6 +41,7 @@ from moac_runtime.errors import CheckFailed, UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.plan import Plan
+from moac_runtime.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Text = tuple[int, ...]
@@ -109,7 +110,7 @@ def evaluate(
     notes(checkpoint.notes)
     lengths = _lengths(artifact, request)
     plans = _plans(artifact, checkpoint, request.against)
-    own = read_tokenizer(artifact)
+    own = Tokenizer.packaged(artifact)
     tokenizer = in_transformers(own, artifact.spec.vocab_size)
     cells = _cells(request, tokenizer, lengths)
     sessions = open_sessions(artifact, request.backend, request.cpu)

@@ -10,16 +10,6 @@ from moac_runtime.package.artifact import Artifact
 from moac_runtime.text.tokenizer import Tokenizer
 
 _FOLDER = "tokenizer/"
-_TEMPLATE = f"{_FOLDER}chat_template.jinja"
-
-
-def read_tokenizer(artifact: Artifact) -> Tokenizer:
-    """The tokenizer that answers with the package. Raises ArtifactError."""
-    return Tokenizer.read(
-        artifact.path(f"{_FOLDER}tokenizer.json"),
-        artifact.path(f"{_FOLDER}generation.json"),
-        artifact.path(_TEMPLATE) if _TEMPLATE in artifact.files else None,
-    )
 
 
 def in_transformers(tokenizer: Tokenizer, vocab_size: int) -> Any:

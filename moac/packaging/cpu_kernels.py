@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -129,8 +128,4 @@ def _built(kept: Path, name: str) -> tuple[Path, dict[str, bytes]]:
 def packaged_cpu_kernels(artifact: Artifact) -> list[dict[str, Any]]:
     """The record of every build, as `moac_kernels.cpu_build.CpuBuilt`, best first."""
     names = [f"kernels/cpu/{name}.json" for name in INSTRUCTION_SETS]
-    return [
-        json.loads((artifact.root / name).read_text(encoding="utf-8"))
-        for name in names
-        if name in artifact.files
-    ]
+    return [artifact.json(name) for name in names if name in artifact.files]

@@ -136,5 +136,5 @@ def packaged_kernels(artifact: Artifact) -> list[dict[str, Any]]:
         for name in artifact.files
         if name.endswith(".json") and name.startswith(("kernels/sm_", "kernels/compute_"))
     )
-    records = [json.loads((artifact.root / name).read_text(encoding="utf-8")) for name in names]
+    records = [artifact.json(name) for name in names]
     return [{key: record[key] for key in _LISTED} for record in records]

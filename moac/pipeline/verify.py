@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from moac.origin import check_source
+from moac.progress.progress import notes
 from moac_runtime.backends.cpu.library import runnable_sets
 from moac_runtime.backends.cpu.opening import open_cpu
 from moac_runtime.backends.cuda.opening import device_obstacle
 from moac_runtime.backends.open import open_backend
 from moac_runtime.backends.session import Backend, Feed, Session
-from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.errors import ArtifactError, CheckFailed, UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 from moac_runtime.package.weights import packed_weights
 
 if TYPE_CHECKING:
@@ -60,7 +62,12 @@ class Check:
 
 
 def verify(
-    path: Path, *, checkpoint: Checkpoint | None = None, lengths: Sequence[int] | None = None
+    path: Path,
+    *,
+    checkpoint: Checkpoint | None = None,
+    lengths: Sequence[int] | None = None,
+    trust: bool = False,
+    signed_by: Path | None = None,
 ) -> Iterator[Check]:
     """Yield every check of the package at `path`, one after another.
 
@@ -68,9 +75,11 @@ def verify(
     With it: logits against the original in transformers under the same masks, in float32, at
     each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
     alike, of int4 ones against the original with the package's own in their place, and of both by
-    a limit of its own against the original as it is. Nothing follows a failed
-    check of the files. Raises ArtifactError where there is no package at all, UsageError where
-    `checkpoint` is another model than the package's and for lengths that cannot be meant.
+    a limit of its own against the original as it is. With `signed_by`, a public key, first of all
+    whether it signed the package. Kernels are checked where the package is trusted: by a record,
+    by `trust` or by its signature. Nothing follows a failed check of the files. Raises
+    ArtifactError where there is no package at all, UsageError where `checkpoint` is another model
+    than the package's and for lengths or a key that cannot be meant.
     """
     if lengths is not None and checkpoint is None:
         raise UsageError("--lengths are those compared with the original model; give --source")
@@ -78,15 +87,20 @@ def verify(
         raise UsageError("--lengths must be positive numbers of tokens, such as 64,1000")
     set_torch_threads()
     try:
-        artifact = open_artifact(path)
-    except ArtifactError as error:
+        artifact = open_artifact(path, trust=trust, signed_by=signed_by)
+    except (ArtifactError, CheckFailed) as error:
         if not (path / MANIFEST).is_file():
             raise
-        yield Check("damaged files", False, 1, 0, reason=str(error))
+        name = "damaged files" if signed_by is None else "signature"
+        yield Check(name, False, 1, 0, reason=str(error))
         return
+    if signed_by is not None:
+        yield Check("signature", True, 0, 0)
     if checkpoint is not None:
         check_source(artifact, checkpoint)
     yield Check("damaged files", True, 0, 0)
+    if unchecked := [target for target in artifact.targets if target not in artifact.runs]:
+        notes([f"{UNTRUSTED}, and {', '.join(unchecked)} is not checked; {TRUST_IT}"])
     for runner in _runners(artifact):
         yield from _golden_checks(artifact, runner)
         del runner  # before the next is opened: each holds the weights
@@ -142,13 +156,13 @@ def _runners(artifact: Artifact) -> Iterator[_Runner]:
     if set(artifact.targets) != {"onnx"}:  # the cuda target's weights are those of torch
         for dtype in dict.fromkeys([artifact.dtype, "float32"]):
             yield _torch_runner(artifact, dtype)
-    built = any(target.startswith("cuda") for target in artifact.targets)
-    if built and device_obstacle(artifact.targets) is None:
+    built = any(target.startswith("cuda") for target in artifact.runs)
+    if built and device_obstacle(artifact.runs) is None:
         yield _cuda_runner(artifact)
-    for instruction_set in runnable_sets(artifact.targets):
+    for instruction_set in runnable_sets(artifact.runs):
         for dtype in dict.fromkeys([artifact.dtype, "float32"]):
             yield _cpu_runner(artifact, dtype, instruction_set)
-    if "onnx" in artifact.targets:
+    if "onnx" in artifact.runs:
         yield _onnx_runner(artifact)
 
 

@@ -14,11 +14,13 @@ from typing import Any
 from moac.store.atomic import PARTIAL, is_abandoned, remove_abandoned
 from moac.store.kept import KERNELS, RESULTS, Damaged, Header, parse_name, read_folder, read_result
 from moac_runtime.errors import MoacError
+from moac_runtime.package.trust import trust_folder, trusted_digests
 
 DAMAGED = "damaged"
 PARTIALS = "partial"
 IN_USE = "in use"
 BUILT = "kernels"
+TRUSTED = "trusted"
 KINDS = (*RESULTS, BUILT, DAMAGED, PARTIALS, IN_USE)
 """Results, native kernels, what is damaged, what killed runs left, what is being written."""
 
@@ -91,6 +93,13 @@ def survey(root: Path) -> Contents:
     return Contents(root, tuple(items), tuple(foreign))
 
 
+def trusted() -> list[Item]:
+    """The records of packages whose code may run here, which are in no work folder."""
+    folder = trust_folder()
+    paths = [] if folder is None else [folder / digest for digest in trusted_digests()]
+    return [Item(path, TRUSTED, _size(path), path.lstat().st_mtime) for path in paths]
+
+
 def by_kind(items: Sequence[Item], now: float) -> list[Subtotal]:
     """What there is of every kind."""
     found = {kind: [item for item in items if item.kind == kind] for kind in KINDS}
@@ -147,6 +156,9 @@ def _drop(item: Item) -> bool:
     """Whether it was removed: a partial file may have been taken up since, a result made anew."""
     if item.kind == PARTIALS:
         return remove_abandoned(item.path)
+    if item.kind == TRUSTED:
+        item.path.unlink()
+        return True
     if _item(item.path) != item:
         return False
     if item.path.is_dir():

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moac_runtime.command import CHOICE, Parser
+from moac_runtime.command import CHOICE, Parser, add_trust, trust_of
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.lines import Lines
 from moac_runtime.host.process import run_process
 
 if TYPE_CHECKING:
+    from moac_runtime.backends.stranger import Build
     from moac_runtime.engine.chat import Chat
 
 _SHORT_OF_MEMORY = "give a smaller --context, or end other programs"
@@ -33,9 +34,14 @@ _HELP = """\
 A line that ends in \\ goes on in the next; three quotes open and close a text of many lines."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Talk until the input ends, and return the exit code (0, 1, 2 or 130)."""
-    return run_process(lambda: _talk(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
+def main(argv: Sequence[str] | None = None, *, build: Build | None = None) -> int:
+    """Talk until the input ends, and return the exit code (0, 1, 2, 3 or 130).
+
+    `build`: as of `load`.
+    """
+    return run_process(
+        lambda: _talk(parser().parse_args(argv), build), short_of_memory=_SHORT_OF_MEMORY
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="moac chat",
         description="Talk with a package. Each turn goes on from the cache of the last.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not signed as asked, "
+        "130 interrupted.",
         allow_abbrev=False,
     )
     made.add_argument("package", type=Path, metavar="PACKAGE", help="the package directory")
@@ -68,18 +75,26 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
     add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
+    add_trust(made)
     return made
 
 
-def _talk(options: argparse.Namespace) -> int:
+def _talk(options: argparse.Namespace, build: Build | None) -> int:
     from moac_runtime.engine.chosen import choose_sampling
     from moac_runtime.engine.model import load
 
     sampling = {name: getattr(options, name) for name in _KINDS}
     choose_sampling(sampling, None)  # wrong options fail before anything is loaded
     model = load(
-        options.package, backend=options.backend, dtype=options.dtype, threads=options.threads
+        options.package,
+        backend=options.backend,
+        dtype=options.dtype,
+        threads=options.threads,
+        build=build,
+        **trust_of(options),
     )
+    if model.note is not None:
+        print(f"note: {model.note}", file=sys.stderr)
     chat = model.chat(
         system=options.system,
         context=options.context,

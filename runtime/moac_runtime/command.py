@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.process import INTERRUPTED, run_process
@@ -15,6 +15,7 @@ from moac_runtime.host.sizes import parse_size
 from moac_runtime.text.plain_text import decode_prompt
 
 if TYPE_CHECKING:
+    from moac_runtime.backends.stranger import Build
     from moac_runtime.engine.chosen import ChosenSampling
     from moac_runtime.engine.model import Model, Sampling
     from moac_runtime.engine.sequence import Generation
@@ -32,14 +33,17 @@ CHOICE: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-def main(argv: Sequence[str] | None = None, *, package: Path | None = None) -> int:
-    """Answer the prompts of `argv` and return the exit code (0, 1, 2 or 130).
+def main(
+    argv: Sequence[str] | None = None, *, package: Path | None = None, build: Build | None = None
+) -> int:
+    """Answer the prompts of `argv` and return the exit code (0, 1, 2, 3 or 130).
 
-    `package`: the package that runs itself; None reads PACKAGE from `argv`. Raises SystemExit for
-    --help, and where SIGTERM or SIGHUP ends it.
+    `package`: the package that runs itself, trusted by that; None reads PACKAGE from `argv`.
+    `build`: as of `load`. Raises SystemExit for --help, and where SIGTERM or SIGHUP ends it.
     """
     return run_process(
-        lambda: _run(_parser(package).parse_args(argv), package), short_of_memory=_SHORT_OF_MEMORY
+        lambda: _run(_parser(package).parse_args(argv), package, build),
+        short_of_memory=_SHORT_OF_MEMORY,
     )
 
 
@@ -49,6 +53,32 @@ def size_option(text: str) -> int:
         return parse_size(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The options that say whose code may run."""
+    add = parser.add_argument_group(
+        "trust", "Without them no code runs that a package of another user or host brings."
+    ).add_argument
+    add("--trust", action="store_true", help="let the package's own kernels run")
+    add(
+        "--require-signature",
+        type=Path,
+        metavar="KEY",
+        help="the public key that must have signed the package, which is trusted then",
+    )
+
+
+def trust_of(options: argparse.Namespace) -> Trust:
+    """The same as keywords of `load`."""
+    return {"trust": options.trust, "require_signature": options.require_signature}
+
+
+class Trust(TypedDict):
+    """Keywords of `load` that say whose code may run."""
+
+    trust: bool
+    require_signature: Path | None
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +92,8 @@ def _parser(package: Path | None) -> argparse.ArgumentParser:
     parser = Parser(
         prog="moac run" if package is None else f"python {package.name}",
         description="Answer prompts with a package. Several prompts run side by side.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not signed as asked, "
+        "130 interrupted.",
         allow_abbrev=False,
     )
     if package is None:
@@ -70,6 +101,8 @@ def _parser(package: Path | None) -> argparse.ArgumentParser:
     _add_prompts(parser)
     _add_sampling(parser)
     _add_running(parser)
+    if package is None:
+        add_trust(parser)
     return parser
 
 
@@ -144,7 +177,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON document on standard output")
 
 
-def _run(options: argparse.Namespace, package: Path | None) -> int:
+def _run(options: argparse.Namespace, package: Path | None, build: Build | None) -> int:
     from moac_runtime.engine.chosen import choose_sampling
     from moac_runtime.engine.model import load
 
@@ -160,6 +193,8 @@ def _run(options: argparse.Namespace, package: Path | None) -> int:
         dtype=options.dtype,
         threads=options.threads,
         cpu=options.cpu,
+        build=build,
+        **(trust_of(options) if package is None else {"trust": True}),
     )
     chosen = model.sampling(**sampling)
     asked = {

@@ -13,9 +13,12 @@ COMMANDS = {
 }
 
 
-def command_main(name: str) -> Callable[[Sequence[str]], int]:
-    """What runs a command's arguments and returns its exit code; nothing else is loaded."""
-    found: Callable[[Sequence[str]], int] = import_module(COMMANDS[name]).main
+def command_main(name: str) -> Callable[..., int]:
+    """What runs a command's arguments and returns its exit code; nothing else is loaded.
+
+    It also takes `build`, which makes native kernels for a package whose own must not run.
+    """
+    found: Callable[..., int] = import_module(COMMANDS[name]).main
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from moac_runtime.backends.cuda.host import NO_GPU, has_driver
 from moac_runtime.backends.session import Backend
@@ -31,16 +32,19 @@ def open_backend(
     dtype: str | None = None,
     threads: int | None = None,
     cpu: str | None = None,
+    library: Path | None = None,
 ) -> Backend:
     """Read a package's weights into the backend `name`; of an `Opening`, once it is checked.
 
     `dtype`: of weights and caches, None is the package's own. `threads`: CPU threads, None is
     every core this process may use. `cpu`: the instruction set of the backend cpu, None is the
-    best here. Raises UsageError for a dtype that the backend does not compute in, ArtifactError
-    where the package is not whole, and MoacError where the backend cannot run here.
+    best here. `library`: kernels that run in the place of the package's own. Raises UsageError
+    for a dtype that the backend does not compute in, ArtifactError where the package is not whole,
+    and MoacError where the backend cannot run here, or would run code of a package that is not
+    trusted.
     """
     if name == "cpu":
-        return _cpu(package, dtype, threads, cpu)
+        return _cpu(package, dtype, threads, cpu, library)
     return _OPENERS[name](package, dtype, threads)
 
 
@@ -81,11 +85,16 @@ def _cuda(package: Artifact | Opening, dtype: str | None, threads: int | None) -
 
 
 def _cpu(
-    package: Artifact | Opening, dtype: str | None, threads: int | None, cpu: str | None
+    package: Artifact | Opening,
+    dtype: str | None,
+    threads: int | None,
+    cpu: str | None,
+    library: Path | None,
 ) -> Backend:
     from moac_runtime.backends.cpu.opening import open_cpu
 
-    return open_cpu(_checked(package), dtype=dtype, threads=threads, instruction_set=cpu)
+    artifact = _checked(package)
+    return open_cpu(artifact, dtype=dtype, threads=threads, instruction_set=cpu, library=library)
 
 
 _OPENERS = {"cuda": _cuda, "onnx": _onnx, "torch": _torch}

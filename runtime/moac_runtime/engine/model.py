@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 from moac_runtime.backends.open import BACKENDS, check_choice, choose_backend, open_backend
 from moac_runtime.backends.session import Session
+from moac_runtime.backends.stranger import Build, OwnKernels, own_kernels, told
 from moac_runtime.engine.batch import Batch
 from moac_runtime.engine.chat import Chat
 from moac_runtime.engine.chosen import ChosenSampling, choose_sampling
@@ -20,15 +21,15 @@ from moac_runtime.engine.prompts import Prompt, prompt_list, session_capacity, t
 from moac_runtime.engine.request import Request
 from moac_runtime.engine.sampling import SamplingOptions
 from moac_runtime.engine.sequence import Generation
-from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.host.cores import MOST_THREADS
 from moac_runtime.host.shortage import telling_shortage
 from moac_runtime.package.artifact import Artifact, Opening, start_opening
 from moac_runtime.package.dtypes import DTYPE_BYTES
-from moac_runtime.package.integrity import MANIFEST, REMEDY
-from moac_runtime.package.manifest import read_json
+from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.spec import ModelSpec
-from moac_runtime.text.tokenizer import Tokenizer
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
+from moac_runtime.text.tokenizer import GENERATION, Tokenizer
 
 _FEWER_WEIGHTS = "end other programs, raise the limit, or compile with --weights int8"
 
@@ -266,31 +267,44 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     cpu: str | None = None,
+    trust: bool = False,
+    require_signature: str | Path | None = None,
+    build: Build | None = None,
 ) -> Model:
     """Open the package at `path`, check it, and read its weights.
+
+    What it brings of code runs only where this user compiled it here or recorded it by
+    `moac trust`, with `trust`, or where it is signed by the public key `require_signature`.
+    Another package runs by kernels that `build` gives for an instruction set, or by torch.
 
     `backend`: None takes the best one this host can run. `dtype`: None is the package's own.
     `threads`: CPU threads, None is every core this process may use (`cores`). `cpu`: the
     instruction set of the native kernels, None is what MOAC_CPU says, else the best one here.
-    Raises UsageError, ArtifactError where the package is not whole, and MoacError where the
-    backend or the instruction set asked for cannot run here.
+    Raises UsageError, ArtifactError where the package is not whole, CheckFailed where it is not
+    as `require_signature` says, and MoacError where the backend or the instruction set asked for
+    cannot run here.
     """
     started = time.perf_counter()
     _check_request(backend, dtype, threads)
-    opening = start_opening(path)  # hashes while the backend's libraries load
+    key = None if require_signature is None else Path(require_signature)
+    opening = start_opening(path, trust=trust, signed_by=key)
+    # hashes while the backend's libraries load
     try:
         purpose = (
             f"to load this package, whose weights take {opening.weight_bytes / 2**20:.1f} MiB"
         )
         with telling_shortage(purpose, _FEWER_WEIGHTS):
-            chosen = choose_backend(backend, opening.targets, dtype=dtype, cpu=cpu)
-            opened = open_backend(opening, chosen, dtype=dtype, threads=threads, cpu=cpu)
+            own = own_kernels(opening, backend, dtype=dtype, cpu=cpu, build=build)
+            chosen = _choose(opening, own, backend, dtype, cpu)
+            opened = open_backend(
+                opening, chosen, dtype=dtype, threads=threads, cpu=cpu, library=own.library
+            )
         artifact = opening.result()
     except BaseException:
         opening.cancel()
         raise
     return Model(
-        tokenizer=_tokenizer(artifact),
+        tokenizer=Tokenizer.packaged(artifact),
         spec=artifact.spec,
         capacity=artifact.capacity,
         dtype=opened.dtype,
@@ -299,14 +313,38 @@ def load(
         load_s=time.perf_counter() - started,
         kernels=opened.kernels,
         products=getattr(opened, "products", None),
-        note=_note(opening, dtype) if backend is None and chosen == "torch" else None,
+        note=_note(opening, own, chosen, backend, dtype),
         defaults=_defaults(artifact),
-        digest=read_json(artifact.root / MANIFEST, MANIFEST)["digest"],
+        digest=artifact.digest,
     )
 
 
-def _note(opening: Opening, dtype: str | None) -> str | None:
-    """What the user is told where the portable path runs because no better one can."""
+def _choose(
+    opening: Opening, own: OwnKernels, asked: str | None, dtype: str | None, cpu: str | None
+) -> str:
+    """The backend, out of those that may run the package here."""
+    try:
+        return choose_backend(asked, (*opening.runs, *own.targets), dtype=dtype, cpu=cpu)
+    except UsageError:
+        raise
+    except MoacError as error:
+        if opening.runs == opening.targets:
+            raise
+        raise MoacError(f"{UNTRUSTED}, and without it {error}; or {TRUST_IT}") from error
+
+
+def _note(
+    opening: Opening, own: OwnKernels, chosen: str, asked: str | None, dtype: str | None
+) -> str | None:
+    """What the user is told of what runs: not the package's code, or a slower path than it has."""
+    if asked not in (None, "cpu"):
+        return None
+    note = told(opening, chosen, own)
+    return _portable(opening, dtype) if note is None and chosen == "torch" else note
+
+
+def _portable(opening: Opening, dtype: str | None) -> str | None:
+    """Why torch's own operators run, where no better path can."""
     from moac_runtime.backends.cpu.opening import host_obstacle
 
     reason = host_obstacle(opening.targets, dtype, model=opening.model)
@@ -323,17 +361,7 @@ def _check_request(backend: str | None, dtype: str | None, threads: int | None) 
 
 def _defaults(artifact: Artifact) -> dict[str, Any] | None:
     """What the checkpoint's generation config recommends, None where the package keeps none."""
-    name = "tokenizer/generation.json"
-    found = read_json(artifact.path(name), name).get("defaults")
+    found = artifact.json(GENERATION).get("defaults")
     if found is None or isinstance(found, dict):
         return found
-    raise ArtifactError(f"{name} has defaults {found!r}, expected a JSON object: {REMEDY}")
-
-
-def _tokenizer(artifact: Artifact) -> Tokenizer:
-    template = "tokenizer/chat_template.jinja"
-    return Tokenizer.read(
-        artifact.path("tokenizer/tokenizer.json"),
-        artifact.path("tokenizer/generation.json"),
-        artifact.path(template) if template in artifact.files else None,
-    )
+    raise ArtifactError(f"{GENERATION} has defaults {found!r}, expected a JSON object: {REMEDY}")

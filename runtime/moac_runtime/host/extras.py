@@ -12,6 +12,7 @@ EXTRAS = {
         *("gguf", "sentencepiece", "google", "tiktoken", "triton"),
     ),
     "eval": ("lm_eval",),
+    "sign": ("model_signing", "OpenSSL"),
     "serve": ("starlette", "uvicorn", "prometheus_client", "llguidance"),
     "ray": ("ray",),
 }

@@ -1,27 +1,33 @@
 """Whether a package's files are the ones its manifest lists: place, size, SHA-256.
 
-It finds damage and mix-ups. It does not protect against someone who rewrites files and manifest
-together: run a package only from where you would run a program from.
+It finds damage and mix-ups. Somebody who rewrites files and manifest together is found by a
+signature (`signature.py`), and runs no code where the package is not trusted (`trust.py`).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from moac_runtime.errors import ArtifactError
 from moac_runtime.host.cores import default_threads
+from moac_runtime.package.held import HeldFiles, is_code
 
 MANIFEST = "moac.json"
 REMEDY = "copy the package again or recompile it"
 
+CODE = ("kernels/", "moac_runtime/", "__main__.py")
+"""How the names of files begin that are there to be executed."""
+
+_OWN_RUNTIME = ("moac_runtime/", "__main__.py")  # read by `python PACKAGE` alone
 _CHUNK = 1 << 20
 _MOST_THREADS = 8
 
@@ -37,17 +43,26 @@ class FileRecord:
 class IntegrityCheck:
     """Checks names and sizes at once, then hashes in threads until `result` is asked for.
 
-    Hashing releases the interpreter lock, so `import torch` can run beside it. Raises
+    Hashing releases the interpreter lock, so `import torch` can run beside it. `hashed`: which
+    files are hashed, by how their names begin; "" is all of them. From here on every file is held
+    open; once all is well, all but those of the runtime that a package carries. Raises
     ArtifactError for a file that is missing, resized, outside the package or not listed.
     """
 
-    def __init__(self, root: Path, files: Mapping[str, FileRecord], *, hashes: bool = True):
+    def __init__(
+        self, held: HeldFiles, files: Mapping[str, FileRecord], *, hashed: tuple[str, ...] = ("",)
+    ):
         for name, record in files.items():
-            _check_size(name, _locate(root, name), record)
-        _refuse_stray_code(root, files)
-        self._files = files
+            _locate(held.root, name)
+            with _explaining(held.root, name):
+                held.hold([name])
+                with held.opened(name) as descriptor:
+                    _check_size(held.root, name, os.fstat(descriptor), record)
+        _refuse_stray_code(held, files)
+        self._held, self._files = held, files
         self._cancelled = threading.Event()
-        self._digests = _start(root, files, self._cancelled) if hashes else {}
+        named = {name: files[name] for name in files if name.startswith(hashed)}
+        self._digests = _start(held, named, self._cancelled)
 
     def result(self) -> None:
         """Wait for the hashes. Raises ArtifactError naming the first file that was altered."""
@@ -56,6 +71,7 @@ class IntegrityCheck:
                 _check_digest(name, digest, self._files[name])
         finally:
             self.cancel()
+        self._held.release(name for name in self._files if name.startswith(_OWN_RUNTIME))
 
     def cancel(self) -> None:
         """End the hashing, whatever is done of it."""
@@ -85,11 +101,15 @@ def package_files(root: Path) -> Iterator[str]:
             yield Path(folder, name).relative_to(root).as_posix()
 
 
-def sha256(path: Path, cancelled: threading.Event | None = None) -> str:
-    """SHA-256 of a file in hex, read by chunks; cut short (and wrong) once `cancelled` is set."""
+def sha256(file: Path | int, cancelled: threading.Event | None = None) -> str:
+    """SHA-256 of a file in hex, read by chunks; cut short (and wrong) once `cancelled` is set.
+
+    `file`: a path, or a descriptor, which is left open.
+    """
     digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while (count := file.readinto(chunk)) and not (cancelled and cancelled.is_set()):
+    with open(file, "rb", buffering=0, closefd=isinstance(file, Path)) as opened:
+        opened.seek(0)
+        while (count := opened.readinto(chunk)) and not (cancelled and cancelled.is_set()):
             digest.update(chunk[:count])
     return digest.hexdigest()
 
@@ -119,44 +139,84 @@ def _resolved(path: Path) -> Path:
         raise ArtifactError(f"{str(path)!r} cannot be followed ({error}): {REMEDY}") from error
 
 
-def _locate(root: Path, name: str) -> Path:
+def _locate(root: Path, name: str) -> None:
+    """Refuse a name, or a link under it, that leads anywhere else than to a file below `root`."""
     path = inside(root, name)
     if not os.path.exists(path):
-        raise ArtifactError(
-            f"{root / name} is missing, expected a file listed in {MANIFEST}: {REMEDY}"
-        )
+        raise _missing(root, name)
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ArtifactError(f"{root / name} is not a file, but {MANIFEST} lists it: {REMEDY}")
-    return path
+        raise _no_file(root, name)
 
 
-def _check_size(name: str, path: Path, record: FileRecord) -> None:
-    found = path.stat().st_size
-    if found != record.size:
+@contextmanager
+def _explaining(root: Path, name: str) -> Iterator[None]:
+    """Turn the system's refusal to open a listed file into a sentence."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _missing(root, name) from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise _unreadable(name, error) from error
+
+
+def _missing(root: Path, name: str) -> ArtifactError:
+    return ArtifactError(
+        f"{root / name} is missing, expected a file listed in {MANIFEST}: {REMEDY}"
+    )
+
+
+def _no_file(root: Path, name: str) -> ArtifactError:
+    return ArtifactError(f"{root / name} is not a file, but {MANIFEST} lists it: {REMEDY}")
+
+
+def _unreadable(name: str, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{name} cannot be read ({error.strerror}), expected a readable file: "
+        "check its permissions or copy the package again"
+    )
+
+
+def _check_size(root: Path, name: str, found: os.stat_result, record: FileRecord) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise _no_file(root, name)
+    if found.st_size != record.size:
         raise ArtifactError(
-            f"{name} holds {found} bytes, expected {record.size} as {MANIFEST} lists it: {REMEDY}"
+            f"{name} holds {found.st_size} bytes, expected {record.size} as {MANIFEST} lists it: "
+            f"{REMEDY}"
         )
 
 
-def _refuse_stray_code(root: Path, files: Mapping[str, FileRecord]) -> None:
+def _refuse_stray_code(held: HeldFiles, files: Mapping[str, FileRecord]) -> None:
     """`python PACKAGE` imports from the package first, so an unlisted module there would run.
 
     Other unlisted files (a note, a `.DS_Store`) are read by nothing and do no harm.
     """
-    for name in package_files(root):
-        if name not in files and name.endswith(tuple(all_suffixes())):
+    for name in held.names():
+        if name not in files and is_code(name) and "__pycache__" not in Path(name).parts:
             raise ArtifactError(
                 f"{name} is code that {MANIFEST} does not list, expected only listed code in a "
                 "package: remove the file"
             )
+    for link in held.linked_folders():
+        if not any(name.startswith(f"{link}/") for name in files):
+            raise ArtifactError(
+                f"{link} is a link to a folder of which {MANIFEST} lists nothing, expected only "
+                "listed code in a package: remove the link"
+            )
 
 
 def _start(
-    root: Path, files: Mapping[str, FileRecord], cancelled: threading.Event
+    held: HeldFiles, files: Mapping[str, FileRecord], cancelled: threading.Event
 ) -> dict[str, Future[str]]:
+    def digest(name: str) -> str:
+        with held.opened(name) as descriptor:
+            return sha256(descriptor, cancelled)
+
     pool = ThreadPoolExecutor(_threads(), thread_name_prefix="moac-integrity")
     largest_first = sorted(files, key=lambda name: -files[name].size)
-    digests = {name: pool.submit(sha256, root / name, cancelled) for name in largest_first}
+    digests = {name: pool.submit(digest, name) for name in largest_first}
     pool.shutdown(wait=False)
     return digests
 
@@ -165,10 +225,7 @@ def _check_digest(name: str, digest: Future[str], record: FileRecord) -> None:
     try:
         found = digest.result()
     except OSError as error:
-        raise ArtifactError(
-            f"{name} cannot be read ({error.strerror}), expected a readable file: "
-            "check its permissions or copy the package again"
-        ) from error
+        raise _unreadable(name, error) from error
     if found != record.sha256:
         raise ArtifactError(
             f"{name} was altered: its SHA-256 is {found}, expected {record.sha256}: {REMEDY}"

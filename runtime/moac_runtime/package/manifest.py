@@ -12,10 +12,11 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from moac_runtime.errors import ArtifactError
+from moac_runtime.host.files import read_regular
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
-from moac_runtime.package.json_text import read_json_file
+from moac_runtime.package.json_text import MOST_BYTES, parse_json
 from moac_runtime.package.limits import MOST_CONTEXT, MOST_LAYERS, MOST_ROPES, most_of
 from moac_runtime.package.records import has_neutral, record_in, records_in
 from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec, RopeSpec
@@ -31,6 +32,8 @@ new option needs another version only where packages use it."""
 class Manifest:
     """The fields of `moac.json`; `capacity` in tokens, `files` by path inside the package.
 
+    `digest`: SHA-256 of all the others, which names the package: it holds those of its files.
+
     `kv_format`: how keys and values are held, `dtype` so far. `weight_formats`: of each kind of
     matrix (see `weight_formats.py`), `dtype`, "int8" or "int4".
     """
@@ -45,6 +48,7 @@ class Manifest:
     files: dict[str, FileRecord]
     provenance: dict[str, Any]
     verification: dict[str, Any]
+    digest: str
 
 
 def manifest_digest(data: Mapping[str, Any]) -> str:
@@ -55,19 +59,32 @@ def manifest_digest(data: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a package. Raises ArtifactError."""
+    """The object in a JSON file. Raises ArtifactError."""
     try:
-        data = read_json_file(path)
+        content = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}), expected a readable file: "
             "check its permissions or copy the package again"
         ) from error
     except ValueError as error:
-        raise ArtifactError(f"{name} is not JSON ({error}), expected JSON: {REMEDY}") from error
+        raise _no_json(name, error) from error
+    return json_object(content, name)
+
+
+def json_object(content: bytes, name: str) -> dict[str, Any]:
+    """The object that the JSON file `name` of a package holds. Raises ArtifactError."""
+    try:
+        data = parse_json(content)
+    except ValueError as error:
+        raise _no_json(name, error) from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{name} holds {_kind(data)}, expected a JSON object: {REMEDY}")
     return data
+
+
+def _no_json(name: str, error: ValueError) -> ArtifactError:
+    return ArtifactError(f"{name} is not JSON ({error}), expected JSON: {REMEDY}")
 
 
 def parse_manifest(data: Mapping[str, Any]) -> Manifest:
@@ -88,6 +105,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
         files=_files(data),
         provenance=_field(data, "provenance", dict[str, Any]),
         verification=_field(data, "verification", dict[str, Any]),
+        digest=_field(data, "digest", str),
     )
 
 

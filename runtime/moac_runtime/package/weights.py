@@ -21,7 +21,6 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.package.artifact import WEIGHT_INDEX, Artifact
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
-from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import LayerSpec, ModelSpec
 from moac_runtime.package.tensor_header import read_header
 from moac_runtime.package.weight_formats import (
@@ -195,7 +194,7 @@ def shards(artifact: Artifact, expected: Mapping[str, Entry]) -> dict[str, list[
 
     Raises ArtifactError.
     """
-    placed = read_json(artifact.path(WEIGHT_INDEX), WEIGHT_INDEX).get("weight_map")
+    placed = artifact.json(WEIGHT_INDEX).get("weight_map")
     if not isinstance(placed, dict):
         raise ArtifactError(f"{WEIGHT_INDEX} lacks weight_map, expected an object: {REMEDY}")
     if missing := next((name for name in expected if name not in placed), None):

@@ -13,7 +13,7 @@ from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
-from moac_runtime.command import Parser, size_option
+from moac_runtime.command import Parser, add_trust, size_option
 from moac_runtime.errors import UsageError
 from moac_runtime.host.extras import EXTRAS, missing
 from moac_runtime.host.process import run_process
@@ -21,13 +21,20 @@ from moac_runtime.host.process import run_process
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from moac_runtime.backends.stranger import Build
+
 _SHORT_OF_MEMORY = "lower --max-kv-bytes or --kept-bytes, or end other programs"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal ends it, and return the exit code (0, 1 or 2)."""
-    return run_process(lambda: _serve(parser().parse_args(argv)), short_of_memory=_SHORT_OF_MEMORY)
+def main(argv: Sequence[str] | None = None, *, build: Build | None = None) -> int:
+    """Serve until a signal ends it, and return the exit code (0, 1, 2 or 3).
+
+    `build`: as of `load`.
+    """
+    return run_process(
+        lambda: _serve(parser().parse_args(argv), build), short_of_memory=_SHORT_OF_MEMORY
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,13 +42,14 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="moac serve",
         description="Serve a package to OpenAI's clients, and a chat page at /.",
-        epilog="Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.",
+        epilog="Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage, 3 not signed as asked.",
         allow_abbrev=False,
     )
     made.add_argument("package", type=Path, metavar="PACKAGE", help="the package directory")
     _add_network(made)
     _add_memory(made)
     _add_running(made)
+    add_trust(made)
     return made
 
 
@@ -119,13 +127,15 @@ def _add_running(made: argparse.ArgumentParser) -> None:
     )
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace, build: Build | None) -> int:
     _check(options)
     _check_extra("serve", "this command")
     if options.replicas > 1:
         _check_extra("ray", "--replicas")
     keys = _read_keys(options.api_key_file)
-    return _one(options, keys) if options.replicas == 1 else _many(options, keys)
+    if options.replicas == 1:
+        return _one(options, keys, build)
+    return _many(options, keys, build)
 
 
 def _check_extra(extra: str, what: str) -> None:
@@ -167,23 +177,23 @@ def _tell(lines: Sequence[str], options: argparse.Namespace, keys: Sequence[str]
         )
 
 
-def _one(options: argparse.Namespace, keys: Sequence[str]) -> int:
+def _one(options: argparse.Namespace, keys: Sequence[str], build: Build | None) -> int:
     """Serve in this process."""
     from moac_runtime.serve.app import build_app
     from moac_runtime.serve.opened import open_served, told
 
-    served = open_served(options, keys)
+    served = open_served(options, keys, build)
     _tell(told(served), options, keys)
     with _listening(options) as door:
         return _run(build_app(served, origins=options.allow_origin), door, options)
 
 
-def _many(options: argparse.Namespace, keys: Sequence[str]) -> int:
+def _many(options: argparse.Namespace, keys: Sequence[str], build: Build | None) -> int:
     """Serve by processes of their own, each with the whole model."""
     from moac_runtime.serve.replicas.front import build_front
     from moac_runtime.serve.replicas.started import started
 
-    with _listening(options) as door, started(options) as (pool, lines):
+    with _listening(options) as door, started(options, build) as (pool, lines):
         _tell(lines, options, keys)
         return _run(build_front(pool, keys, origins=options.allow_origin), door, options)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from moac_runtime.backends.stranger import Build
+from moac_runtime.command import trust_of
 from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.memory import KEPT_BYTES, KV_BYTES
 from moac_runtime.engine.model import Model, load
@@ -12,10 +14,20 @@ from moac_runtime.errors import UsageError
 from moac_runtime.serve.served import Served
 
 
-def open_served(options: argparse.Namespace, keys: Sequence[str] = ()) -> Served:
-    """The package behind an engine, as `command.parser` reads its options. Raises MoacError."""
+def open_served(
+    options: argparse.Namespace, keys: Sequence[str] = (), build: Build | None = None
+) -> Served:
+    """The package behind an engine, as `command.parser` reads its options. Raises MoacError.
+
+    `build`: as of `load`.
+    """
     model = load(
-        options.package, backend=options.backend, dtype=options.dtype, threads=options.threads
+        options.package,
+        backend=options.backend,
+        dtype=options.dtype,
+        threads=options.threads,
+        build=build,
+        **trust_of(options),
     )
     if options.context is not None and options.context > model.capacity:
         raise UsageError(

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.limits import MOST_TOKENS
-from moac_runtime.package.manifest import read_json
+from moac_runtime.package.manifest import json_object
 from moac_runtime.text.control import ControlTokens
 from moac_runtime.text.messages import Message, plain_messages, text_of
 from moac_runtime.text.template import ChatTemplate
 
+GENERATION = "tokenizer/generation.json"
+_TOKENS = "tokenizer/tokenizer.json"
 _TEMPLATE = "tokenizer/chat_template.jinja"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -38,17 +40,23 @@ class Tokenizer:
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def read(cls, tokenizer: Path, settings: Path, template: Path | None) -> Tokenizer:
-        """From a package's `tokenizer.json`, `generation.json` and chat template, if it has one.
+    def packaged(cls, artifact: Artifact) -> Tokenizer:
+        """A package's own. Raises ArtifactError."""
+        template = artifact.read(_TEMPLATE) if _TEMPLATE in artifact.files else None
+        return cls.parsed(artifact.read(_TOKENS), artifact.read(GENERATION), template)
 
-        Raises ArtifactError where a file is unusable.
+    @classmethod
+    def parsed(cls, tokenizer: bytes, settings: bytes, template: bytes | None) -> Tokenizer:
+        """From the contents of `tokenizer.json`, `generation.json` and a chat template, if any.
+
+        Raises ArtifactError where one is unusable.
         """
-        found = _read_settings(settings)
+        found = _parse_settings(settings)
         return cls(
-            backend=_read_backend(tokenizer),
+            backend=_parse_backend(tokenizer),
             eos_token_ids=frozenset(found["eos_token_ids"]),
             special_tokens={name: found[name] for name in _SPECIAL if found.get(name)},
-            chat_template=None if template is None else _parse_template(template.read_bytes()),
+            chat_template=None if template is None else _parse_template(template),
         )
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -149,9 +157,9 @@ class Tokenizer:
         return self._made[name]
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path, path.name)
-    _check_settings(settings, path.name)
+def _parse_settings(content: bytes) -> dict[str, Any]:
+    settings = json_object(content, GENERATION)
+    _check_settings(settings, GENERATION)
     return settings
 
 
@@ -178,12 +186,12 @@ def _parse_template(content: bytes) -> str:
         raise ArtifactError(f"{_TEMPLATE} is not UTF-8 text ({error}): {REMEDY}") from error
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def _parse_backend(content: bytes) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise ArtifactError(
-            f"{path.name} is no tokenizer this version reads ({error}): {REMEDY}"
+            f"{_TOKENS} is no tokenizer this version reads ({error}): {REMEDY}"
         ) from None
     # A file saved while truncating or padding would silently cut prompts.
     backend.no_truncation()

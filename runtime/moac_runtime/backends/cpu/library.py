@@ -8,12 +8,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.package.artifact import Artifact
+from moac_runtime.package.held import descriptor_path
 
 ABI = 5
 
@@ -35,6 +39,7 @@ INSTRUCTION_SETS = {
 CPU_TARGETS = tuple(f"cpu:{name}" for name in INSTRUCTION_SETS)
 MOAC_CPU = "MOAC_CPU"  # the environment variable that asks for an instruction set
 
+_LOADED: dict[str, Any] = {}  # packages' libraries by their SHA-256, never unloaded
 _WITH_BFLOAT16 = ("avx512bf16",)  # the others multiply bfloat16 as float32
 
 
@@ -205,19 +210,49 @@ def products(instruction_set: str, dtype: str, *, whole: bool = False) -> str:
     return "bfloat16" if instruction_set in _WITH_BFLOAT16 else "float32"
 
 
-def open_library(path: Path) -> Any:
-    """The kernels in a shared object. Raises ArtifactError where this host cannot load it."""
+def packaged_library(artifact: Artifact, name: str) -> Any:
+    """A trusted package's kernels, out of the very file that was checked.
+
+    Raises as `open_library`.
+    """
+    digest = artifact.files[name].sha256
+    if digest not in _LOADED:
+        with _loadable(artifact, name) as path:
+            _LOADED[digest] = open_library(path, Path(name).name)
+    return _LOADED[digest]
+
+
+@contextmanager
+def _loadable(artifact: Artifact, name: str) -> Iterator[Path]:
+    """A path by which the system's linker loads a file that is open."""
+    if sys.platform == "darwin":  # a library is loaded from a file with a name of its own
+        with TemporaryDirectory(prefix="moac-") as folder:
+            path = Path(folder, Path(name).name)
+            path.write_bytes(artifact.read(name))
+            yield path
+        return
+    with artifact.open(name) as descriptor:
+        # open for good: the linker takes another library of the same path for this one
+        yield descriptor_path(os.dup(descriptor))
+
+
+def open_library(path: Path, name: str | None = None) -> Any:
+    """The kernels in a shared object. Raises ArtifactError where this host cannot load it.
+
+    `name`: what it is called, None is what the path says.
+    """
+    name = name or path.name
     try:
         library: Any = ctypes.CDLL(str(path))
         found = library.moac_abi()
     except (OSError, AttributeError) as error:
         raise ArtifactError(
-            f"{path.name} cannot be loaded ({error}), expected CPU kernels for this host; "
+            f"{name} cannot be loaded ({error}), expected CPU kernels for this host; "
             "run with --backend torch, or compile the package again on a host like this one"
         ) from error
     if found != ABI:
         raise ArtifactError(
-            f"{path.name} speaks version {found} of its interface, expected {ABI}; run the "
+            f"{name} speaks version {found} of its interface, expected {ABI}; run the "
             "package by the runtime that it carries (python PACKAGE) or with --backend torch, or "
             "compile it again"
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from moac_runtime.backends.cpu.engine import CpuEngine, obstacle
 from moac_runtime.backends.cpu.library import (
     choose_set,
     library_name,
     open_library,
+    packaged_library,
     products,
     runnable_sets,
 )
@@ -21,6 +23,7 @@ from moac_runtime.host.extras import missing
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 from moac_runtime.package.weights import packed_names
 
 
@@ -84,14 +87,19 @@ def open_cpu(
     dtype: str | None = None,
     threads: int | None = None,
     instruction_set: str | None = None,
+    library: Path | None = None,
 ) -> CpuModel:
     """Open a package's kernels and map its weights. `threads`: None is every core at hand.
 
-    `instruction_set`: None is what MOAC_CPU says, else the best this processor has. Raises
-    UsageError for a dtype that no kernel computes in, ArtifactError, MoacError where no kernel
-    fits this processor.
+    `instruction_set`: None is what MOAC_CPU says, else the best this processor has. `library`:
+    kernels in the place of the package's own, named by their instruction set. Raises UsageError
+    for a dtype that no kernel computes in, ArtifactError, MoacError where no kernel fits this
+    processor, or where the package's own are not trusted.
     """
-    reason = host_obstacle(artifact.targets, dtype, model=(artifact.spec, artifact.dtype))
+    targets = artifact.targets if library is None else (f"cpu:{library.stem}",)
+    reason = host_obstacle(targets, dtype, model=(artifact.spec, artifact.dtype))
+    if reason is None and library is None and not artifact.trusted:
+        reason = f"{UNTRUSTED}; {TRUST_IT}"
     if reason is not None:
         raise MoacError(reason)
     precision = dtype or artifact.dtype
@@ -99,11 +107,14 @@ def open_cpu(
         raise UsageError(
             f"the CPU kernels do not serve this ({unserved}); run with --backend torch"
         )
-    chosen = choose_set(artifact.targets, instruction_set)
-    library = open_library(artifact.path(library_name(chosen)))
-    weights = map_weights(artifact, library, precision)
+    chosen = choose_set(targets, instruction_set)
+    if library is None:
+        kernels = packaged_library(artifact, library_name(chosen))
+    else:
+        kernels = open_library(library)
+    weights = map_weights(artifact, kernels, precision)
     engine = CpuEngine(
-        library,
+        kernels,
         artifact.spec,
         weights.addresses,
         dtype=precision,

@@ -61,11 +61,11 @@ def _map_shard(
     artifact: Artifact, shard: str, expected: Mapping[str, Entry]
 ) -> tuple[mmap.mmap, dict[str, int]]:
     """A weights file in memory, and the offset of each tensor in it."""
-    with artifact.path(shard).open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+    with artifact.open(shard) as descriptor:
+        if not os.fstat(descriptor).st_size:  # which cannot be mapped
             raise no_tensors(shard, "it is empty")
         # a private mapping: nothing is copied unless somebody writes, and nobody does
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     header, start = _header(mapped, shard)
     places: dict[str, int] = {}
     for name, entry in expected.items():

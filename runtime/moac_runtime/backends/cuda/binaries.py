@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,11 +12,14 @@ from moac_runtime.errors import ArtifactError, MoacError
 from moac_runtime.host.extras import install
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.integrity import REMEDY
-from moac_runtime.package.manifest import read_json
 
 Form = Literal["cubin", "ptx", "source"]
+Read = Callable[[str], bytes]
+"""The bytes of a file by its path in a package."""
+
 T = TypeVar("T")
 
+_BUILDS = ("kernels/sm_", "kernels/compute_")
 _PORTABLE = "compute_"  # how folders of PTX begin; those of machine code begin with sm_
 
 
@@ -76,9 +79,9 @@ def read_binaries(artifact: Artifact) -> Binaries:
     found: dict[str, dict[str, Binary]] = {}
     for path in sorted(artifact.files):
         parts = Path(path).parts
-        if parts[0] == "kernels" and len(parts) == 3 and path.endswith(".json"):
+        if len(parts) == 3 and path.startswith(_BUILDS) and path.endswith(".json"):
             try:
-                binary = Binary.from_json(read_json(artifact.path(path), path))
+                binary = Binary.from_json(artifact.json(path))
             except (KeyError, TypeError, ValueError) as error:
                 raise ArtifactError(f"{path} describes no kernel ({error!r}): {REMEDY}") from error
             found.setdefault(binary.arch, {})[binary.name] = binary
@@ -92,6 +95,11 @@ def read_folder(root: Path) -> Binaries:
         binary = Binary.from_json(json.loads(path.read_text(encoding="utf-8")))
         found.setdefault(binary.arch, {})[binary.name] = binary
     return found
+
+
+def reading(root: Path) -> Read:
+    """What reads the files of a folder that is no package."""
+    return lambda name: (root / name).read_bytes()
 
 
 def choose(

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moac_runtime.backends.cuda.binaries import Binaries, Choice, choose, read_binaries
+from moac_runtime.backends.cuda.binaries import (
+    Binaries,
+    Choice,
+    Read,
+    choose,
+    read_binaries,
+)
 from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.host import NO_GPU
 from moac_runtime.backends.cuda.launch import DriverKernels, Kernels
@@ -20,6 +25,7 @@ from moac_runtime.backends.cuda.source import SourceKernels, can_build, load_sou
 from moac_runtime.errors import MoacError
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 from moac_runtime.package.weights import load_weights
 
 _OLDEST = (8, 0)  # compute capability: what the portable PTX is made for
@@ -56,15 +62,17 @@ class CudaModel:
 def open_cuda(artifact: Artifact) -> CudaModel:
     """The package on the current CUDA device, weights and all.
 
-    Raises MoacError where there is no device or no kernel for it, ArtifactError for a damaged
-    package.
+    Raises MoacError where there is no device or no kernel for it, or where the package is not
+    trusted, and ArtifactError for a damaged one.
     """
+    if not artifact.trusted:
+        raise MoacError(f"{UNTRUSTED}, and its CUDA kernels are that; {TRUST_IT}")
     device = current_device()
-    kernels = open_kernels(artifact.root, read_binaries(artifact), device)
+    kernels = open_kernels(artifact.read, read_binaries(artifact), device)
     dtype: torch.dtype = getattr(torch, artifact.dtype)
     weights = load_weights(artifact, dtype)
     decoder = CudaDecoder(artifact.spec, weights, kernels, dtype=dtype, device=device)
-    tables = load_source(artifact.path("kernels/tables.py"))
+    tables = load_source(artifact.read, "kernels/tables.py")
     return CudaModel(decoder, artifact.plan, artifact.head_order, tables)
 
 
@@ -91,11 +99,8 @@ def current_device() -> torch.device:
     return device
 
 
-def open_kernels(root: Path, binaries: Binaries, device: torch.device) -> Kernels:
-    """The kernels in `root/kernels` for `device`, in the best form it can run. Raises MoacError.
-
-    `root`: a package's folder.
-    """
+def open_kernels(read: Read, binaries: Binaries, device: torch.device) -> Kernels:
+    """The kernels that `read` gives for `device`, in the best form it runs. Raises MoacError."""
     driver = cuda_driver()
     choice = choose(
         binaries,
@@ -103,17 +108,17 @@ def open_kernels(root: Path, binaries: Binaries, device: torch.device) -> Kernel
         driver=None if driver is None else driver_version(driver),
         triton=can_build(),
     )
-    return load_kernels(root, choice, device)
+    return load_kernels(read, choice, device)
 
 
-def load_kernels(root: Path, choice: Choice, device: torch.device) -> Kernels:
+def load_kernels(read: Read, choice: Choice, device: torch.device) -> Kernels:
     """The kernels of one form. Raises MoacError where the driver refuses them."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if choice.form == "source":
-        return SourceKernels(root, choice.kernels, programs=_PROGRAMS * processors)
+        return SourceKernels(read, choice.kernels, programs=_PROGRAMS * processors)
     return DriverKernels(
         choice,
-        lambda name: (root / name).read_bytes(),
+        read,
         driver=cuda_driver(),
         stream=lambda: torch.cuda.current_stream(device).cuda_stream,
         processors=processors,

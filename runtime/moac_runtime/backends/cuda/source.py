@@ -7,6 +7,7 @@ CPU tensors, slowly: so the whole backend is tested without a GPU.
 from __future__ import annotations
 
 import hashlib
+import linecache
 import os
 import shutil
 import sys
@@ -19,21 +20,21 @@ from typing import Any
 
 from torch import Tensor
 
-from moac_runtime.backends.cuda.binaries import Binary
+from moac_runtime.backends.cuda.binaries import Binary, Read
 
 
 class SourceKernels:
     """Kernels that Triton builds at their first launch; see `launch.Kernels`.
 
-    `root`: the package's folder. `kernels`: their metadata, whose tiles are used.
+    `read`: the package's files. `kernels`: their metadata, whose tiles are used.
     """
 
-    def __init__(self, root: Path, kernels: Mapping[str, Binary], *, programs: int) -> None:
+    def __init__(self, read: Read, kernels: Mapping[str, Binary], *, programs: int) -> None:
         self.origin = "triton source"
         self.programs = programs
         self._kernels = kernels
         paths = {kernel.source for kernel in kernels.values()}
-        sources = {path: load_source(root / path) for path in sorted(paths)}
+        sources = {path: load_source(read, path) for path in sorted(paths)}
         self._functions = {
             name: getattr(sources[kernel.source], kernel.entry) for name, kernel in kernels.items()
         }
@@ -58,14 +59,19 @@ def can_build() -> bool:
     return find_spec("triton") is not None and header.is_file() and any(compilers)
 
 
-def load_source(path: Path) -> ModuleType:
+def load_source(read: Read, name: str) -> ModuleType:
     """A Python file of a package as a module of its own, nothing written beside it.
 
-    Raises what running it raises.
+    Triton and tracebacks find its lines where Python keeps those of files it has read. Raises what
+    running it raises.
     """
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    module = ModuleType(f"moac_package_{digest}_{path.stem}")
-    module.__file__ = str(path)
+    source = read(name)
+    digest = hashlib.sha256(source).hexdigest()[:16]
+    module = ModuleType(f"moac_package_{digest}_{Path(name).stem}")
+    module.__file__ = f"<moac {digest} {name}>"
+    text = source.decode("utf-8")
+    lines = text.splitlines(keepends=True)
+    linecache.cache[module.__file__] = (len(text), None, lines, module.__file__)
     sys.modules[module.__name__] = module  # dataclasses and Triton look it up
-    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), module.__dict__)
+    exec(compile(text, module.__file__, "exec"), module.__dict__)
     return module

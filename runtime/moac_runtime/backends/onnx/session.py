@@ -18,13 +18,13 @@ import onnxruntime
 from moac_runtime.backends.feeding import check_growth, check_sizes, num_wanted, wanted_of
 from moac_runtime.backends.fixed import FixedRow, FixedRows
 from moac_runtime.backends.layout import packed_spans, rope_tables
+from moac_runtime.backends.onnx.external import external_files
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout, frequency_inputs
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.package.artifact import Artifact
-from moac_runtime.package.integrity import REMEDY
-from moac_runtime.package.manifest import read_json
+from moac_runtime.package.integrity import MANIFEST, REMEDY
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan
 from moac_runtime.package.spec import RopeSpec
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
 # Tokens of a row that share a step: enough to use the cores, few enough that scores stay small.
 CHUNK = 256
 
@@ -41,16 +43,18 @@ CHUNK = 256
 class OnnxGraph:
     """A package's graph opened by onnxruntime on the CPU; it holds weights and no state.
 
+    `model`: the graph itself; `folder`: where the files that it names for its weights are.
     `ropes`: the model's rotary tables. `threads`: None is every core this process may use.
-    Raises ArtifactError where it refuses the file.
+    Raises ArtifactError where it refuses them.
     """
 
     def __init__(
         self,
-        path: Path,
+        model: bytes,
         layout: OnnxLayout,
         ropes: Sequence[RopeSpec],
         *,
+        folder: Path,
         threads: int | None = None,
     ) -> None:
         self.layout = layout
@@ -63,14 +67,15 @@ class OnnxGraph:
         # its search takes time that grows with the square of the graph's nodes
         options.enable_mem_reuse = False
         options.intra_op_num_threads = threads or default_threads()
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         try:
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
+                model, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises its own kinds, and bare RuntimeError
             reason = " ".join(str(error).split())
             raise ArtifactError(
-                f"onnxruntime {onnxruntime.__version__} cannot open {path.name} ({reason}), "
+                f"onnxruntime {onnxruntime.__version__} cannot open {layout.model} ({reason}), "
                 f"expected a graph of opset {layout.opset}: upgrade onnxruntime or compile the "
                 "package again"
             ) from error
@@ -104,15 +109,43 @@ class OnnxModel:
 
 def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
     """The graph of a package built for `onnx`. Raises ArtifactError."""
-    data = read_json(artifact.path(ONNX_LAYOUT), ONNX_LAYOUT)
+    data = artifact.json(ONNX_LAYOUT)
     try:
         layout = OnnxLayout.from_json(data)
     except (KeyError, TypeError) as error:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    graph = OnnxGraph(artifact.path(layout.model), layout, artifact.spec.ropes, threads=threads)
+    model = artifact.read(layout.model)
+    weights = _weight_files(artifact, layout.model, model)
+    # through the folder that is held, so that another one under its path is not looked into
+    graph = OnnxGraph(
+        model, layout, artifact.spec.ropes, folder=artifact.held.folder, threads=threads
+    )
+    for name in weights:
+        if not artifact.held.unchanged(name):
+            raise ArtifactError(
+                f"{name} was exchanged while onnxruntime opened it; try again when nobody writes "
+                "to the package"
+            )
     return OnnxModel(graph, artifact.head_order)
+
+
+def _weight_files(artifact: Artifact, name: str, model: bytes) -> set[str]:
+    """The files that the graph `name` takes weights from. Raises ArtifactError for others' files.
+
+    They were checked, as every listed file is, and lie in the package.
+    """
+    try:
+        found = external_files(model)
+    except ValueError as error:  # that of text, too
+        raise ArtifactError(f"{name} is no ONNX graph ({error}): {REMEDY}") from error
+    if unlisted := sorted(found - artifact.files.keys()):
+        raise ArtifactError(
+            f"{name} takes weights from {unlisted[0]!r}, expected a file that {MANIFEST} lists: "
+            "get the package from where you trust it"
+        )
+    return found
 
 
 class OnnxSession(FixedRows):

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from moac_runtime.backends.stranger import Build
 from moac_runtime.errors import MoacError
 from moac_runtime.host.shortage import shortage
 from moac_runtime.serve.app import bare_app
@@ -39,16 +40,16 @@ class Told:
 
 
 class Replica:
-    """`options`: as `serve.command` reads them.
+    """`options`: as `serve.command` reads them; `build`: as of `load`.
 
     A package that cannot be served is told by `about`: what a constructor raises, Ray would try
     again.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, build: Build | None = None) -> None:
         self._served: Served | None = None
         try:
-            self._served = open_served(options)
+            self._served = open_served(options, build=build)
         except Exception as error:
             self._about = _fault(error)
         else:

@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
+from moac_runtime.backends.stranger import Build
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import usable_cores
 from moac_runtime.serve.replicas.pool import Gone, Pool
@@ -25,13 +26,17 @@ _MANY = 2**20  # requests at once: the engine has a queue of its own, which refu
 
 
 @contextmanager
-def started(options: argparse.Namespace) -> Iterator[tuple[Pool, tuple[str, ...]]]:
+def started(
+    options: argparse.Namespace, build: Build | None = None
+) -> Iterator[tuple[Pool, tuple[str, ...]]]:
     """The replicas that `options` ask for, and what the first of them tells for people.
+
+    `build`: as of `load`.
 
     Raises MoacError where they do not come to serve.
     """
     with _ray():
-        handles = _deployed(options)
+        handles = _deployed(options, build)
         abouts = [handle.about.remote().result() for handle in handles.values()]
         yield Pool({name: RayReplica(handle) for name, handle in handles.items()}), _lines(abouts)
 
@@ -84,7 +89,7 @@ def _ray() -> Iterator[None]:
         ray.shutdown()  # ends every process; Serve's own way takes half a minute
 
 
-def _deployed(options: argparse.Namespace) -> dict[str, Any]:
+def _deployed(options: argparse.Namespace, build: Build | None) -> dict[str, Any]:
     """Handles by name. Each replica is a deployment of its own, so that it can be asked for."""
     made = serve.deployment(
         num_replicas=1,
@@ -99,7 +104,8 @@ def _deployed(options: argparse.Namespace) -> dict[str, Any]:
     names = [str(number) for number in range(options.replicas)]
     asked = _asked(options)
     targets = [
-        serve.RunTarget(made.bind(asked), name=f"moac-{name}", route_prefix=None) for name in names
+        serve.RunTarget(made.bind(asked, build), name=f"moac-{name}", route_prefix=None)
+        for name in names
     ]
     try:
         return dict(zip(names, serve.run_many(targets), strict=True))
