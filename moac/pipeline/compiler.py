@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from moac.calibration import plain_text_windows
 from moac.checkpoint import open_checkpoint
 from moac.export.target import emit_onnx
+from moac.packaging.build_record import now, write_build
 from moac.packaging.cpu_kernels import emit_cpu_kernels, spelled_out
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
@@ -273,7 +273,9 @@ def _disturbed_error(
 
 
 def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
-    """Where the package comes from: checkpoint, arguments, versions, host, time.
+    """Where the package comes from: checkpoint, arguments, versions.
+
+    Times and host, which another compile of the same does not share, stand in `build.json`.
 
     Of a plan from a file, the file's name and SHA-256, and whether it is one that moac brings; how
     it was planned stands in `plan.json`.
@@ -290,10 +292,8 @@ def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
         **({} if planned.file is None else {"plan": planned.file}),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("moac", *_PACKAGES)},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "device": bench.model.device.type,
         "measured_in": str(bench.model.dtype).removeprefix("torch."),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -312,11 +312,10 @@ def check_package(staging: Path) -> tuple[Check, ...]:
 
 
 def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
-    """Write what was known last: the verdict and the cost into the manifest, and the report."""
+    """Write what was known last: the report, the verdict into the manifest, and `build.json`."""
     opened = open_artifact(staging, check="sizes")
     artifact = replace(
         opened,
-        provenance={**opened.provenance, **clock.to_json()},
         verification={**opened.verification, "checks": [check.to_json() for check in checks]},
     )
     write_report(staging, inspect_artifact(artifact))
@@ -331,3 +330,14 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         verification=artifact.verification,
         weights=artifact.weights,
     )
+    write_build(staging, build_record(clock))
+
+
+def build_record(clock: Clock) -> dict[str, Any]:
+    """When and on what this package is made, and what each stage took."""
+    return {
+        "created": now(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **clock.to_json(),
+    }
