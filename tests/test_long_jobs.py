@@ -10,11 +10,13 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ pytestmark = [
 ]
 
 SEED = int(os.environ.get("MOAC_FAULT_SEED", "0"))
-FEW, MANY = 3, 30
+FEW, MANY = 2, 30
 LAST_CALLS = 12  # sealing, publishing and cleaning up
 Files = dict[str, bytes]
 
@@ -189,7 +191,7 @@ def spread(job: Job, count: int) -> list[int]:
 
 
 def test_a_kill_before_a_call_that_writes(tiny_job: Job, tmp_path: Path) -> None:
-    killed_before(tiny_job, tmp_path, [*spread(tiny_job, 3), tiny_job.calls - 3])
+    killed_before(tiny_job, tmp_path, [tiny_job.calls // 3, tiny_job.calls - 3])
 
 
 @pytest.mark.slow
@@ -228,7 +230,7 @@ def told_in_a_sentence(ended: Ended) -> None:
 
 
 def test_a_disk_that_is_full_at_some_point(tiny_job: Job, tmp_path: Path) -> None:
-    full_from(tiny_job, tmp_path, spread(tiny_job, 5))
+    full_from(tiny_job, tmp_path, spread(tiny_job, 4)[1:])
 
 
 @pytest.mark.slow
@@ -291,6 +293,7 @@ def test_two_compiles_to_one_target(tiny_job: Job, tmp_path: Path) -> None:
     goes_on(tiny_job, tmp_path, tiny_job.files)
 
 
+@pytest.mark.slow
 def test_two_compiles_that_both_replace_it(tiny_job: Job, tmp_path: Path) -> None:
     before = older_package(tiny_job, tmp_path)
     for ended in side_by_side(tiny_job, tmp_path, "--force"):
@@ -319,20 +322,17 @@ def empty(data: bytes) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("damage", [cut, flipped, of_another_version, empty])
-def test_a_damaged_work_folder_is_made_again(
-    tiny_job: Job, tmp_path: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_work_folder_is_made_again(tiny_job: Job, tmp_path: Path) -> None:
     assert tiny_job.run(tmp_path).code == 0
-    results = [path for path in (tmp_path / "work").iterdir() if path.is_file()]
+    results = [path for path in sorted((tmp_path / "work").iterdir()) if path.is_file()]
     assert len(results) > 20
-    for path in results:
+    damages = (cut, flipped, of_another_version, empty)
+    for path, damage in zip(results, cycle(damages), strict=False):
         path.write_bytes(damage(path.read_bytes()))
     ended = tiny_job.run(tmp_path, "--force")
     assert ended.code == 0, ended.stderr
     assert files_of(tmp_path / "out") == tiny_job.files
     assert ended.stderr.count("; it is made again\n") == len(results)
-    goes_on(tiny_job, tmp_path, tiny_job.files)
 
 
 # ---- its clock
@@ -344,5 +344,5 @@ def test_a_clock_that_jumps(tiny_job: Job, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == tiny_job.files
     took = json.loads((tmp_path / "out" / BUILD).read_text())["seconds"]
     assert all(0 <= seconds < 600 for seconds in took.values())
-    assert not any(sign in ended.stderr for sign in ("-1", " d ", "years"))
-    goes_on(tiny_job, tmp_path, tiny_job.files)
+    times = re.findall(r"(-?\d+) (s|min|h|d)\b", ended.stderr)
+    assert all(int(count) >= 0 and unit in ("s", "min") for count, unit in times)
