@@ -121,8 +121,13 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp makes the second run quick; it ages when what is to be installed changes.
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+# CI installs by hashes, and so everything.
+$(INSTALLED): pyproject.toml constraints.txt constraints-hashed.txt | $(BIN)/python
+ifdef CI
+	$(call install_hashed,$(BIN))
+else
 	$(call install,$(BIN),constraints.txt,dev)
+endif
 	@touch $@
 
 # Every file's hash is known before it is installed.
@@ -150,4 +155,12 @@ endef
 define install
 	PIP_CONSTRAINT=$(2) PIP_BUILD_CONSTRAINT=$(2) $(1)/python -m pip install --quiet \
 		--constraint $(2) --editable '.[$(3)]'
+endef
+
+# The project with every extra, each file of a known hash but torch's: $(call install_hashed,BIN).
+define install_hashed
+	$(1)/python -m pip install --quiet --no-deps --require-hashes --requirement constraints-hashed.txt
+	$(1)/python -m pip install --quiet --no-deps $(TORCH)
+	$(1)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(1)/python -m pip check
 endef
