@@ -37,6 +37,7 @@ def flip_everywhere(package: Path, copy: Path, count: int) -> Counter[str]:
     for name in chosen:
         flip(copy, name, dice)
     open_artifact(copy)
+    print(f"{len(chosen)} bits in {len(filled)} files, seed {SEED}")
     return Counter(chosen)
 
 

@@ -59,6 +59,7 @@ def repacked(
         targets=artifact.targets,
         provenance={**artifact.provenance, **provenance},
         verification=artifact.verification,
+        weights=artifact.weights,
     )
     return folder
 
@@ -160,14 +161,18 @@ def test_versions_and_arguments_that_differ(
 # ---- which files differ, and why
 
 
+def made_later(package: Path, **facts: int) -> None:
+    record = read_build(package)
+    assert record is not None
+    write_build(package, record | {"created": "2030-01-02T03:04:05+00:00", **facts})
+
+
 def test_equal_packages_are_told_to_be_equal_whenever_they_were_made(
     tiny_package: Compiled, tmp_path: Path, capsys: Capture
 ) -> None:
     other = tmp_path / "b"
     shutil.copytree(tiny_package.package, other)
-    record = read_build(other)
-    assert record is not None
-    write_build(other, record | {"created": "2030-01-02T03:04:05+00:00", "threads": 64})
+    made_later(other, threads=64)
     found = compared(capsys, tiny_package.package, other)
     assert found["files"]["because"] == {}
     assert found["files"]["same"] == len(open_artifact(other).files) + 1
@@ -183,6 +188,7 @@ def test_files_that_differ_are_told_with_what_they_follow_from(
     changed = copy.deepcopy(record)
     changed["rules"][1] = [[32, 0.0], list(record["rules"][1][1])]
     other = repacked(tiny_package.package, tmp_path / "b", changed)
+    made_later(other)
     assert compared(capsys, tiny_package.package, other)["files"] == {
         "same": len(open_artifact(other).files) - 1,
         "differ": ["moac.json", "plan.json"],
@@ -206,6 +212,18 @@ def test_a_difference_that_nothing_explains_is_told(
     }
     text = told(capsys, tiny_package.package, other)
     assert "because of: nothing that is recorded tells why\n  golden.safetensors\n" in text
+
+
+def test_rounding_with_feedback_follows_from_what_its_passes_do(
+    int4_compiled: Compiled, tmp_path: Path, capsys: Capture
+) -> None:
+    (shard,) = (int4_compiled.package / "weights").glob("*.safetensors")
+    altered = {f"weights/{shard.name}": shard.read_bytes()[:-1] + b"\xff"}
+    record = dict(load_plan_record(open_artifact(int4_compiled.package)))
+    other = repacked(int4_compiled.package, tmp_path / "b", record, altered)
+    made_later(other, threads=64)
+    files = compared(capsys, int4_compiled.package, other)["files"]
+    assert files["because"] == {"moac.json": ["threads"], f"weights/{shard.name}": ["threads"]}
 
 
 def test_every_choice_of_a_plan_and_every_file_has_its_reasons(cpu_package: Path) -> None:

@@ -161,6 +161,7 @@ def killed_at_random(job: Job, tmp_path: Path, count: int) -> None:
         killed += ended.code == -9
         goes_on(job, folder, before)
         shutil.rmtree(folder)
+    print(f"{killed} kills in {tries} runs, seed {SEED}")
 
 
 def test_a_kill_at_any_moment(tiny_job: Job, tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def killed_before(job: Job, tmp_path: Path, calls: list[int]) -> None:
         assert ended.code == -9, ended.stderr
         goes_on(job, folder, before)
         shutil.rmtree(folder)
+    print(f"{len(calls)} kills, each before one of {job.calls} calls that write")
 
 
 def spread(job: Job, count: int) -> list[int]:
@@ -205,6 +207,7 @@ def test_a_kill_before_each_of_the_calls_that_publish(tiny_job: Job, tmp_path: P
 
 def full_from(job: Job, tmp_path: Path, calls: list[int]) -> None:
     """The disk is full from each of these calls on: one sentence, and nothing half-written."""
+    failed = 0
     for number in calls:
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -213,12 +216,14 @@ def full_from(job: Job, tmp_path: Path, calls: list[int]) -> None:
         if ended.code == 0:  # all that was left to do was to remove
             assert files_of(folder / "out") == job.files
         else:
+            failed += 1
             told_in_a_sentence(ended)
             assert (files_of(folder / "out") if (folder / "out").exists() else None) == before
             assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
             assert not list((folder / "work").glob(f"{PARTIAL}*"))
         goes_on(job, folder, before)
         shutil.rmtree(folder)
+    print(f"full from {len(calls)} of {job.calls} calls on, told {failed} times")
 
 
 def told_in_a_sentence(ended: Ended) -> None:
@@ -263,6 +268,7 @@ def test_a_disk_of_few_bytes(kernels_job: Job, tmp_path: Path) -> None:
         finally:
             subprocess.run(["umount", str(disk)], check=True)
     assert 4 <= failed <= 15
+    print(f"16 disks, {failed} of them too small")
 
 
 def mount(disk: Path, size: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cpu_kernels import needs_avx2, needs_compiler
 from tiny import CONTEXT, Compiled, moac_command, options, plan_options
 
@@ -101,16 +102,17 @@ def test_a_package_is_the_same_wherever_it_is_made(
     [
         ["--target", "torch,cpu,onnx"],
         ["--target", "torch,cpu:avx2", "--weights", "int8", "--dtype", "bfloat16"],
+        ["--target", "torch,cpu:avx2,onnx", "--weights", "int4"],
         ["--target", "torch,cuda:90"],
     ],
-    ids=["native and ONNX", "8 bits", "CUDA"],
+    ids=["native and ONNX", "8 bits", "4 bits", "CUDA"],
 )
 def test_kernels_and_graphs_are_the_same_too(
     choices: list[str], tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     if "torch,cuda:90" in choices:
         pytest.importorskip("triton")
-    checkpoint = tiny_checkpoint("llama", max_position_embeddings=CONTEXT)
+    checkpoint = tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
     assert_same(*compiled_twice(checkpoint, tmp_path, [*plan_options(), *choices]))
 
 
@@ -138,6 +140,7 @@ def test_times_and_host_stand_in_build_json_alone(tiny_package: Compiled, tmp_pa
         *("created", "processor", "threads", "seconds", "estimated_seconds"),
         *("peak_memory_by_stage", "peak_memory_bytes"),
     }
+    assert record["processor"].endswith(torch.backends.cpu.get_cpu_capability())
     manifest = json.loads((tiny_package.package / "moac.json").read_text())
     assert BUILD not in manifest["files"]
     for name in ("moac.json", "plan.json", "report.html"):

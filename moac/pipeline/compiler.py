@@ -365,9 +365,10 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
 
 def build_record(clock: Clock) -> dict[str, Any]:
     """When and on what this package is made, and what each stage took."""
+    instructions = torch.backends.cpu.get_cpu_capability()  # which decide the order of sums
     return {
         "created": now(),
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()} {instructions}",
         "threads": torch.get_num_threads(),
         **clock.to_json(),
     }

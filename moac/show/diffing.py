@@ -20,7 +20,7 @@ from moac_runtime.package.plan import Plan
 _SETTINGS = ("budget", "lengths", "extrapolated", "unseen", "rules_per_layer")
 _RULES = ("sink", "block", "min_span", "windows")
 _PROVENANCE = ("source", "revision", "identity", "plan", "device", "measured_in")
-_BUILD = ("created", "processor", "threads")
+_MACHINE = ("processor", "threads")
 _SAME_LOSS = 1e-4  # nats: what reordered sums may change in the dense model's loss
 
 
@@ -172,14 +172,21 @@ def _build(artifact: Artifact) -> dict[str, Any]:
     if record is None:
         return {}
     seconds = round(sum(record["seconds"].values()), 2)
-    return {**{name: record[name] for name in _BUILD}, "seconds": seconds}
+    return {**{name: record[name] for name in ("created", *_MACHINE)}, "seconds": seconds}
 
 
 def _files(a: Side, b: Side) -> dict[str, Any] | None:
     if not a.files or not b.files:
         return None
-    one, other = ({**side.facts, **side.told, **side.build} for side in (a, b))
-    return file_diff(a.files, b.files, [row["name"] for row in _differences(one, other)])
+    one, other = ({**side.facts, **side.told, **_machine(side)} for side in (a, b))
+    differing = [row["name"] for row in _differences(one, other)]
+    rounded = any(side.facts.get("argument weights") == "int4" for side in (a, b))
+    return file_diff(a.files, b.files, differing, rounded=rounded)
+
+
+def _machine(side: Side) -> dict[str, Any]:
+    """What of `build.json` decides the order of sums; no file follows from the rest."""
+    return {name: side.build[name] for name in _MACHINE if name in side.build}
 
 
 def _check_shapes(a: Side, b: Side) -> None:

@@ -19,7 +19,8 @@ _LIBRARIES = tuple(
     f"{name} version" for name in ("moac", "python", "torch", "transformers", "tokenizers")
 )
 _MODEL = ("source", "revision", "identity")
-_MEASURED = ("device", "measured_in", "processor", "threads", *_LIBRARIES)
+_MACHINE = ("processor", "threads")
+_MEASURED = ("device", "measured_in", *_MACHINE, *_LIBRARIES)
 PLANNING_ARGUMENTS = (
     *("argument max_kv_bytes", "argument batch", "argument length", "argument max_loss"),
     *("argument calibration", "argument effort", "argument samples", "argument plans"),
@@ -34,6 +35,8 @@ _STORED = (
     *("identity", "dtype", "head order", "argument weights", "argument max_shard_size"),
     *("torch version", "safetensors version"),
 )
+_FEEDBACK = (*_MACHINE, *_LIBRARIES, "argument seed")
+_HOLD_WEIGHTS = ("weights/*", "model*.onnx*", "onnx*")
 _GRAPH = ("argument onnx_dtype", "argument onnx_weights", *_STORED, *_RULES, "capacity")
 
 FOLLOWS = {
@@ -61,10 +64,11 @@ def package_facts(artifact: Artifact) -> dict[str, Any]:
 
 
 def file_diff(
-    a: Mapping[str, str], b: Mapping[str, str], differing: Sequence[str]
+    a: Mapping[str, str], b: Mapping[str, str], differing: Sequence[str], *, rounded: bool
 ) -> dict[str, Any]:
     """How files by name, each with its SHA-256, differ. `differing`: facts that do.
 
+    `rounded`: whether weights were rounded with feedback, so by passes of the model.
     `same`: how many are; `differ`, `only_a`, `only_b`: names; `because`: of every name among
     those, the differing facts that it follows from, none where nothing recorded tells why.
     """
@@ -78,13 +82,15 @@ def file_diff(
     return {
         "same": len(both) - len(found["differ"]),
         **found,
-        "because": {name: _causes(name, differing) for name in names},
+        "because": {name: _causes(name, differing, rounded) for name in names},
     }
 
 
-def _causes(name: str, differing: Sequence[str]) -> list[str]:
+def _causes(name: str, differing: Sequence[str], rounded: bool) -> list[str]:
     """The manifest and the report tell everything, and so follow from everything."""
     if name in (MANIFEST, "report.html"):
         return list(differing)
     known = next((f for p, f in FOLLOWS.items() if fnmatch.fnmatchcase(name, p)), ())
+    if rounded and any(fnmatch.fnmatchcase(name, pattern) for pattern in _HOLD_WEIGHTS):
+        known += _FEEDBACK
     return [fact for fact in differing if fact in known]
