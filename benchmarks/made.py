@@ -64,7 +64,7 @@ def made_plan(
     """Make the plan, unless it stands there, and tell what that took.
 
     `planning`: more options of `moac plan`. Returns `effort`, `budget`, `seconds` in all,
-    `stages` with seconds and estimate, `peak_memory_bytes`, `density`, `kept` (results of each
+    `stages` with the seconds of each, `peak_memory_bytes`, `density`, `kept` (results of each
     kind that came from the work folder, and those that were made) and where it was made.
     """
     path, folder = plan_path(work_dir, budget, effort), kept_dir(work_dir, effort)
@@ -84,7 +84,7 @@ def made_plan(
         "budget": budget,
         "arguments": arguments,
         "seconds": round(done["seconds"], 1),
-        "stages": record["seconds"],
+        "stages": {name: stage["seconds"] for name, stage in done["stages"].items()},
         "peak_memory_bytes": done["peak_memory_bytes"],
         "density": record["density"],
         "kept": _kept(before, _results(folder)),

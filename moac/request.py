@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,10 +121,16 @@ class CompileRequest:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Every choice as JSON values, the budget that holds where none was given among them."""
+        """Every choice as JSON values, the budget that holds where none was given among them.
+
+        The user's own samples are told by their file's name and SHA-256, wherever it lies.
+        """
         asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         asked["effort"] = self.effort or STANDARD
         asked |= {"samples": self.measuring.samples, "plans": self.measuring.plans}
+        if self.calibration is not None:
+            digest = hashlib.sha256(self.calibration.read_bytes()).hexdigest()
+            asked["calibration"] = {"file": self.calibration.name, "sha256": digest}
         goal = self.goal
         return {**asked, "budget": goal.share if isinstance(goal, Budget) else None}
 

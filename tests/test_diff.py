@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import Compiled, moac_command
 
+from moac.packaging.build_record import read_build, write_build
 from moac.packaging.writer import write_manifest, write_plan
+from moac.request import PLANNING
+from moac.show.file_diff import FOLLOWS, PLANNING_ARGUMENTS
 from moac.show.inspection import inspect_package
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.plan import Plan
@@ -32,9 +36,17 @@ def write(path: Path, record: Record) -> Path:
     return path
 
 
-def repacked(package: Path, folder: Path, record: Record, **provenance: Any) -> Path:
-    """A copy of `package` with another plan and other provenance."""
+def repacked(
+    package: Path,
+    folder: Path,
+    record: Record,
+    files: Mapping[str, bytes] | None = None,
+    **provenance: Any,
+) -> Path:
+    """A copy of `package` with another plan, other `files` and other provenance."""
     shutil.copytree(package, folder)
+    for name, data in (files or {}).items():
+        (folder / name).write_bytes(data)
     plan = Plan.from_json(record)
     write_plan(folder, plan, {k: v for k, v in record.items() if k not in plan.to_json()})
     artifact = open_artifact(package)
@@ -47,6 +59,7 @@ def repacked(package: Path, folder: Path, record: Record, **provenance: Any) -> 
         targets=artifact.targets,
         provenance={**artifact.provenance, **provenance},
         verification=artifact.verification,
+        weights=artifact.weights,
     )
     return folder
 
@@ -93,7 +106,7 @@ def test_every_changed_span_is_told(
     changed["rules"][0] = [[0, 1.0], [0, 1.0]]
     changed["rules"][1] = [[32, 0.0], list(record["rules"][1][1])]
     changed["budget"] = 0.75
-    other = repacked(tiny_package.package, tmp_path / "b", changed, created="later")
+    other = repacked(tiny_package.package, tmp_path / "b", changed, source="elsewhere")
     found = compared(capsys, tiny_package.package, other)
     assert found["a"]["kind"] == found["b"]["kind"] == "package"
     for n in found["lengths"]:
@@ -118,7 +131,7 @@ def test_every_changed_span_is_told(
     assert not found["same_spans"]
     assert {row["name"]: (row["a"], row["b"]) for row in found["differences"]} == {
         "budget": (0.5, 0.75),
-        "created": (inspect_package(tiny_package.package)["provenance"]["created"], "later"),
+        "source": (tiny_package.checkpoint.name, "elsewhere"),
     }
     text = told(capsys, tiny_package.package, other)
     longest = str(found["lengths"][-1])
@@ -143,6 +156,81 @@ def test_versions_and_arguments_that_differ(
         {"name": "argument seed", "a": 0, "b": 7},
         {"name": "torch version", "a": origin["versions"]["torch"], "b": "9.9"},
     ]
+
+
+# ---- which files differ, and why
+
+
+def made_later(package: Path, **facts: int) -> None:
+    record = read_build(package)
+    assert record is not None
+    write_build(package, record | {"created": "2030-01-02T03:04:05+00:00", **facts})
+
+
+def test_equal_packages_are_told_to_be_equal_whenever_they_were_made(
+    tiny_package: Compiled, tmp_path: Path, capsys: Capture
+) -> None:
+    other = tmp_path / "b"
+    shutil.copytree(tiny_package.package, other)
+    made_later(other, threads=64)
+    found = compared(capsys, tiny_package.package, other)
+    assert found["files"]["because"] == {}
+    assert found["files"]["same"] == len(open_artifact(other).files) + 1
+    assert found["builds"]["b"]["threads"] == 64
+    text = told(capsys, tiny_package.package, other)
+    assert f"all {found['files']['same']} files are the same, byte for byte; made at" in text
+    assert "  b  2030-01-02T03:04:05+00:00 in " in text
+
+
+def test_files_that_differ_are_told_with_what_they_follow_from(
+    tiny_package: Compiled, record: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    changed = copy.deepcopy(record)
+    changed["rules"][1] = [[32, 0.0], list(record["rules"][1][1])]
+    other = repacked(tiny_package.package, tmp_path / "b", changed)
+    made_later(other)
+    assert compared(capsys, tiny_package.package, other)["files"] == {
+        "same": len(open_artifact(other).files) - 1,
+        "differ": ["moac.json", "plan.json"],
+        "only_a": [],
+        "only_b": [],
+        "because": {"moac.json": ["rules"], "plan.json": ["rules"]},
+    }
+    text = told(capsys, tiny_package.package, other)
+    assert "differ, because of: rules\n  moac.json\n  plan.json" in text
+
+
+def test_a_difference_that_nothing_explains_is_told(
+    tiny_package: Compiled, record: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    altered = {"golden.safetensors": b"other numbers", "notes.txt": b"in b alone"}
+    other = repacked(tiny_package.package, tmp_path / "b", record, altered)
+    files = compared(capsys, tiny_package.package, other)["files"]
+    assert files["only_b"] == ["notes.txt"]
+    assert files["because"] == {
+        name: [] for name in ("golden.safetensors", "moac.json", "notes.txt")
+    }
+    text = told(capsys, tiny_package.package, other)
+    assert "because of: nothing that is recorded tells why\n  golden.safetensors\n" in text
+
+
+def test_rounding_with_feedback_follows_from_what_its_passes_do(
+    int4_compiled: Compiled, tmp_path: Path, capsys: Capture
+) -> None:
+    (shard,) = (int4_compiled.package / "weights").glob("*.safetensors")
+    altered = {f"weights/{shard.name}": shard.read_bytes()[:-1] + b"\xff"}
+    record = dict(load_plan_record(open_artifact(int4_compiled.package)))
+    other = repacked(int4_compiled.package, tmp_path / "b", record, altered)
+    made_later(other, threads=64)
+    files = compared(capsys, int4_compiled.package, other)["files"]
+    assert files["because"] == {"moac.json": ["threads"], f"weights/{shard.name}": ["threads"]}
+
+
+def test_every_choice_of_a_plan_and_every_file_has_its_reasons(cpu_package: Path) -> None:
+    arguments = {name.removeprefix("argument ") for name in PLANNING_ARGUMENTS}
+    assert arguments | {"sink", "block", "min_span"} == set(PLANNING)
+    for name in open_artifact(cpu_package).files:
+        assert name == "report.html" or any(fnmatchcase(name, p) for p in FOLLOWS), name
 
 
 def test_losses_stand_side_by_side(

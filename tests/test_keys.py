@@ -9,9 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-import transformers
 
 from moac.store import keys, sources
 from moac.store.keys import result_key
@@ -57,6 +55,7 @@ def change(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
 def forget() -> None:
     sources.source_digest.cache_clear()
+    sources.libraries.cache_clear()
     keys._code_digest.cache_clear()
     keys._texts_digest.cache_clear()
 
@@ -170,10 +169,64 @@ def test_model_device_and_tokenizer_are_in_the_key(change: Any, kinds: set[str])
     assert {kind for kind in after if after[kind] != before[kind]} == kinds
 
 
-@pytest.mark.parametrize("library", [torch, transformers, tokenizers])
-def test_versions_are_in_the_key(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_version(monkeypatch: pytest.MonkeyPatch, library: str, version: str) -> None:
+    real = keys.version
+    monkeypatch.setattr(keys, "version", lambda name: version if name == library else real(name))
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        *("torch", "transformers", "tokenizers", "numpy"),
+        *("jinja2", "safetensors", "sentencepiece"),
+    ],
+)
+def test_versions_are_in_the_key(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = found()
-    monkeypatch.setattr(library, "__version__", "99.0.0")
+    other_version(monkeypatch, library, "99.0.0")
+    assert changed(before) == MEASURED
+
+
+def test_the_version_of_what_reads_gguf_is_in_the_key_of_its_models_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, of_file = found(), found(path="model.gguf")
+    other_version(monkeypatch, "gguf", "99.0.0")
+    assert changed(before) == set()
+    after = found(path="model.gguf")
+    assert {kind for kind in after if after[kind] != of_file[kind]} == MEASURED
+
+
+@pytest.mark.parametrize("kind", keys._CODE)
+def test_a_library_that_code_comes_to_import_is_in_the_key(
+    kind: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to remember it."""
+    monkeypatch.setattr(sources, "package_folder", lambda package: copied / package)
+    monkeypatch.setattr(keys, "package_folder", lambda package: copied / package)
+    monkeypatch.setitem(keys._CODE, kind, (*keys._CODE[kind], "moac.new"))
+    for line, same in (("import json", True), ("def f():\n    import rich.table", False)):
+        (copied / "moac/new.py").write_text(f"{line}\n")
+        forget()
+        libraries = keys._libraries(kind, SimpleNamespace(path=Path("model")))
+        assert ("rich" not in libraries) == same
+    (copied / "moac/new.py").unlink()
+    forget()
+
+
+def test_what_no_result_follows_from_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = found()
+    for library in ("click", "huggingface_hub", "highspy", "rich"):
+        other_version(monkeypatch, library, "99.0.0")
+    assert changed(before) == set()
+
+
+def test_what_decides_the_order_of_sums_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = found()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.get_num_threads", lambda: 77)
+        assert changed(before) == MEASURED
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     assert changed(before) == MEASURED
 
 
@@ -189,9 +242,9 @@ def test_pythons_version_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_torch_was_built_is_not(
     torch_version: str, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    other_version(monkeypatch, "torch", "2.13.0+cu130")
     before = found()
-    monkeypatch.setattr(torch, "__version__", torch_version)
+    other_version(monkeypatch, "torch", torch_version)
     assert (changed(before) == set()) == same
 
 

@@ -450,7 +450,11 @@ def without_identity(data: Data) -> None:
         (argument("effort", "standard"), True, r"with effort standard, 20 .*expected thorough"),
         (argument("samples", 19), True, "with effort thorough, 19 samples and 5 plans, expected"),
         (argument("plans", 4), True, "20 samples and 4 plans, expected thorough, 20 and 5"),
-        (argument("calibration", "mine.jsonl"), True, "was planned for texts of mine.jsonl"),
+        (
+            argument("calibration", {"file": "mine.jsonl", "sha256": "a" * 64}),
+            True,
+            "was planned for texts of mine.jsonl",
+        ),
         (lambda data: data.update(note="x" * MOST_BYTES), True, "bytes, expected at most 65536"),
         (lambda data: data.update(windows=[]), False, "was changed beside its rules"),
     ],

@@ -220,12 +220,12 @@ def test_another_thread_count_in_the_process_changes_nothing():
     assert solve_weighted(make_problem(), {"128": 1.0}) == before
 
 
-def test_time_limit_returns_a_feasible_plan_with_an_honest_bound():
+def test_a_node_limit_returns_a_feasible_plan_with_an_honest_bound():
     problem = make_problem(layers=6, heads=4, lengths=(256, 512), extrapolated=())
     weights = {"256": 1.0, "512": 1.0}
-    hasty = solve_weighted(problem, weights, options=SolverOptions(time_limit=0.0))
-    best = solve_weighted(problem, weights)
-    assert hasty.record.status == "time limit"
+    hasty = solve_weighted(problem, weights, options=SolverOptions(gap=0.0, nodes=0))
+    best = solve_weighted(problem, weights, options=SolverOptions(gap=0.0))
+    assert hasty.record.status == "node limit"
     assert_meets(problem, hasty.plan)
     assert hasty.record.bound <= best.record.objective <= hasty.record.objective
     assert hasty.record.gap > 0

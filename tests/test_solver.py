@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_the_bound_of_the_relaxation_holds_and_is_tight(seed):
     problem = make_problem(seed=seed)
     choices = Choices.of(problem)
     criterion = Criterion.of(choices, np.ones(2), np.full(2, np.inf))
-    relaxed = Relaxation(choices, 2).solve(criterion, gap=0.0, deadline=np.inf)
+    relaxed = Relaxation(choices, 2).solve(criterion, gap=0.0)
     bound = criterion.floor + criterion.unit * relaxed.bound
     record = solve_weighted(problem, BOTH, options=SolverOptions(gap=1e-3)).record
     assert bound <= record.objective
@@ -71,9 +72,8 @@ def test_a_hasty_bound_holds_too():
     choices = Choices.of(make_problem())
     criterion = Criterion.of(choices, np.ones(2), np.full(2, np.inf))
     relaxation = Relaxation(choices, 2)
-    hasty = relaxation.solve(criterion, gap=0.0, deadline=0.0)
-    assert hasty.status == "time limit"
-    assert 0 <= hasty.bound <= relaxation.solve(criterion, gap=0.0, deadline=np.inf).bound
+    hasty = relaxation.solve(criterion, gap=0.5)
+    assert 0 < hasty.bound < relaxation.solve(criterion, gap=0.0).bound
 
 
 def test_few_rules_cost_no_less_than_many_and_the_gap_is_proven():
@@ -97,11 +97,11 @@ def test_the_rules_opened_in_one_large_program_lead_to_the_same_optimum(monkeypa
 
 
 @pytest.mark.parametrize("limit", [2, None])
-def test_a_time_limit_returns_a_plan_with_its_gap_and_says_so(limit):
+def test_a_node_limit_returns_a_plan_with_its_gap_and_says_so(limit):
     problem = make_problem(limit=limit)
-    best = solve_weighted(problem, BOTH).record
-    hasty = solve_weighted(problem, BOTH, options=SolverOptions(time_limit=0.0))
-    assert hasty.record.status == "time limit"
+    best = solve_weighted(problem, BOTH, options=SolverOptions(gap=0.0)).record
+    hasty = solve_weighted(problem, BOTH, options=SolverOptions(gap=0.0, nodes=0))
+    assert hasty.record.status == "node limit"
     assert hasty.record.bound <= best.objective <= hasty.record.objective
     assert hasty.record.gap > best.gap
     assert all(hasty.plan.density(n) <= problem.budget for n in problem.lengths)
@@ -112,15 +112,16 @@ def test_a_search_cut_short_keeps_what_it_found(monkeypatch):
     first = []
 
     def once(lp, **options):
-        """The first search runs; from then on there is no time left."""
-        options["options"] = SolverOptions(time_limit=0.0) if first else options["options"]
+        """The first search runs; from then on there are no nodes left."""
+        given = options["options"]
+        options["options"] = replace(given, nodes=0) if first else given
         first.append(solve(lp, **options))
         return first[-1]
 
     monkeypatch.setattr("moac.planning.limited.solve", once)
-    exact = SolverOptions(gap=0.0, time_limit=1e6)
+    exact = SolverOptions(gap=0.0)
     point = solve_weighted(problem, BOTH, options=exact)
-    assert point.record.status == "time limit"
+    assert point.record.status == "node limit"
     assert point.record.gap > 0
     assert_keeps(problem, point.plan)
 

@@ -47,9 +47,10 @@ def add(plan: Path, folder: Path, *, replace: bool) -> Path:
 def check_measured(plan: Path, asked: dict[str, Any]) -> None:
     """Raise ArtifactError for a plan that was not measured as every known one is."""
     if asked.get("calibration") is not None:
+        texts = asked["calibration"]["file"]
         raise ArtifactError(
-            f"{plan} was planned for texts of {asked['calibration']}, expected one for every "
-            "user: leave out --calibration"
+            f"{plan} was planned for texts of {texts}, expected one for every user: leave out "
+            "--calibration"
         )
     effort, full = asked.get("effort"), EFFORTS[EFFORT]
     samples, plans = asked.get("samples", 0), asked.get("plans", 0)

@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 OWN = "moac"
 EXTRAS = "dev,eval,cuda,ray"
+EDITABLE = "editables"  # what the build needs besides where the project is installed in place
 _RANGE = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,-]+\])?>=(?P<lowest>[\w.]+),<(?P<above>[\w.]+)")
 
 
@@ -81,7 +82,8 @@ def main() -> None:
     bounds = dict(lowest(line) for line in requirements(project)) | {"torch": ""}
     fixed = [f"{name}=={version}" for name, version in bounds.items() if version]
     pins = resolve(
-        [options.torch, *(fixed if options.oldest else [])], project["build-system"]["requires"]
+        [options.torch, *(fixed if options.oldest else [])],
+        [*project["build-system"]["requires"], EDITABLE],
     )
     heading = (
         "The oldest versions that the project is tested with; torch stays, for want of an older "

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moac.packaging.build_record import BUILD
 from moac.packaging.four_bits import WORD
 from moac.packaging.quantise import quantised
 from moac_runtime import errors as runtime_module
@@ -121,11 +122,12 @@ def write_manifest(
     verification: Mapping[str, Any],
     weights: str = "full",
 ) -> None:
-    """Write `moac.json` over everything the folder holds; writing it again replaces it.
+    """Write `moac.json` over all that the folder holds but itself and `build.json`.
 
-    `weights`: "full", "int8" or "int4". Raises ValueError for a NaN in the records, OSError.
+    Writing it again replaces it. `weights`: "full", "int8" or "int4". Raises ValueError for a NaN
+    in the records, OSError.
     """
-    names = [name for name in package_files(staging) if name != MANIFEST]
+    names = [name for name in package_files(staging) if name not in (MANIFEST, BUILD)]
     content = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

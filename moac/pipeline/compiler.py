@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from moac.calibration import plain_text_windows
 from moac.checkpoint import open_checkpoint
 from moac.export.target import emit_onnx
+from moac.packaging.build_record import now, write_build
 from moac.packaging.cpu_kernels import emit_cpu_kernels, spelled_out
 from moac.packaging.four_bits import Rounded
 from moac.packaging.fuse import head_order, pack_weights
@@ -305,7 +305,9 @@ def _disturbed_error(
 def provenance(
     bench: Workbench, planned: Planned, rounded: Mapping[str, Rounded]
 ) -> dict[str, Any]:
-    """Where the package comes from: checkpoint, arguments, versions, host, time.
+    """Where the package comes from: checkpoint, arguments, versions.
+
+    Times and host, which another compile of the same does not share, stand in `build.json`.
 
     Of a plan from a file, the file's name and SHA-256, and whether it is one that moac brings; how
     it was planned stands in `plan.json`. Of int4 weights how many matrices were `rounded` with
@@ -324,10 +326,8 @@ def provenance(
         **({"rounded_with_feedback": len(rounded)} if bench.request.weights == "int4" else {}),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("moac", *_PACKAGES)},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "device": bench.model.device.type,
         "measured_in": str(bench.model.dtype).removeprefix("torch."),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -358,11 +358,10 @@ def record_trust(staging: Path, out: Path) -> None:
 
 
 def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
-    """Write what was known last: the verdict and the cost into the manifest, and the report."""
+    """Write what was known last: the report, the verdict into the manifest, and `build.json`."""
     opened = open_artifact(staging, check="sizes")
     artifact = replace(
         opened,
-        provenance={**opened.provenance, **clock.to_json()},
         verification={**opened.verification, "checks": [check.to_json() for check in checks]},
     )
     write_report(staging, inspect_artifact(artifact))
@@ -377,3 +376,15 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         verification=artifact.verification,
         weights=artifact.weights,
     )
+    write_build(staging, build_record(clock))
+
+
+def build_record(clock: Clock) -> dict[str, Any]:
+    """When and on what this package is made, and what each stage took."""
+    instructions = torch.backends.cpu.get_cpu_capability()  # which decide the order of sums
+    return {
+        "created": now(),
+        "processor": f"{platform.machine()} {instructions}",
+        "threads": torch.get_num_threads(),
+        **clock.to_json(),
+    }

@@ -68,13 +68,17 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What `moac plan` wrote."""
+    """What `moac plan` wrote, and what it took; the file itself tells no time.
+
+    `stages`: the seconds that each took, and those estimated at the start.
+    """
 
     path: Path
     plan: Plan
     record: dict[str, Any]
     seconds: float
     peak_memory_bytes: int
+    stages: dict[str, dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rules, which stand in the file."""
@@ -83,6 +87,7 @@ class PlanResult:
             "record": self.record,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "stages": self.stages,
         }
 
 
@@ -111,7 +116,7 @@ def plan_model(
         with clock("load"):
             bench = open_workbench(checkpoint, layout, request, work_dir)
         found = find_plan(bench, lengths, clock)
-    record = sealed(found.plan, {**found.record, **clock.to_json()})
+    record = sealed(found.plan, found.record)
     write_plan_file(Path(out), found.plan, record, force=force)
     return PlanResult(
         path=Path(out),
@@ -119,6 +124,7 @@ def plan_model(
         record=record,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        stages=clock.stages(),
     )
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from moac.packaging.cpu_kernels import built_library, cpu_obstacle
 from moac.packaging.fuse import pack_weights
 from moac_kernels.build import BuildError
-from moac_kernels.cpu_build import sources_digest
+from moac_kernels.cpu_build import build_key
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.library import (
     CPU_TARGETS,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Reader:
     """A checkpoint's weights, to be read with under any plan. `dense`: `backend`'s own.
 
-    `runs`: by what, torch or native kernels of which instruction set and sources.
+    `runs`: by what, torch or native kernels of which instruction set, sources and compiler.
     """
 
     runs: str
@@ -84,7 +84,7 @@ def open_reader(checkpoint: Checkpoint, dtype: str, device: torch.device, kept: 
     addresses = {name: t.data_ptr() for name, t in held.items()}
     engine = CpuEngine(open_library(library), spec, addresses, dtype=dtype, memory=held)
     return Reader(
-        f"{library.stem} {sources_digest()}",
+        f"{library.stem} {build_key([library.stem])}",
         checkpoint.eos_token_ids,
         dense,
         CpuModel(engine, dense, order, library.stem, products(library.stem, dtype)),

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 REHEARSED = 256  # tokens of a pass as checks make them
 VALIDATION_SAMPLES = 2
 _FRONT_GAP = 1e-2
-_SECONDS_A_SOLVE = 5.0
+_NODES_A_SEARCH = 500
 _UNSEEN_SEED = 1_000_003
 
 
@@ -246,9 +246,9 @@ def front_solves(plans: int, objectives: int) -> int:
 
 
 def _solver_options(request: CompileRequest) -> SolverOptions:
-    """A limit on distinct rules makes the program hard: there a solve may end at its time."""
+    """A limit on distinct rules makes the program hard: there a search may end at its nodes."""
     limited = request.rules_per_layer is not None
-    return SolverOptions(gap=_FRONT_GAP, time_limit=_SECONDS_A_SOLVE if limited else None)
+    return SolverOptions(gap=_FRONT_GAP, nodes=_NODES_A_SEARCH if limited else None)
 
 
 def validate(

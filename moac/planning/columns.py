@@ -10,7 +10,6 @@ program are far from.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ _UNMET = 1e-7  # by which HiGHS lets a row be broken
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Relaxed:
-    """`status`: "optimal", "infeasible" or "time limit"; no plan's value is below `bound`.
+    """`status`: "optimal" or "infeasible"; no plan's value is below `bound`.
 
     `choices` `[layers, heads, rules]` and `sets` `[layers, sets]`: what each pays at the prices
     that gave the bound, infinite where there is none. `share` `[layers, sets]`: how much of a
@@ -62,19 +61,16 @@ class Relaxation:
         self._tokens = problem.sizes() * (self._budget / allowed)
         self._columns = self._smallest()
 
-    def solve(self, criterion: Criterion, *, gap: float, deadline: float) -> Relaxed:
-        """Mix until the bound is within `gap` of the best mixture, or until `deadline`.
-
-        `deadline` is on the clock of `time.perf_counter`.
-        """
+    def solve(self, criterion: Criterion, *, gap: float) -> Relaxed:
+        """Mix until the bound is within `gap` of the best mixture."""
         master = Master(criterion, self._budget, self._columns, num_layers=len(self._losses))
-        kept = self._descend(master, np.zeros_like(criterion.cost), gap=0.0, deadline=deadline)
+        kept = self._descend(master, np.zeros_like(criterion.cost), gap=0.0)
         if kept.status != "optimal":
             return kept
         master.charge()
-        return self._descend(master, criterion.cost, gap=gap, deadline=deadline)
+        return self._descend(master, criterion.cost, gap=gap)
 
-    def _descend(self, master: Master, cost: Floats, *, gap: float, deadline: float) -> Relaxed:
+    def _descend(self, master: Master, cost: Floats, *, gap: float) -> Relaxed:
         """Add columns until none helps. Before `charge`, until the bounds are kept."""
         least_sum, best = -np.inf, (np.zeros(0), np.zeros(0))
         while True:
@@ -86,14 +82,12 @@ class Relaxation:
                 least_sum, best = float(least.sum()) - prices.fixed, (paid, by_set)
             better = least < prices.layers - _NOTHING  # columns of negative reduced cost
             done = value - least_sum <= gap * value + _NOTHING or not better.any()
-            late = time.perf_counter() >= deadline
-            if done or late or (not master.charged and least_sum > _UNMET):
+            if done or (not master.charged and least_sum > _UNMET):
                 break
             found = self._columns_of(paid, by_set.argmin(axis=1), np.flatnonzero(better))
             self._columns = self._columns.and_also(found)
             master.add(found)
-        infeasible = not master.charged and (done or not late) and value > _UNMET
-        status = "infeasible" if infeasible else "optimal" if done else "time limit"
+        status = "infeasible" if not master.charged and value > _UNMET else "optimal"
         bound = max(least_sum, 0.0) if master.charged else 0.0
         _log.debug("mixture of layers, %s: %.6g, bound %.6g", status, value, bound)
         return Relaxed(status, bound, *best, master.share(len(self.rule_sets)))

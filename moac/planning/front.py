@@ -13,7 +13,7 @@ import numpy as np
 
 from moac.planning.milp import TIE_BREAK, FrontPoint, Optimiser
 from moac.planning.problem import Floats, Problem
-from moac.planning.solver import SolverOptions
+from moac.planning.solver import STOPPED, SolverOptions
 
 FRONT_GAP = 1e-2  # a hundredth of the loss: less than the tables can tell apart
 EDGE = 1.5e-3  # where plans cost this much more than their bound, the bounds leave next to none
@@ -26,7 +26,7 @@ def pareto_front(
     """About `points` plans, none dominated by another, by ascending loss in the first objective.
 
     Every objective's own best plan comes first; `2 * points` bounds are tried for the others. One
-    objective has one best plan. `options.time_limit` holds for each solve, not for the front.
+    objective has one best plan. `options.nodes` holds for each search, not for the front.
     """
     if points < 1:
         raise ValueError(f"points must be >= 1, got {points}")
@@ -44,7 +44,7 @@ def pareto_front(
             known=found,
             within=EDGE,
         )
-        if point is not None and point.record.status != "node limit":
+        if point is not None and point.record.status != STOPPED:
             found.append(point)
     return _undominated(found)
 

@@ -7,7 +7,6 @@ among all that could still be in a better plan proves how good it is.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -44,14 +43,12 @@ def solve_limited(
 
     Where no plan is found at most the share `within` above the bound, it ends as "infeasible".
     """
-    limit = np.inf if options.time_limit is None else options.time_limit
-    deadline = time.perf_counter() + limit
-    relaxed = relaxation.solve(criterion, gap=_BOUND_SHARE * options.gap, deadline=deadline)
+    relaxed = relaxation.solve(criterion, gap=_BOUND_SHARE * options.gap)
     if relaxed.status != "optimal":
         return SolverResult(relaxed.status, None, np.inf, relaxed.bound)
     if is_close(known, relaxed.bound, options):
         return SolverResult("known", None, np.inf, relaxed.bound)
-    return _Search(choices, criterion, relaxation, relaxed, options, deadline).run(within)
+    return _Search(choices, criterion, relaxation, relaxed, options).run(within)
 
 
 class _Search:
@@ -64,10 +61,9 @@ class _Search:
         relaxation: Relaxation,
         relaxed: Relaxed,
         options: SolverOptions,
-        deadline: float,
     ) -> None:
         self._choices, self._criterion, self._options = choices, criterion, options
-        self._rule_sets, self._relaxed, self._deadline = relaxation.rule_sets, relaxed, deadline
+        self._rule_sets, self._relaxed = relaxation.rule_sets, relaxed
         self._above = relaxed.sets - relaxed.sets.min(axis=1, keepdims=True)
         self._best = SolverResult("infeasible", None, np.inf, relaxed.bound)
 
@@ -85,7 +81,7 @@ class _Search:
                 self._prove(found, reach)
             if is_close(self._best.objective, self._best.bound, self._options):
                 return replace(self._best, status="optimal")
-            if found.status == "time limit" or (cut >= reach and found.status in STOPPED):
+            if cut >= reach and found.status == STOPPED:
                 return replace(self._best, status=found.status)
             missed = self._best.objective - self._relaxed.bound
             if cut < reach:
@@ -116,13 +112,11 @@ class _Search:
         choices, bound = self._choices, self._best.bound
         kept = keep[choices.layer, choices.head % heads, choices.rule]
         gap = max(self._options.gap, COARSE) if coarse else self._options.gap
-        left = self._deadline - time.perf_counter()
         nodes = self._options.nodes
         options = replace(
             self._options,
             gap=_INNER * gap,
             nodes=min(_NODES, nodes or _NODES) if coarse else nodes,
-            time_limit=None if np.isinf(left) else max(left, 0.0),
         )
         inside = choices.only(kept)
         found = solve(

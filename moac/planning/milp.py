@@ -5,9 +5,8 @@ The program itself stands in `assembly.py`; `limited.py` solves it where layers 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from moac.planning.columns import Relaxation
 from moac.planning.layers import num_sets
 from moac.planning.limited import solve_limited
 from moac.planning.problem import Floats, Ints, Problem, plan_losses
-from moac.planning.solver import SolverOptions, SolverResult, solve
+from moac.planning.solver import STOPPED, SolverOptions, SolverResult, solve
 from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
 
@@ -32,7 +31,7 @@ class SolverRecord:
 
     `objective`: the value minimised, `bound`: no plan has less, `gap`: their distance as a share
     of the objective's excess over the best rules without a budget. `status`: "optimal" (within
-    the gap asked for) or "time limit". `seconds` is wall time and does not count in comparisons.
+    the gap asked for) or "node limit".
     """
 
     status: str
@@ -40,7 +39,6 @@ class SolverRecord:
     bound: float
     gap: float
     seed: int
-    seconds: float = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ def solve_weighted(
         limits = ", ".join(f"{name} <= {value:g}" for name, value in (bounds or {}).items())
         raise BudgetError(
             f"no plan found within budget {problem.budget:g} that keeps {limits}; "
-            "raise the budget, the bounds or the time limit"
+            "raise the budget, the bounds or the node limit"
         )
     return point
 
@@ -112,14 +110,12 @@ class Optimiser:
         """Least `weights . losses` with `losses <= bounds`, or None.
 
         `weights` and `bounds`: `[objectives]`. None where no plan keeps the bounds, or where none
-        was found in time, or (with few rules a layer) at most the share `within` above what the
-        best plan is known to cost at least. The budget alone always leaves a plan. Where
-        no plan can be better than one of `known` by more than the gap, that one is returned. A
-        time limit holds for each time that the criterion is solved.
+        was found within the node limit, or (with few rules a layer) at most the share `within`
+        above what the best plan is known to cost at least. The budget alone always leaves a plan.
+        Where no plan can be better than one of `known` by more than the gap, that one is returned.
         """
-        started = time.perf_counter()
         while True:
-            found = self._minimise(weights, bounds, options, known, within, started)
+            found = self._minimise(weights, bounds, options, known, within)
             if found is None or found in known:
                 return found
             problem, plan = self.choices.problem, found.plan
@@ -137,7 +133,6 @@ class Optimiser:
         options: SolverOptions,
         known: Sequence[FrontPoint],
         within: float,
-        started: float,
     ) -> FrontPoint | None:
         """`minimise` with the budget at the bounded capacities alone."""
         criterion = Criterion.of(self.choices, weights, bounds)
@@ -150,7 +145,7 @@ class Optimiser:
             return None
         plan = self.choices.plan(chosen)
         losses = plan_losses(plan, self.choices.problem.objectives)
-        record = _record(criterion, outcome, float(weights @ losses), options, started)
+        record = _record(criterion, outcome, float(weights @ losses), options)
         return FrontPoint(plan, losses, record)
 
     def _best_known(
@@ -176,7 +171,7 @@ class Optimiser:
     def _chosen(self, outcome: SolverResult, bounds: Floats) -> Ints | None:
         if outcome.values is not None:
             return np.flatnonzero(outcome.values[: len(self.choices.rule)] > 0.5)
-        if outcome.status == "time limit" and not np.isfinite(bounds).any():
+        if outcome.status == STOPPED and not np.isfinite(bounds).any():
             return self.choices.smallest()
         return None
 
@@ -186,12 +181,10 @@ def _record(
     outcome: SolverResult,
     objective: float,
     options: SolverOptions,
-    started: float,
 ) -> SolverRecord:
     least = min(max(criterion.floor, criterion.floor + criterion.unit * outcome.bound), objective)
     gap = 0.0 if least == objective else (objective - least) / (objective - criterion.floor)
-    seconds = time.perf_counter() - started
-    return SolverRecord(outcome.status, objective, least, gap, options.seed, seconds)
+    return SolverRecord(outcome.status, objective, least, gap, options.seed)
 
 
 def _check(problem: Problem, plan: Plan) -> None:

@@ -8,7 +8,6 @@ the bound sees few columns, and proves that there is none where it finds none.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, replace
 
 import highspy
@@ -21,20 +20,20 @@ _log = logging.getLogger(__name__)
 
 ABSOLUTE_GAP = 1e-9
 COARSE = 1e-3  # twice this share above the bound is where the first search looks
-STOPPED = ("time limit", "node limit")
+STOPPED = "node limit"
+"""The status of a search that ended before its proof."""
 WIDER = 4.0  # times as far looks each further search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverOptions:
-    """`time_limit`: seconds a solve may take, None for as long as it needs.
+    """How well a program is to be solved. No limit is one of time, which no two runs share.
 
     `gap`: the share of the loss (above the loss of the best rules without a budget) by which the
     result may miss the optimum; 0 asks for a proof. `nodes`: of the tree that one search may
     look at, None for all.
     """
 
-    time_limit: float | None = None
     nodes: int | None = None
     gap: float = 1e-4
     seed: int = 0
@@ -42,7 +41,7 @@ class SolverOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolverResult:
-    """`status`: "optimal", "time limit", "node limit", "infeasible", or "known" (see `solve`).
+    """`status`: "optimal", "node limit", "infeasible", or "known" (see `solve`).
     `values` `[columns]` or None; no solution has less than `bound`, in the program's own units.
     """
 
@@ -71,12 +70,10 @@ def solve(
     the value of a solution at hand; where none can be better by more than the gap, the outcome is
     "known" and holds no values.
     """
-    limit = np.inf if options.time_limit is None else options.time_limit
-    deadline = time.perf_counter() + limit
     highspy.Highs.resetGlobalScheduler(True)  # it keeps the thread count of the first solve
     integrality, upper = lp.integrality_, np.array(lp.col_upper_)
     lp.integrality_ = []
-    relaxed = _run(lp, options, deadline)
+    relaxed = _run(lp, options)
     status = relaxed.getModelStatus()
     lp.integrality_ = integrality
     if status != highspy.HighsModelStatus.kOptimal:
@@ -90,10 +87,10 @@ def solve(
     reach = first_reach(bound)
     while True:
         lp.col_upper_ = np.where(reduced_costs > reach, 0.0, upper)
-        found = _search(lp, options, deadline, bound=bound, target=target)
+        found = _search(lp, options, bound=bound, target=target)
         best = best_of(best, found, proven=bound + reach)
         missed = best.objective - bound
-        last = reach >= min(missed, reduced_costs.max(initial=0.0)) or found.status in STOPPED
+        last = reach >= min(missed, reduced_costs.max(initial=0.0)) or found.status == STOPPED
         found_one = best.values is not None and not proof
         if last or found_one or _enough(best, target, options):
             break
@@ -120,13 +117,13 @@ def _enough(best: SolverResult, target: float, options: SolverOptions) -> bool:
 
 
 def _search(
-    lp: highspy.HighsLp, options: SolverOptions, deadline: float, *, bound: float, target: float
+    lp: highspy.HighsLp, options: SolverOptions, *, bound: float, target: float
 ) -> SolverResult:
     """Branch and bound until the gap is closed, or a solution of at most `target` is found."""
-    solver = _run(lp, options, deadline, target=target)
+    solver = _run(lp, options, target=target)
     if solver.getModelStatus() == highspy.HighsModelStatus.kSolveError:
         # HiGHS 1.15 can presolve a small program to a point that breaks a row, and notices.
-        solver = _run(lp, options, deadline, target=target, presolve="off")
+        solver = _run(lp, options, target=target, presolve="off")
     status, info = solver.getModelStatus(), solver.getInfo()
     word = _word(status)
     _log.debug(
@@ -152,7 +149,6 @@ def _search(
 def _run(
     lp: highspy.HighsLp,
     options: SolverOptions,
-    deadline: float,
     *,
     target: float = -np.inf,
     presolve: str = "choose",
@@ -165,7 +161,6 @@ def _run(
         "objective_target": target,
         "presolve": presolve,
         "mip_max_nodes": highspy.kHighsIInf if options.nodes is None else options.nodes,
-        "time_limit": max(deadline - time.perf_counter(), 0.0),
     }
     for name, value in settings.items():
         solver.setOptionValue(name, value)
@@ -178,8 +173,7 @@ def _word(status: highspy.HighsModelStatus) -> str:
     words = {
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kObjectiveTarget: "optimal",
-        highspy.HighsModelStatus.kTimeLimit: "time limit",
-        highspy.HighsModelStatus.kSolutionLimit: "node limit",
+        highspy.HighsModelStatus.kSolutionLimit: STOPPED,
         highspy.HighsModelStatus.kInfeasible: "infeasible",
         highspy.HighsModelStatus.kUnboundedOrInfeasible: "infeasible",  # no cost is negative
     }

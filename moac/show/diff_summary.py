@@ -17,7 +17,7 @@ def diff_text(found: Mapping[str, Any]) -> str:
     """What `diffing.diff` found, as blocks of text with an empty line between them."""
     blocks = [_sides(found), _lengths_table(found)]
     blocks += [] if found["same_spans"] else [_layers_table(found)]
-    blocks += [*_losses_table(found), _differences_table(found)]
+    blocks += [*_losses_table(found), _differences_table(found), *_files_table(found)]
     return "\n\n".join(blocks)
 
 
@@ -95,6 +95,40 @@ def _differences_table(found: Mapping[str, Any]) -> str:
         for row in found["differences"]
     ]
     return "\n".join(["settings and provenance that differ", *lines])
+
+
+def _files_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """The files that differ and why; nothing beside a plan alone."""
+    files = found["files"]
+    if files is None:
+        return
+    because = files["because"]
+    if not because:
+        yield f"all {files['same']} files are the same, byte for byte{_told_builds(found)}"
+        return
+    where = {"differ": "differ", "only_a": "in a alone", "only_b": "in b alone"}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kind, told in where.items():
+        for name in files[kind]:
+            why = ", ".join(because[name]) or "nothing that is recorded tells why"
+            groups.setdefault((told, why), []).append(name)
+    lines = [f"{len(because)} files differ, {files['same']} are the same"]
+    for (told, why), names in groups.items():
+        lines += [f"{told}, because of: {why}", *(f"  {name}" for name in names)]
+    yield "\n".join(lines)
+
+
+def _told_builds(found: Mapping[str, Any]) -> str:
+    """When equal packages were made, where both tell and it was not at once."""
+    a, b = (found["builds"][side] for side in ("a", "b"))
+    if not a or not b or a == b:
+        return ""
+    lines = [
+        f"  {side}  {told['created']} in {told['seconds']:.0f} s, {told['threads']} threads of "
+        f"{told['processor']}"
+        for side, told in (("a", a), ("b", b))
+    ]
+    return "\n".join(["; made at different times", *lines])
 
 
 def _value(value: Any) -> str:

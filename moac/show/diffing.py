@@ -1,4 +1,4 @@
-"""Two plans or packages compared: spans, density, KV bytes, losses, settings and provenance."""
+"""Two plans or packages compared: spans, density, KV bytes, losses, provenance and files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moac.packaging.build_record import read_build
+from moac.show.file_diff import file_diff, package_facts
 from moac.show.inspection import chosen_plan, planned_lengths
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.integrity import MANIFEST, sha256
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.plan import Plan
 
 _SETTINGS = ("budget", "lengths", "extrapolated", "unseen", "rules_per_layer")
 _RULES = ("sink", "block", "min_span", "windows")
-_PROVENANCE = ("source", "revision", "identity", "plan", "created", "device", "measured_in")
+_PROVENANCE = ("source", "revision", "identity", "plan", "device", "measured_in")
+_MACHINE = ("processor", "threads")
 _SAME_LOSS = 1e-4  # nats: what reordered sums may change in the dense model's loss
 
 
@@ -26,7 +30,9 @@ class Side:
     (`chosen`, `uniform`, `dense`), then by domain, in nats at `unseen` tokens.
 
     `token_bytes`: KV bytes of one token in one KV head; None where a plan stands alone, which
-    does not tell the model. `facts`: settings and provenance by name.
+    does not tell the model. `facts`: settings and provenance by name. `files`: SHA-256 by name,
+    `build`: what `build.json` tells, and `told`: what files follow from besides; of a plan alone,
+    and where there is none, all three are empty.
     """
 
     path: Path
@@ -37,6 +43,9 @@ class Side:
     losses: Mapping[str, Mapping[str, float]]
     token_bytes: int | None
     facts: Mapping[str, Any]
+    files: Mapping[str, str]
+    build: Mapping[str, Any]
+    told: Mapping[str, Any]
 
 
 def open_side(path: Path) -> Side:
@@ -56,6 +65,8 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
 
     `spans` give for each length `heads`, `differ`, `longer` and `shorter` in b (heads), `layers`
     (heads that differ, by layer) and `changes` (`[layer, kv_head, span in a, span in b]`).
+    `files`: see `file_diff`, None beside a plan alone; `builds`: when, on what and in how many
+    seconds each was made, which no file follows from but by the order of sums.
     `losses_comparable`: whether both measured the dense model alike, so on equal samples. Raises
     UsageError where the plans are of different shape or name no length.
     """
@@ -81,6 +92,8 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
         },
         "losses_comparable": _comparable(a, b),
         "differences": _differences(a.facts, b.facts),
+        "files": _files(a, b),
+        "builds": {"a": dict(a.build), "b": dict(b.build)},
     }
 
 
@@ -96,6 +109,9 @@ def _side(path: Path, kind: str, record: dict[str, Any], artifact: Artifact | No
             losses=_losses(record),
             token_bytes=None if artifact is None else _token_bytes(artifact),
             facts=_facts(plan, record, artifact),
+            files={} if artifact is None else _hashes(artifact),
+            build={} if artifact is None else _build(artifact),
+            told={} if artifact is None else package_facts(artifact),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
@@ -143,6 +159,34 @@ def _facts(plan: Plan, record: Mapping[str, Any], artifact: Artifact | None) -> 
     asked = origin.get("arguments", {}).items()
     facts |= {f"argument {name}": value for name, value in asked if name not in facts}
     return facts | {f"{name} version": v for name, v in origin.get("versions", {}).items()}
+
+
+def _hashes(artifact: Artifact) -> dict[str, str]:
+    """Every file's, as opening it has proven, and the manifest's own."""
+    found = {name: record.sha256 for name, record in artifact.files.items()}
+    return {**found, MANIFEST: sha256(artifact.root / MANIFEST)}
+
+
+def _build(artifact: Artifact) -> dict[str, Any]:
+    record = read_build(artifact.root)
+    if record is None:
+        return {}
+    seconds = round(sum(record["seconds"].values()), 2)
+    return {**{name: record[name] for name in ("created", *_MACHINE)}, "seconds": seconds}
+
+
+def _files(a: Side, b: Side) -> dict[str, Any] | None:
+    if not a.files or not b.files:
+        return None
+    one, other = ({**side.facts, **side.told, **_machine(side)} for side in (a, b))
+    differing = [row["name"] for row in _differences(one, other)]
+    rounded = any(side.facts.get("argument weights") == "int4" for side in (a, b))
+    return file_diff(a.files, b.files, differing, rounded=rounded)
+
+
+def _machine(side: Side) -> dict[str, Any]:
+    """What of `build.json` decides the order of sums; no file follows from the rest."""
+    return {name: side.build[name] for name in _MACHINE if name in side.build}
 
 
 def _check_shapes(a: Side, b: Side) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moac.packaging.build_record import read_build
 from moac.packaging.cpu_kernels import packaged_cpu_kernels
 from moac.packaging.kernels import packaged_kernels
 from moac.planning.capacities import largest_record
@@ -25,6 +26,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
     `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
     `largest_density`: of all sessions from the shortest planned length to the capacity.
+    `build`: when it was made, on what and in how long, None where `build.json` is not there.
     `cpu_note`: why the native CPU kernels do not run on this host, None where they do.
     """
     record = load_plan_record(artifact)
@@ -64,6 +66,7 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "planning": {key: value for key, value in record.items() if key not in plan.to_json()},
         "provenance": dict(artifact.provenance),
         "verification": dict(artifact.verification),
+        "build": read_build(artifact.root),
     }
 
 

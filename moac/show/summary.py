@@ -165,7 +165,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
         *_effort(found["planning"]),
         *_prompts(found["planning"]),
         ("source", told_model(provenance)),
-        ("made", f"{provenance['created']} with {versions}"),
+        ("made", f"with {versions}{_when(found['build'])}"),
     ]
     out = StringIO()
     for name, text in facts:
@@ -174,6 +174,16 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)
     return out.getvalue()
+
+
+def _when(build: Mapping[str, Any] | None) -> str:
+    if build is None:
+        return ""
+    seconds = sum(build["seconds"].values())
+    return (
+        f"; on {build['created']} in {seconds:.0f} s, with {build['threads']} threads of "
+        f"{build['processor']}"
+    )
 
 
 def _effort(planning: dict[str, Any]) -> list[tuple[str, str]]:

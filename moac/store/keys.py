@@ -1,9 +1,9 @@
 """Keys of kept results: a digest of everything that a result follows from.
 
-That is the code that makes it with all it imports of ours, the libraries it runs on, the model
-(its identity, not its place), device and dtype, and what the caller names: for samples also the
-tokenizer with its template and the texts they are cut from. Threads and processor are left out
-where they change no more than the order of a sum, and so is all code that a result never meets.
+That is the code that makes it with all it imports of ours, every library that this code imports,
+the model (its identity, not its place), dtype, device, what of the processor decides the order of
+sums, and what the caller names: for samples also the tokenizer with its template and the texts
+they are cut from. All code that a result never meets is left out.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import hashlib
 import json
 import platform
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
 import torch
-import transformers
 
-from moac.store.sources import files_digest, package_folder, source_digest
+from moac.store.sources import files_digest, libraries, package_folder, source_digest
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
@@ -30,6 +28,7 @@ _CODE = {
     "profile": ("moac.profiling.influence", _LOADING),
     "loss": ("moac.pipeline.reading", "moac.calibration.samples", _LOADING),
 }
+_COMPUTE_NOTHING = ("click", "huggingface_hub")  # they tell, and fetch
 _STAGES = "pipeline/stages.py"  # its own code alone: what it imports is planning, too
 
 
@@ -45,10 +44,10 @@ def result_key(kind: str, checkpoint: Checkpoint, model: Any, tokenizer: Any, **
     return parts_key(
         kind=kind,
         code=_code_digest(kind),
-        libraries=_libraries(checkpoint),
+        libraries=_libraries(kind, checkpoint),
         model=checkpoint.identity,
         dtype=str(model.dtype),
-        device=model.device.type,
+        device=_device(model.device),
         **parts,
     )
 
@@ -62,7 +61,11 @@ def parts_key(**parts: Any) -> str:
 @cache
 def _code_digest(kind: str) -> str:
     stages = files_digest([package_folder("moac") / _STAGES])
-    return source_digest(*_CODE[kind], *_families()) + stages
+    return source_digest(*_code(kind)) + stages
+
+
+def _code(kind: str) -> tuple[str, ...]:
+    return (*_CODE[kind], *_families())
 
 
 def _families() -> list[str]:
@@ -84,11 +87,25 @@ def _writing(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _libraries(checkpoint: Checkpoint) -> dict[str, str]:
+def _libraries(kind: str, checkpoint: Checkpoint) -> dict[str, str]:
     """Versions of what computes: Python too, whose random numbers choose the samples."""
-    found = {library.__name__: library.__version__ for library in (transformers, tokenizers)}
-    found["torch"] = torch.__version__.split("+")[0]  # the device stands in the key
-    found["python"] = ".".join(platform.python_version_tuple()[:2])
-    if checkpoint.path.suffix == ".gguf":
-        found["gguf"] = version("gguf")  # it dequantises
-    return found
+    names = [name for name in libraries(*_code(kind)) if name not in _COMPUTE_NOTHING]
+    if checkpoint.path.suffix != ".gguf":
+        names.remove("gguf")  # it dequantises, and nothing else
+    found = {name: _version(name) for name in names}
+    return {**found, "python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def _version(library: str) -> str:
+    """Without where it was built for, which the device says."""
+    try:
+        return version(library).partition("+")[0]
+    except PackageNotFoundError:
+        return "none"
+
+
+def _device(device: torch.device) -> list[str | int]:
+    """The device and what of it decides the order of sums."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return ["cuda", torch.cuda.get_device_name(device)]
+    return [device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]

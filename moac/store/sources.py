@@ -1,4 +1,4 @@
-"""Which of this project's sources a module's results follow from, and their digest.
+"""Which sources a module's results follow from: this project's, with a digest, and libraries.
 
 A module's numbers follow from its own code and from what it imports, so the imports are walked
 rather than listed by hand: nothing has to be remembered when code moves.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
@@ -40,6 +41,18 @@ def sources(modules: Iterable[str]) -> dict[str, Path]:
 def source_digest(*modules: str) -> str:
     """SHA-256 over the sources that `modules` follow from."""
     return files_digest(sources(modules).values())
+
+
+@cache
+def libraries(*modules: str) -> tuple[str, ...]:
+    """What the sources that `modules` follow from import from others, as names of modules.
+
+    The standard library's are left out.
+    """
+    known = {*PACKAGES, *sys.stdlib_module_names}
+    files = sources(modules).values()
+    imported = {name.partition(".")[0] for path in files for name in _imported(path.read_bytes())}
+    return tuple(sorted(imported - known))
 
 
 def files_digest(paths: Iterable[Path]) -> str:

@@ -162,9 +162,11 @@ class Story:
 
     @property
     def stages(self) -> list[tuple[str, float, int | None]]:
-        """Name, seconds, and the most bytes held by its end, of each stage as they came."""
-        cost = self.found["provenance"]
-        seconds, peaks = cost["seconds"], cost.get("peak_memory_by_stage", {})
+        """Name, seconds, and the most bytes held by its end, of each stage as they came.
+
+        For a package whose `build.json` is there.
+        """
+        seconds, peaks = (self.found["build"][n] for n in ("seconds", "peak_memory_by_stage"))
         names = [*(n for n in _STAGES if n in seconds), *sorted(seconds.keys() - set(_STAGES))]
         return [(name, seconds[name], peaks.get(name)) for name in names]
 

@@ -1,0 +1,80 @@
+"""`build.json`: when, on what and in how long a package was made, told in no other file of it.
+
+So the same inputs give the same bytes everywhere else. The manifest does not list it, nothing is
+decided by it, and the runtime never reads it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moac_runtime.errors import ArtifactError
+
+BUILD = "build.json"
+
+_MOST_BYTES = 1 << 16
+_TEXTS = ("created", "processor")
+_TABLES = ("seconds", "estimated_seconds", "peak_memory_by_stage")
+_REMEDY = f"remove {BUILD}, which nothing needs"
+
+
+def now() -> str:
+    """The time to the second, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_build(staging: Path, record: Mapping[str, Any]) -> None:
+    """Write the record beside a finished manifest. Raises OSError."""
+    text = json.dumps(dict(record), sort_keys=True, indent=2, allow_nan=False)
+    (staging / BUILD).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_build(package: Path) -> dict[str, Any] | None:
+    """What `write_build` wrote, None where there is no such file.
+
+    No hash proves it, so every field is checked. Raises ArtifactError for a file that is anything
+    else.
+    """
+    path = package / BUILD
+    try:
+        data = json.loads(_bytes(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): {_REMEDY}") from error
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{path} is not what moac wrote: {_REMEDY}") from None
+    if not _is_record(data):
+        raise ArtifactError(f"{path} is not what moac wrote: {_REMEDY}")
+    return dict(data)
+
+
+def _bytes(path: Path) -> bytes:
+    """A small ordinary file's bytes. Raises OSError, ValueError for anything else."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise ValueError(f"{path} must be a file of at most {_MOST_BYTES} bytes")
+        return file.read(_MOST_BYTES)
+
+
+def _is_record(data: Any) -> bool:
+    return (
+        isinstance(data, dict)
+        and all(isinstance(data.get(name), str) and data[name].isprintable() for name in _TEXTS)
+        and all(_is_table(data.get(name)) for name in _TABLES)
+        and all(type(data.get(name)) is int for name in ("threads", "peak_memory_bytes"))
+    )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        name.isprintable() and type(number) in (int, float) for name, number in value.items()
+    )
