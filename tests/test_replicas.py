@@ -19,6 +19,7 @@ from test_serve import CHAT
 from tiny import Compiled, moac_command
 
 import moac_runtime.serve.command as serve_command
+from moac_runtime.errors import MoacError
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.replicas.front import build_front
 from moac_runtime.serve.replicas.merged import merged
@@ -361,7 +362,9 @@ def test_a_stream_whose_replica_ends_says_so(door: Door, pair: list[Mortal]) -> 
 # ---- the command
 
 
-def test_a_replica_that_cannot_serve_tells_why(tiny_package: Compiled, tmp_path: Path) -> None:
+def test_a_replica_that_cannot_serve_tells_why(
+    tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for words, code, package in (
         (("--context", "9999"), 2, tiny_package.package),
         ((), 1, tmp_path),
@@ -371,13 +374,18 @@ def test_a_replica_that_cannot_serve_tells_why(tiny_package: Compiled, tmp_path:
         assert about.fault
         assert (about.exit_code, about.lines) == (code, ())
         asyncio.run(replica.check_health())
+        with monkeypatch.context() as patch:
+            patch.setattr("moac_runtime.serve.replicas.replica._PATIENCE_S", 0)
+            with pytest.raises(MoacError) as caught:
+                asyncio.run(replica.check_health())
+        assert str(caught.value) == about.fault
 
 
 def test_a_replica_without_its_thread_is_not_healthy(tiny_package: Compiled) -> None:
     replica = Replica(options(tiny_package.package))
     asyncio.run(replica.check_health())
     replica._opened.thread.close()
-    with pytest.raises(Exception, match="the engine's thread has ended"):
+    with pytest.raises(MoacError, match="the engine's thread has ended"):
         asyncio.run(replica.check_health())
 
 

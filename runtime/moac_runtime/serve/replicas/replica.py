@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import AsyncGenerator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from moac_runtime.serve.served import Served
 Message = dict[str, Any]
 """What an ASGI application sends, or a note for the log (`NOTE`)."""
 NOTE = "moac.note"
+_PATIENCE_S = 30.0
+"""For which a replica that cannot serve stays, so that the command can ask it why."""
 _LESS_MEMORY = "lower --replicas, --max-kv-bytes or --kept-bytes, or end other programs"
 
 
@@ -47,6 +50,7 @@ class Replica:
     """
 
     def __init__(self, options: argparse.Namespace, build: Build | None = None) -> None:
+        self._began = time.monotonic()
         self._served: Served | None = None
         try:
             self._served = open_served(options, build=build)
@@ -95,8 +99,11 @@ class Replica:
             answering.cancel()
 
     async def check_health(self) -> None:
-        """Raises MoacError where the engine's thread has ended: Ray then makes a new replica."""
-        if self._served is not None and not self._served.thread.is_alive():
+        """Raises MoacError where Ray is to make a new replica: this one cannot answer."""
+        if self._served is None:
+            if time.monotonic() - self._began > _PATIENCE_S:
+                raise MoacError(self._about.fault or "")
+        elif not self._served.thread.is_alive():
             raise MoacError("the engine's thread has ended; serve with --backend torch")
 
     @property

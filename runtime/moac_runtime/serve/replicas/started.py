@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from moac_runtime.backends.stranger import Build
 from moac_runtime.errors import MoacError, UsageError
@@ -59,10 +59,10 @@ class RayReplica:
             found.cancel()
 
     async def tell(self) -> Told:
-        """Waits for a replica that is being made."""
+        """Waits for a replica that is being made; one that cannot serve is as good as gone."""
         try:
             told: Told = await self._handle.tell.remote()
-        except RayActorError:
+        except RayError:
             raise Gone from None
         return told
 
