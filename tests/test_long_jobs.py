@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 SEED = int(os.environ.get("MOAC_FAULT_SEED", "0"))
-FEW, MANY = 2, 30
+FEW, SOME, MANY = 2, 8, 30
 LAST_CALLS = 12  # sealing, publishing and cleaning up
 Files = dict[str, bytes]
 
@@ -169,10 +169,15 @@ def test_a_kill_at_any_moment(tiny_job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_thirty_kills_at_random_moments(tiny_job: Job, tmp_path: Path) -> None:
+    killed_at_random(tiny_job, tmp_path, MANY)
+
+
+@pytest.mark.slow
 @needs_compiler
 @needs_avx2
-def test_thirty_kills_at_random_moments(kernels_job: Job, tmp_path: Path) -> None:
-    killed_at_random(kernels_job, tmp_path, MANY)
+def test_kills_while_kernels_are_built(kernels_job: Job, tmp_path: Path) -> None:
+    killed_at_random(kernels_job, tmp_path, SOME)
 
 
 def killed_before(job: Job, tmp_path: Path, calls: list[int]) -> None:
