@@ -8,17 +8,24 @@ PACKAGE := out
 # Chosen by hand: torch without a version would bring gigabytes of CUDA packages.
 TORCH := torch==2.13.0
 EVERY := dev,eval,cuda
+# Of `make fuzz`: how many hostile inputs a parser gets, drawn from which seed, and which parsers
+# (all of them where none is named).
+CASES := 1000
+SEED := 0
+PARSERS :=
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-oldest test-newest test-race lock lint format types \
-	docs models pictures clean
+.PHONY: help quickstart test test-slow test-oldest test-newest test-race test-memory fuzz lock \
+	lint format types docs models pictures clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
 	@echo 'make test         install, run the tests that take no real model'
 	@echo 'make test-slow    run the tests on the small model (minutes)'
 	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
+	@echo 'make test-memory  run the CPU kernels under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz         give every parser hostile inputs: CASES=1000 of each, from SEED=0'
 	@echo 'make test-oldest  the tests, with the oldest versions that pyproject.toml allows'
 	@echo 'make test-newest  the tests, with the newest ones; torch stays in both'
 	@echo 'make lock         choose versions anew: both constraints files'
@@ -42,6 +49,12 @@ test-slow: $(MODEL)/config.json
 
 test-race: $(INSTALLED)
 	$(BIN)/pytest -q tests/test_team.py
+
+test-memory: $(INSTALLED)
+	$(BIN)/pytest -q tests/test_instruction_sets.py -k sanitized
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/hostile/fuzz.py $(PARSERS) --cases $(CASES) --seed $(SEED)
 
 test-oldest:
 	$(call new_environment,.venv-oldest)

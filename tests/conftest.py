@@ -11,6 +11,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Packages that tests run leave no byte code with the user.
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 import pytest
 import torch

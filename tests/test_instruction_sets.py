@@ -1,7 +1,11 @@
-"""Every instruction set's kernels as programs of their own; arm64's in an emulator on x86-64."""
+"""Every instruction set's kernels as programs of their own; arm64's in an emulator on x86-64.
+
+The slow ones run under the address and the undefined-behaviour sanitizer: `make test-memory`.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -25,6 +29,10 @@ from moac_runtime.package.golden import load_golden
 
 TESTS = Path(__file__).parent
 EMULATOR = "qemu-aarch64"
+# What a driver leaves at its end is no fault; a read past an array of its own size is one.
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS += ("-fno-omit-frame-pointer",)
+NO_LEAKS = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
 FORMATS = {"int8": 1, "int4": 2}
 Run = Callable[..., str]
 
@@ -39,19 +47,28 @@ def obstacle(name: str) -> str | None:
     return None if shutil.which(EMULATOR) else f"there is no {EMULATOR} here"
 
 
-@pytest.fixture(params=INSTRUCTION_SETS, scope="module")
+def sanitized(name: str) -> Any:
+    return pytest.param((name, True), marks=pytest.mark.slow, id=f"{name}-sanitized")
+
+
+RUNS = [*(pytest.param((name, False), id=name) for name in INSTRUCTION_SETS)]
+RUNS += map(sanitized, host_sets())
+
+
+@pytest.fixture(params=RUNS, scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """`run(driver, *words)`: what a driver of this folder prints, built for an instruction set."""
-    name: str = request.param
+    name, checked = request.param
     if reason := obstacle(name):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp(name)
+    extra = SANITIZERS if checked else ("-O2", "-static")
     emulator = [] if name in host_sets() else [EMULATOR]
 
     def start(driver: str, *words: object) -> str:
         program = folder / driver
         if not program.exists():
-            flags = ("-std=c++17", "-O2", "-pthread", "-static", *INSTRUCTION_SETS[name])
+            flags = ("-std=c++17", "-pthread", *extra, *INSTRUCTION_SETS[name])
             include = ("-I", str(SOURCES))
             source = str(TESTS / f"{driver}.cpp")
             command = [str(find_compiler(name)), *flags, *include, source, "-o", str(program)]
@@ -62,6 +79,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             capture_output=True,
             text=True,
             timeout=300,
+            env=NO_LEAKS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -33,7 +33,13 @@ DEFAULT_SHARD_SIZE = 10**9
 _MAIN = '''\
 """`python PACKAGE`: run this package with the runtime it carries."""
 
+import os
+import sys
 from pathlib import Path
+
+# Byte code lies with the user: what somebody put beside the sources, listed nowhere, is not run.
+_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+sys.pycache_prefix = f"{_CACHE}/moac/bytecode" if os.path.isabs(_CACHE) else os.devnull
 
 from moac_runtime.command import main
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moac.show.summary import table
+from moac_runtime.errors import plain_line
 
 _MIB = 1 << 20
 _NOTHING = "-"
@@ -21,7 +22,10 @@ def diff_text(found: Mapping[str, Any]) -> str:
 
 
 def _sides(found: Mapping[str, Any]) -> str:
-    lines = [f"{side}  {found[side]['kind']:<7}  {found[side]['path']}" for side in ("a", "b")]
+    lines = [
+        f"{side}  {found[side]['kind']:<7}  {plain_line(found[side]['path'])}"
+        for side in ("a", "b")
+    ]
     if found["same_spans"]:
         lines.append("every span is the same at every planned length")
     return "\n".join(lines)
@@ -87,14 +91,15 @@ def _differences_table(found: Mapping[str, Any]) -> str:
     if not found["differences"]:
         return "settings and provenance are the same"
     lines = [
-        f"{row['name']}\n  a  {_value(row['a'])}\n  b  {_value(row['b'])}"
+        f"{plain_line(row['name'])}\n  a  {_value(row['a'])}\n  b  {_value(row['b'])}"
         for row in found["differences"]
     ]
     return "\n".join(["settings and provenance that differ", *lines])
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else _NOTHING if value is None else json.dumps(value)
+    text = value if isinstance(value, str) else _NOTHING if value is None else json.dumps(value)
+    return plain_line(text)
 
 
 def _mib(count: int | None) -> str:

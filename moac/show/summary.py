@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moac.origin import told_model, told_plan
 from moac.show.inspection import chosen_plan, inspect_package, planned_lengths
 from moac.show.terminal_map import Look, span_map
+from moac_runtime.errors import plain_line
 
 if TYPE_CHECKING:
     from moac.pipeline.compiler import CompileResult
@@ -19,8 +20,11 @@ _MIB = 1 << 20
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as they need to be, text to the left and numbers to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """Columns as wide as they need to be, text to the left and numbers to the right.
+
+    What moves a terminal's cursor is spelt: names of domains and models are another's writing.
+    """
+    cells = [[plain_line(str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
@@ -146,7 +150,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
     ]
     out = StringIO()
     for name, text in facts:
-        print(f"{name:<9} {text}", file=out)
+        print(f"{name:<9} {plain_line(text)}", file=out)
     print(f"\n{_density_table(found)}", file=out)
     print(f"\n{_validation_table(found['planning'])}", file=out)
     print(f"\n{span_map(found, look)}", end="", file=out)

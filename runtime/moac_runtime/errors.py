@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+# What moves a terminal's cursor, ends a line or turns the direction of writing.
+_MOVES = (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F))
+_MOVES += tuple(range(0x2066, 0x206A))
+_SPELT = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _MOVES}
+_MOST, _TAIL = 2000, 500
+
+
+def plain_line(text: str) -> str:
+    """`text` from others on one line of a terminal: characters that move its cursor are spelt."""
+    return text.translate(_SPELT)
 
 
 class MoacError(Exception):
@@ -11,8 +20,12 @@ class MoacError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The sentence on one line: names from files may hold what moves a terminal's cursor."""
-        return super().__str__().translate(_CONTROL)
+        """The sentence on one line, what it quotes at length cut: names and values from files may
+        hold anything."""
+        text = plain_line(super().__str__())
+        if len(text) <= _MOST:
+            return text
+        return f"{text[: _MOST - _TAIL]} [...] {text[-_TAIL:]}"
 
 
 class UsageError(MoacError):

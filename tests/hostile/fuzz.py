@@ -108,11 +108,13 @@ def _part(name: str, cases: int, seed: int, asked: argparse.Namespace) -> dict[s
 
 
 def _within(name: str, asked: argparse.Namespace) -> int:
+    case = asked.case.read_bytes() if asked.case else b""
     with tempfile.TemporaryDirectory(prefix="moac-hostile-") as folder:
         target = TARGETS[name](Path(folder))
+        os.chdir(folder)  # what is opened below a descriptor is told without its folder
         guard = Guard(target, Path(folder), None if asked.case else asked.found)
         if asked.case:
-            guard.check(asked.case.read_bytes())
+            guard.check(case)
         else:
             target.run(target.valid)  # which loads what is loaded once
             guard.limit_memory()

@@ -25,12 +25,14 @@ from moac_runtime.errors import MoacError
 
 MEMORY = 2**30
 SECONDS = 5.0
-"""Of processor time; what waits for ever is ended by the clock."""
-HANG_S = 90
+"""Of processor time; what waits for ever is ended by the clock, a busy or stopped host apart."""
+HANG_S = 900
 _CODE = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]))
 _SYSTEM = ("/proc/", "/sys/", "/usr/", "/etc/localtime", "/dev/null", "/dev/urandom", "/lib/")
 _WRITING = os.O_WRONLY | os.O_RDWR
-_OPENING = ("open", "os.remove", "os.rename", "os.mkdir", "os.symlink", "os.link", "os.rmdir")
+_OPENING = dict.fromkeys(("open", "os.remove", "os.mkdir", "os.rmdir"), slice(0, 1))
+_OPENING |= {"os.rename": slice(0, 2), "os.link": slice(0, 2), "os.symlink": slice(1, 2)}
+"""Events that open or change a file, and which of their arguments are paths."""
 
 
 class Broken(AssertionError):
@@ -93,7 +95,7 @@ class Guard:
             self.tally.accepted += 1
         else:
             self.tally.sentences.add(_kind(sentence))
-            _check_sentence(sentence)
+            check_sentence(sentence)
         if (taken := time.process_time() - started) > SECONDS:
             raise Broken(f"it took {taken:.1f} s")
 
@@ -125,20 +127,26 @@ class Guard:
             raise Broken(f"it opened {self._opened[:3]}")
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if (
-            not self._watching
-            or event not in _OPENING
-            or not isinstance(arguments[0], str | bytes)
-        ):
+        if not self._watching or event not in _OPENING:
             return
-        path = os.path.realpath(os.fsdecode(arguments[0]))
         writing = event != "open" or bool((arguments[2] or 0) & _WRITING)
         allowed = self._folders if writing else (*self._folders, *_CODE, *_SYSTEM)
-        if not path.startswith(allowed) and path != os.devnull and "__pycache__" not in path:
-            self._opened.append(f"{event} {path}")
+        for name in arguments[_OPENING[event]]:
+            path = _meant(event, name) if isinstance(name, str | bytes) else os.devnull
+            if not (path.startswith(allowed) or path == os.devnull or "__pycache__" in path):
+                self._opened.append(f"{event} {path}")
 
 
-def _check_sentence(sentence: str) -> None:
+def _meant(event: str, name: str | bytes) -> str:
+    """The path of what is opened; of all else that is done, of a link itself."""
+    path = os.fsdecode(name)
+    if event == "open":
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def check_sentence(sentence: str) -> None:
+    """Raises Broken for what is not one sentence of ours."""
     if not sentence.strip() or len(sentence) > 4000 or sentence.endswith("."):
         raise Broken(f"no sentence: {sentence[:300]!r}")
     if any(ord(character) < 32 for character in sentence):

@@ -14,6 +14,7 @@ from engines import model
 from guard import Broken, Target
 from mutate import hostile_bytes, hostile_json
 
+from moac_runtime.errors import MoacError
 from moac_runtime.serve.app import build_app
 from moac_runtime.serve.log import LOG
 from moac_runtime.serve.served import Served
@@ -140,9 +141,9 @@ def request(folder: Path) -> Target:
         status, reply = asyncio.run(
             _asked(app, told["path"], headers, bytes.fromhex(told["body"]))
         )
-        _check_reply(status, reply)
         if faults.texts or not served.thread.is_alive():
             raise Broken(f"the server noted {faults.texts[:1]}")
+        _check_reply(status, reply)
 
     return Target(_told(_TEXTS[0][0], [], _TEXTS[0][1].encode()), make, ran)
 
@@ -198,7 +199,7 @@ async def _asked(
 
 
 def _check_reply(status: int, reply: bytes) -> None:
-    """A refusal is JSON as OpenAI's, and of a client's fault."""
+    """A refusal is JSON as OpenAI's, and of a client's fault. Raises its sentence."""
     if status == 200:
         return
     if not 400 <= status < 500:
@@ -206,6 +207,7 @@ def _check_reply(status: int, reply: bytes) -> None:
     error = json.loads(reply)["error"]
     if "\n" in error["message"] or not error["message"]:
         raise Broken(f"no sentence: {error['message'][:300]!r}")
+    raise MoacError(error["message"])
 
 
 PARSERS: dict[str, Callable[[Path], Target]] = {"request": request}

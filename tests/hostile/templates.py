@@ -80,7 +80,7 @@ def _statement(rng: Random, deep: int) -> str:
             return "{% generation %}" + inner + "{% endgeneration %}"
         case _:
             return (
-                rng.choice(_ENDLESS)
+                rng.choice(ENDLESS)
                 if rng.random() < 0.02
                 else "{% filter upper %}x{% endfilter %}"
             )
@@ -109,11 +109,11 @@ _BROKEN = (
     "{% if 1 %}" * 120 + "{% endif %}" * 120,
     "{% block a %}{{ self.a() }}{% endblock %}",
 )
-_ENDLESS = (
+ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
     "{{ 7 ** (9 ** 9) }}",
-    "{{ messages|length ** (9 ** 9 ** messages|length) }}",
+    "{{ (messages|length + 1) ** (9 ** 9 ** messages|length) }}",
     "{{ 'a' * 9 ** 12 }}",
     "{% set n = namespace(a='x') %}{% for i in range(999) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
     "{{ '%999999999d' % 1 }}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def render_report(found: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     return _environment().get_template(_TEMPLATE).render(story=Story.of(found, evaluation))
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("moac.show.report", "."),

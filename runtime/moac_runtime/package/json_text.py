@@ -93,7 +93,7 @@ def _whole(text: str) -> int:
 def _check_depth(found: Any) -> None:
     """Readers of what is nested call themselves, each with frames of its own."""
     level = [found]
-    for _ in range(_MOST_DEPTH + 1):
+    for _ in range(_MOST_DEPTH):
         level = [
             part for whole in level for part in _parts(whole) if isinstance(part, dict | list)
         ]

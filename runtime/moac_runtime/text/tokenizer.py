@@ -12,10 +12,14 @@ import tokenizers
 
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.limits import MOST_TOKENS
 from moac_runtime.package.manifest import read_json
 from moac_runtime.text.control import ControlTokens
 from moac_runtime.text.messages import Message, plain_messages, text_of
 from moac_runtime.text.template import ChatTemplate
+
+_TEMPLATE = "tokenizer/chat_template.jinja"
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,11 @@ class Tokenizer:
         Raises ArtifactError where a file is unusable.
         """
         found = _read_settings(settings)
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return cls(
             backend=_read_backend(tokenizer),
             eos_token_ids=frozenset(found["eos_token_ids"]),
-            special_tokens={name: found[name] for name in names if found.get(name)},
-            chat_template=None if template is None else template.read_text(encoding="utf-8"),
+            special_tokens={name: found[name] for name in _SPECIAL if found.get(name)},
+            chat_template=None if template is None else _parse_template(template.read_bytes()),
         )
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -148,12 +151,31 @@ class Tokenizer:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     settings = read_json(path, path.name)
-    tokens = settings.get("eos_token_ids")
-    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-        raise ArtifactError(
-            f"{path.name} has eos_token_ids {tokens!r}, expected a list of token ids: {REMEDY}"
-        )
+    _check_settings(settings, path.name)
     return settings
+
+
+def _check_settings(settings: Mapping[str, Any], name: str) -> None:
+    """Ids that a tokenizer can be asked for, and texts where a template is given texts."""
+    ends = settings.get("eos_token_ids")
+    if not isinstance(ends, list) or not all(map(_is_token, ends)):
+        raise ArtifactError(
+            f"{name} has eos_token_ids {ends!r:.60}, expected a list of token ids: {REMEDY}"
+        )
+    for key in _SPECIAL:
+        if not isinstance(found := settings.get(key), str | None):
+            raise ArtifactError(f"{name} has {key} {found!r:.60}, expected a text: {REMEDY}")
+
+
+def _is_token(found: object) -> bool:
+    return type(found) is int and 0 <= found < MOST_TOKENS
+
+
+def _parse_template(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{_TEMPLATE} is not UTF-8 text ({error}): {REMEDY}") from error
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
