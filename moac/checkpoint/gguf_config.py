@@ -47,8 +47,7 @@ def check_fields(fields: Fields) -> Family:
     kind = fields.text("general.type", "model")
     if kind != "model":
         raise refuse("GGUF file of type", kind, "a model; give the model's own file")
-    arch = fields.text("general.architecture")
-    family = gguf_family(arch)
+    family, arch = _family(fields), fields.text("general.architecture")
     parts = fields.whole("split.count", 0)
     if parts > 1:
         raise CheckpointError(
@@ -74,8 +73,7 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
         raise refuse(
             "the scaling of RoPE by", "rope_freqs.weight", f"a GGUF file without it; {_ORIGINAL}"
         )
-    arch = fields.text("general.architecture")
-    family = gguf_family(arch)
+    family, arch = _family(fields), fields.text("general.architecture")
     names = family.names
     first = f"{names.layers}.0"
     values = {
@@ -95,6 +93,11 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
     }
     more = family.gguf.config(fields, values)
     return parse_config({**values, **more}, f"the header of {fields.path}")
+
+
+def _family(fields: Fields) -> Family:
+    arch = fields.text("general.architecture")
+    return gguf_family(arch, fields.whole(f"{arch}.expert_count", 0))
 
 
 def _sizes(fields: Fields, arch: str, family: Family) -> dict[str, int]:
