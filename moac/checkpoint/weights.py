@@ -16,6 +16,7 @@ from moac.checkpoint.stand_ins import check_file
 from moac.checkpoint.tensors import Shape
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.dtypes import DTYPES
+from moac_runtime.package.tensor_header import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,7 @@ def _read_header(path: Path) -> dict[str, tuple[Shape, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        read_header(path)  # the library takes the last of two equal names
         # Opening checks the header and that the data ends where the file ends.
         with safe_open(path, framework="pt") as shard:
             pieces = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
@@ -144,7 +146,7 @@ def _read_header(path: Path) -> dict[str, tuple[Shape, str]]:
                 name: (tuple(piece.get_shape()), str(piece.get_dtype()))
                 for name, piece in pieces.items()
             }
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         reason = error if path.stat().st_size else "it is empty"
         raise CheckpointError(
             f"{path} is damaged or cut short ({reason}); download it again"

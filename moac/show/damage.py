@@ -9,7 +9,10 @@ from jinja2 import TemplateError
 
 from moac_runtime.errors import ArtifactError
 
-_WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError)
+_WRONG = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError),
+    TemplateError,
+)
 
 
 @contextmanager

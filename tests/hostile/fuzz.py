@@ -37,8 +37,8 @@ os.environ.update(
 from guard import Guard  # noqa: E402
 from targets import TARGETS  # noqa: E402
 
-AT_ONCE = 5000
-"""Cases of one process: hypothesis remembers all that it drew."""
+AT_ONCE = {"hypothesis": 5000}
+"""Cases of one process, by engine: hypothesis remembers all that it drew."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,9 +76,9 @@ def _parser(name: str, asked: argparse.Namespace) -> int:
     """All cases of a parser, some thousand a process."""
     asked.found.mkdir(parents=True, exist_ok=True)
     started, whole = time.monotonic(), {"parser": name, "cases": 0, "accepted": 0, "refused": 0}
-    sentences = 0
-    for first in range(0, asked.cases, AT_ONCE):
-        told = _part(name, min(AT_ONCE, asked.cases - first), asked.seed + first, asked)
+    sentences, part = 0, AT_ONCE.get(asked.engine, asked.cases)
+    for first in range(0, asked.cases, part):
+        told = _part(name, min(part, asked.cases - first), asked.seed + first, asked)
         if told is None:
             return 1
         for key in ("cases", "accepted", "refused"):

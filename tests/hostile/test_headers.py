@@ -15,8 +15,6 @@ from packages import Package
 from moac.checkpoint.gguf import open_gguf
 from moac.checkpoint.gguf_header import check_header
 from moac.checkpoint.headers import folder_headers
-from moac.checkpoint.identity import safetensors_identity
-from moac.checkpoint.tensors import expected_tensors
 from moac_runtime.backends.cpu.weights import map_weights
 from moac_runtime.engine.model import load
 from moac_runtime.errors import ArtifactError, CheckpointError
@@ -109,9 +107,8 @@ def test_a_checkpoint_s_header_that_stands_twice(tmp_path: Path) -> None:
     name = next(name for name in header if name != "__metadata__")
     text = f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}"
     path.write_bytes(joined(text, data))
-    found = folder_headers(folder)
     with pytest.raises(CheckpointError, match="stands twice"):
-        safetensors_identity(found.spec, found.weights.files, expected_tensors(found.spec))
+        folder_headers(folder)
 
 
 @pytest.mark.parametrize(
@@ -194,5 +191,5 @@ def test_every_cut_of_a_gguf_s_header_is_found(tmp_path: Path, gguf: bytes) -> N
     end = gguf.index(b"output_norm.weight")
     for size in range(25, end, max(1, end // 200)):
         path.write_bytes(gguf[:size])
-        with pytest.raises(ValueError, match="within its header|past its end"):
+        with pytest.raises(ValueError, match=r"within its header|past its end"):
             check_header(path)

@@ -30,7 +30,7 @@ from moac_runtime.package.json_text import MOST_BYTES, parse_json, read_json_fil
         ("[" * 100_000, "nested more than 64 deep"),
         ('{"a":' * 70 + "1" + "}" * 70, "nested more than 64 deep"),
         (b'"\xff"', "byte 2 (0xff) is not UTF-8"),
-        (b"\xff\xfe[\0]\0", "byte 1 (0xff) is not UTF-8"),
+        (b"\xff\xfe\x00\xd8", "is not UTF-16"),
         ("", "Expecting value"),
         ("[1,]", "line 1 column"),
         ("[1] [2]", "Extra data"),
@@ -45,6 +45,7 @@ def test_what_is_refused(text: str | bytes, words: str) -> None:
 def test_what_is_read() -> None:
     found = parse_json(b'\xef\xbb\xbf{"a": [1, -0.5, 1e-400, "\\ud83d\\ude00", null]}')
     assert found == {"a": [1, -0.5, 0.0, "\U0001f600", None]}
+    assert parse_json(b"\xff\xfe[\0]\0") == []
     assert parse_json("[" * 64 + "]" * 64)
 
 

@@ -48,6 +48,7 @@ def test_the_driver_holds_a_parser_to_its_limits(name: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_parser_that_is_not_there() -> None:
     done = fuzz("nothing")
     assert (done.returncode, done.stderr) == (2, "")
@@ -57,15 +58,21 @@ def test_a_parser_that_is_not_there() -> None:
 # ---- what the guard finds
 
 _PROGRAM = """
-import os, sys
+import os, sys, time
 from pathlib import Path
+import guard as limits
 from guard import Broken, Guard, Target
 from moac_runtime.errors import MoacError
 
+def later():
+    until = time.process_time() + 1
+    while time.process_time() < until: pass
+
 def run(data):
     if data == b"refused": raise MoacError("no")
-    exec(data)
+    exec(data, {"MoacError": MoacError, "later": later})
 
+limits.SECONDS = 0.5
 folder = Path(sys.argv[1]).resolve()
 os.chdir(folder)
 guard = Guard(Target(b"", lambda rng: b"", run), folder)
@@ -80,7 +87,7 @@ except Exception as error:
     print(repr(error))
 else:
     print("nothing")
-assert guard.tally.to_json()["refused"] == 1
+assert guard.tally.accepted >= 1 and guard.tally.cases >= 2
 """
 
 
@@ -97,10 +104,7 @@ assert guard.tally.to_json()["refused"] == 1
         ("raise MoacError('a' * 10_000 + '.')", "no sentence"),
         ("raise MoacError(' ')", "no sentence"),
         ("bytearray(2**30 + 2**29)", "MemoryError()"),
-        (
-            "import time\nt = time.process_time() + 5.2\nwhile time.process_time() < t: pass",
-            "it to",
-        ),
+        ("later()", "it took"),
     ],
 )
 def test_the_guard_finds_what_no_case_may_do(case: str, words: str, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_records_bring_no_markup(package: Path) -> None:
 def test_records_of_another_shape(package: Path, value: Any) -> None:
     plan = json.loads((package / "plan.json").read_text())
     replace(package, "plan.json", json.dumps({**plan, "measured_loss": value}))
-    with pytest.raises(ArtifactError, match="records that cannot be shown|no plan that moac"):
+    with pytest.raises(ArtifactError, match=r"records that cannot be shown|no plan that moac"):
         show(package)
 
 

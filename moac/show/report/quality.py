@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from markupsafe import Markup
 from moac.show.report import wording
 from moac.show.report.quality_charts import Figure, Series, quality_chart
 from moac_runtime.errors import UsageError
+from moac_runtime.package.json_text import read_json_file
 from moac_runtime.package.plan import Plan
 
 OWN = "moac"
@@ -168,7 +168,7 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError for another file, and for an evaluation of another package.
     """
     try:
-        evaluation = json.loads(path.read_bytes())  # a shell may have put a byte order mark
+        evaluation = read_json_file(path)
         measured = {int(n): share for n, share in evaluation["density"][OWN].items()}
         source = evaluation["package"]["identity"]
         Quality.of(evaluation)

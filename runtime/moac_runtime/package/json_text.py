@@ -58,13 +58,12 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def _decoded(data: bytes) -> str:
-    encoding = "utf-16" if data.startswith(_UTF16) else "utf-8-sig"
+    encoding = "UTF-16" if data.startswith(_UTF16) else "UTF-8"
     try:
-        return data.decode(encoding)
+        return data.removeprefix(codecs.BOM_UTF8).decode(encoding)
     except UnicodeDecodeError as error:
-        kind = encoding.removesuffix("-sig").upper()
         raise ValueError(
-            f"byte {error.start + 1} (0x{data[error.start]:02x}) is not {kind}"
+            f"byte {error.start + 1} (0x{data[error.start]:02x}) is not {encoding}"
         ) from None
 
 
