@@ -5,6 +5,6 @@ from __future__ import annotations
 import checkpoints
 import lines
 import packages
-import serving
+import http_requests
 
-TARGETS = {**packages.PARSERS, **checkpoints.PARSERS, **lines.PARSERS, **serving.PARSERS}
+TARGETS = {**packages.PARSERS, **checkpoints.PARSERS, **lines.PARSERS, **http_requests.PARSERS}
