@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import checkpoints
+import http_requests
 import lines
 import packages
-import http_requests
 
 TARGETS = {**packages.PARSERS, **checkpoints.PARSERS, **lines.PARSERS, **http_requests.PARSERS}
