@@ -55,9 +55,10 @@ asked for. |
 | variable | meaning |
 |---|---|
 | `MOAC_CACHE` | The work folder of `plan`, `compile`, `eval` and `clean`. Without it, `moac` in \
-`$XDG_CACHE_HOME`, or in `~/.cache`; kernels for packages that are not trusted are kept there too. |
-| `XDG_STATE_HOME` | Where [trusted packages](TRUST.md) are recorded, in `moac/trusted`; otherwise \
-`~/.local/state`. |
+`$XDG_CACHE_HOME`, or in `~/.cache`; kernels for packages that are not \
+trusted are kept there too. |
+| `XDG_STATE_HOME` | Where [trusted packages](TRUST.md) are recorded, in `moac/trusted`; \
+otherwise `~/.local/state`. |
 | `OMP_NUM_THREADS` | The CPU threads to use, where `--threads` says nothing. |
 | `CXX` | The C++ compiler that builds the native CPU kernels; otherwise g++, c++ or clang++. |
 | `NO_COLOR` | Turns off the colours of the heat map that `inspect` prints. |
