@@ -45,7 +45,8 @@ its help.
 | 0 | The command did what was asked. |
 | 1 | It failed; one sentence on standard error says why and what to do. |
 | 2 | It was used wrongly: an option, a value or a combination cannot be. |
-| 3 | A check did not hold: of `compile`, `verify` or `eval`. |
+| 3 | A check did not hold: of `compile`, `verify` or `eval`, or of the signature that was \
+asked for. |
 | 130 | Ctrl-C interrupted it. The same `compile`, `plan` or `eval` goes on where it stopped. |
 | 143, 129 | SIGTERM or SIGHUP ended it. |
 
@@ -54,7 +55,10 @@ its help.
 | variable | meaning |
 |---|---|
 | `MOAC_CACHE` | The work folder of `plan`, `compile`, `eval` and `clean`. Without it, `moac` in \
-`$XDG_CACHE_HOME`, or in `~/.cache`. |
+`$XDG_CACHE_HOME`, or in `~/.cache`; kernels for packages that are not \
+trusted are kept there too. |
+| `XDG_STATE_HOME` | Where [trusted packages](TRUST.md) are recorded, in `moac/trusted`; \
+otherwise `~/.local/state`. |
 | `OMP_NUM_THREADS` | The CPU threads to use, where `--threads` says nothing. |
 | `CXX` | The C++ compiler that builds the native CPU kernels; otherwise g++, c++ or clang++. |
 | `NO_COLOR` | Turns off the colours of the heat map that `inspect` prints. |
