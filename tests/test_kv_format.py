@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moac_kernels import reference
 from moac_runtime.backends.layout import head_runs
+from moac_runtime.backends.torch.rounding import format_of
 from moac_runtime.package.kv_format import KV_BITS, KvShape, rotation_block
 from moac_runtime.package.kv_rounding import (
     bfloat16_down,
@@ -123,6 +126,27 @@ def test_halves_go_to_the_even_number_and_low_nibbles_come_first() -> None:
     codes, scales = stored(turned, 4)
     assert scales.tolist() == [[[1.0, 0.0]]]
     assert codes.tolist() == [[0 | 15 << 4, 3 | 7 << 4]]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", KV_BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_stores_the_same_bits_and_reads_the_same_numbers(
+    head_dim: int, bits: int, dtype: torch.dtype
+) -> None:
+    x = torch.from_numpy(numbers(head_dim, 3, 40, scale=3)).to(dtype)
+    x[0, 0], x[0, 1], x[0, 2, 0] = 0, -2.3, 1000
+    format = format_of(head_dim, dtype, bits)
+    codes, scales = format.encoded(x)
+    wanted_codes, wanted_scales = stored(x.float().numpy(), bits)
+    assert codes.numpy().tobytes() == wanted_codes.tobytes()
+    assert scales.dtype == torch.bfloat16
+    assert (scales.float().numpy() == wanted_scales.reshape(3, 40, -1)).all()
+    found = format.decoded((codes, scales))
+    assert (found.numpy() == held(wanted_codes, wanted_scales, head_dim)).all()
+    back = rounded(x.float().numpy(), bits)
+    assert (format.turned(found).numpy() == back).all()
+    assert (reference.rounded(x, bits).numpy() == back).all()  # the oracle, which shares no code
 
 
 def test_stored_numbers_are_these_and_no_others() -> None:
