@@ -24,7 +24,7 @@ from moac.goal import Budget
 from moac.pipeline.cap import KvCap
 from moac.pipeline.planner import plan_model
 from moac.planning import HeadLayout
-from moac.planning.problem import allowed_tokens
+from moac.planning.problem import allowed_memory
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import BudgetError, UsageError
@@ -492,7 +492,7 @@ def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
     assert cap is not None
     budget = cap.budget(layout, (512, 768, 2000))
     tokens = 700_001 // cap.token_bytes
-    assert allowed_tokens(layout, budget, 2000) == tokens
+    assert allowed_memory(layout, budget, 2000) == tokens
 
 
 def test_a_cap_counts_what_the_model_holds_by_itself() -> None:
@@ -500,7 +500,7 @@ def test_a_cap_counts_what_the_model_holds_by_itself() -> None:
     cap = KvCap(max_bytes=500 * 4, batch=1, length=512, token_bytes=4)
     budget = cap.budget(layout, (256, 512))
     assert budget == 500 / (2 * (512 + 64))
-    assert allowed_tokens(layout, budget, 512) == 500
+    assert allowed_memory(layout, budget, 512) == 500
     with pytest.raises(UsageError, match=r"the dense model holds 4\.50 KiB"):
         replace(cap, max_bytes=4 * 1152).budget(layout, (256, 512))
     with pytest.raises(BudgetError, match=r"a length of 64; give --max-kv-bytes 2304 or more"):

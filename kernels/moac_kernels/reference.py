@@ -6,7 +6,7 @@ Tests and verification call this file; no fast path does. The mask comes from th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,22 @@ def rounded(x: Tensor, bits: int | None) -> Tensor:
         return torch.where(scale > 0, x.float() / scale, 0.0).round() * scale
     parts = [_rounded_group(group) for group in _rotated(x.float()).split(32, dim=-1)]
     return _rotated(torch.cat(parts, dim=-1))
+
+
+def rounded_heads(
+    x: Tensor, bits: Sequence[int | None], order: Sequence[int] | None = None
+) -> Tensor:
+    """Keys or values `x` `[B, K, N, D]` with the width of each KV head, in float32.
+
+    `order[place]`: the number of a head that a package has at that place, None where that is its
+    own: rotations and groups are of the package's order.
+    """
+    if all(width is None for width in bits):
+        return x.float()
+    if order is not None:
+        there = torch.tensor(order, device=x.device)
+        return rounded_heads(x[..., there], bits)[..., there.argsort()]
+    return torch.stack([rounded(x[:, head], width) for head, width in enumerate(bits)], dim=1)
 
 
 def _rounded_group(x: Tensor) -> Tensor:

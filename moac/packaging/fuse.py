@@ -206,10 +206,8 @@ class _Layer:
 
     def _turned(self, weight: Tensor) -> Tensor:
         """Rows of query or key heads, `[heads * D, ...]`, in the order that runtimes rotate by."""
-        if self.layer.rope is None:
-            return weight
-        dim, rotated = self.spec.head_dim, self.spec.ropes[self.layer.rope].rotated
-        order = rotary_order(dim, rotated or dim, pairs=family_of(self.spec.family).pairs)
+        dim = self.spec.head_dim
+        order = _key_order(self.spec, self.layer)
         if order == list(range(dim)):
             return weight
         heads = weight.reshape(-1, dim, *weight.shape[1:])
@@ -224,6 +222,19 @@ class _Layer:
             for name, count in zip(names, held, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def key_orders(spec: ModelSpec) -> list[list[int]]:
+    """Of each layer `order[place]`, the checkpoint's number of a key packed at that place."""
+    return [_key_order(spec, spec.layer(index)) for index in range(spec.num_layers)]
+
+
+def _key_order(spec: ModelSpec, layer: LayerSpec) -> list[int]:
+    dim = spec.head_dim
+    if layer.rope is None:
+        return list(range(dim))
+    rotated = spec.ropes[layer.rope].rotated or dim
+    return rotary_order(dim, rotated, pairs=family_of(spec.family).pairs)
 
 
 def rotary_order(head_dim: int, rotated: int, *, pairs: bool) -> list[int]:

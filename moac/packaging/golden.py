@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moac.checkpoint.families import model_spec
+from moac.packaging.fuse import key_orders
 from moac.packaging.quantise import round_weights
 from moac.profiling.hooks import REFERENCE, attention
 from moac_runtime.package.golden import GoldenPrompt
@@ -22,7 +24,7 @@ INSIDE_TOKENS = 64
 def reference_logits(
     model: PreTrainedModel, plan: Plan, tokens: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Logits `[len(positions), V]` float32 of the original model under `plan`'s masks.
+    """Logits `[len(positions), V]` float32 of the original model under `plan`'s masks and widths.
 
     The session's capacity is taken to be the number of tokens.
     """
@@ -31,6 +33,7 @@ def reference_logits(
             input_ids=torch.tensor([tokens], device=model.device),
             logits_to_keep=torch.tensor(positions, device=model.device),
             moac_spans=plan.spans(len(tokens)),
+            moac_key_orders=key_orders(model_spec(model.config)),
             use_cache=False,
         )
     logits: Tensor = out.logits[0].float().cpu()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moac.planning.problem import HeadLayout, Ints, allowed_at
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
@@ -25,8 +26,8 @@ def sizes_at(
     return np.minimum(wanted, capacities if window is None else np.minimum(capacities, window))
 
 
-def held_at(plan: Plan, capacities: Ints) -> Ints:
-    """Tokens held over all heads at each of `capacities`, `[n]`."""
+def held_at(plan: Plan, capacities: Ints, kv: KvShape | None = None) -> Ints:
+    """Tokens held over all heads at each of `capacities`, `[n]`; with `kv` bytes of such keys."""
     heads = Counter(
         (rule, window)
         for layer, window in zip(plan.rules, plan.windows, strict=True)
@@ -34,18 +35,25 @@ def held_at(plan: Plan, capacities: Ints) -> Ints:
     )
     total = np.zeros_like(capacities)
     for (rule, window), count in heads.items():
-        total += count * sizes_at(
-            rule, capacities, block=plan.block, min_span=plan.min_span, window=window
-        )
+        sizes = sizes_at(rule, capacities, block=plan.block, min_span=plan.min_span, window=window)
+        total += count * memory_of(sizes, rule.bits, kv)
     return total
 
 
-def largest_density(plan: Plan, capacities: range) -> tuple[float, int]:
-    """The greatest density over all of `capacities`, and the first of them that has it."""
+def memory_of(sizes: Ints, bits: int | None, kv: KvShape | None) -> Ints:
+    """What a head of so many tokens takes: bytes of keys `kv`, or, without, the tokens."""
+    return sizes if kv is None else kv.slots_bytes(sizes, bits)  # type: ignore[call-overload]
+
+
+def largest_density(plan: Plan, capacities: range, kv: KvShape | None = None) -> tuple[float, int]:
+    """The greatest density over all of `capacities`, and the first of them that has it.
+
+    With `kv` the greatest share of bytes, of such keys.
+    """
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
     every = np.array(capacities, dtype=np.int64)
-    densities = held_at(plan, every) / HeadLayout.of(plan).dense_at(every)
+    densities = held_at(plan, every, kv) / HeadLayout.of(plan, kv).dense_at(every)
     place = int(densities.argmax())
     return float(densities[place]), capacities[place]
 
@@ -58,11 +66,19 @@ def largest_record(plan: Plan, capacities: range) -> dict[str, Any]:
 
 
 def over_budget(
-    plan: Plan, budget: float, capacities: range, *, between: Sequence[int]
+    plan: Plan,
+    budget: float,
+    capacities: range,
+    *,
+    between: Sequence[int],
+    kv: KvShape | None = None,
 ) -> tuple[int, ...]:
-    """Where `plan` passes `budget` by most, one capacity in each gap `between` those given."""
+    """Where `plan` passes `budget` by most, one capacity in each gap `between` those given.
+
+    `kv`: the keys whose bytes are counted; None counts tokens.
+    """
     every = np.array(capacities, dtype=np.int64)
-    over = held_at(plan, every) - allowed_at(HeadLayout.of(plan), budget, every)
+    over = held_at(plan, every, kv) - allowed_at(HeadLayout.of(plan, kv), budget, every)
     passed = np.flatnonzero(over > 0)
     gaps = np.searchsorted(np.array(between), every[passed])
     return tuple(_worst(passed[gaps == gap], over, every) for gap in np.unique(gaps))

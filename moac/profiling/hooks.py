@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import FAMILIES
 from moac.profiling.attention import InfluenceRecorder, influence_attention
-from moac_kernels.reference import layer_mask, masked_attention
+from moac_kernels.reference import layer_mask, masked_attention, rounded_heads
 from moac_runtime.errors import MoacError
 from moac_runtime.package.span import HeadSpan, visible
 
@@ -109,12 +109,17 @@ def _reference(
     scaling: float,
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
+    moac_key_orders: Sequence[Sequence[int]] | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
-    heads = moac_spans[int(module.layer_idx)]  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    heads = moac_spans[layer]
+    bits = [head.bits for head in heads]
+    key = rounded_heads(key, bits, None if moac_key_orders is None else moac_key_orders[layer])
+    value = rounded_heads(value, bits)
     place = torch.arange(query.shape[2], device=query.device)
     parts = []
     for rows in place.split(_QUERY_ROWS):

@@ -62,9 +62,13 @@ class KvShape:
         """Bytes of the scales of `slots` keys of one head, as they lie."""
         return _padded(slots * self.scale_bytes(bits))
 
+    def slots_bytes(self, slots: int, bits: int | None) -> int:
+        """Bytes of `slots` keys and values of one KV head, scales included, as they lie."""
+        return 2 * (self.codes(slots, bits) + self.scales(slots, bits))
+
     def head_bytes(self, head: HeadSpan) -> int:
         """Bytes of all keys and values of one KV head, scales included."""
-        return 2 * (self.codes(head.size, head.bits) + self.scales(head.size, head.bits))
+        return self.slots_bytes(head.size, head.bits)
 
     def token_bytes(self, bits: int | None = None) -> int:
         """Bytes that one token more costs one KV head, key and value, padding left out."""
