@@ -42,7 +42,8 @@ def held_at(plan: Plan, capacities: Ints, kv: KvShape | None = None) -> Ints:
 
 def memory_of(sizes: Ints, bits: int | None, kv: KvShape | None) -> Ints:
     """What a head of so many tokens takes: bytes of keys `kv`, or, without, the tokens."""
-    return sizes if kv is None else kv.slots_bytes(sizes, bits)  # type: ignore[call-overload]
+    memory: Ints = sizes if kv is None else kv.slots_bytes(sizes, bits)
+    return memory
 
 
 def largest_density(plan: Plan, capacities: range, kv: KvShape | None = None) -> tuple[float, int]:

@@ -93,9 +93,9 @@ class HeadLayout:
 
     def held(self, plan: Plan, capacity: int) -> int:
         """The memory that `plan` holds at a capacity: bytes, or tokens."""
-        return (
-            plan.held_tokens(capacity) if self.kv is None else plan.held_bytes(capacity, self.kv)
-        )
+        if self.kv is None:
+            return plan.held_tokens(capacity)
+        return plan.held_bytes(capacity, self.kv)
 
     def share(self, plan: Plan, capacity: int) -> float:
         """The same over what the model holds by itself."""
@@ -123,7 +123,7 @@ class HeadLayout:
         if self.kv is None:
             return sizes
         parts = [
-            self.kv.slots_bytes(sizes[:, i], rule.bits)  # type: ignore[call-overload]
+            self.kv.slots_bytes(sizes[:, i], rule.bits)
             for i, rule in enumerate(rules)
         ]
         return np.stack(parts, axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from moac_runtime.package.span import HeadSpan
 
@@ -37,7 +38,8 @@ def groups(head_dim: int) -> int:
 class KvShape:
     """The key, or the value, of one token and KV head: `head_dim` numbers.
 
-    `itemsize`: bytes of each in the package's dtype. `bits` is 8, 4 or None throughout.
+    `itemsize`: bytes of each in the package's dtype. `bits` is 8, 4 or None throughout, `slots` a
+    number or an array of them.
     """
 
     head_dim: int
@@ -53,27 +55,27 @@ class KvShape:
         """Bytes of the scales of one token's key or value, and of the minima of 4 bits."""
         return {None: 0, 8: 2, 4: 4 * groups(self.head_dim)}[bits]
 
-    def codes(self, slots: int, bits: int | None) -> int:
+    def codes(self, slots: Any, bits: int | None) -> Any:
         """Bytes of the numbers of `slots` keys of one head, as they lie."""
         size = slots * self.code_bytes(bits)
         return size if bits is None else _padded(size)
 
-    def scales(self, slots: int, bits: int | None) -> int:
+    def scales(self, slots: Any, bits: int | None) -> Any:
         """Bytes of the scales of `slots` keys of one head, as they lie."""
         return _padded(slots * self.scale_bytes(bits))
 
-    def slots_bytes(self, slots: int, bits: int | None) -> int:
+    def slots_bytes(self, slots: Any, bits: int | None) -> Any:
         """Bytes of `slots` keys and values of one KV head, scales included, as they lie."""
         return 2 * (self.codes(slots, bits) + self.scales(slots, bits))
 
     def head_bytes(self, head: HeadSpan) -> int:
         """Bytes of all keys and values of one KV head, scales included."""
-        return self.slots_bytes(head.size, head.bits)
+        return int(self.slots_bytes(head.size, head.bits))
 
     def token_bytes(self, bits: int | None = None) -> int:
         """Bytes that one token more costs one KV head, key and value, padding left out."""
         return 2 * (self.code_bytes(bits) + self.scale_bytes(bits))
 
 
-def _padded(size: int) -> int:
+def _padded(size: Any) -> Any:
     return -(-size // ALIGNMENT) * ALIGNMENT

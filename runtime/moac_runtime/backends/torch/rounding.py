@@ -96,7 +96,8 @@ class Rounded:
         numbers = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         pairs = scales.float().unflatten(-1, (-1, 2)).repeat_interleave(GROUP, dim=-2)
         pairs = pairs[..., : self._head_dim, :]
-        return numbers[..., : self._head_dim] * pairs[..., 0] + pairs[..., 1]
+        found: Tensor = numbers[..., : self._head_dim] * pairs[..., 0] + pairs[..., 1]
+        return found
 
     def turned(self, x: Tensor) -> Tensor:
         """See `Format`."""
@@ -115,7 +116,7 @@ def rotated(x: Tensor) -> Tensor:
         low, high = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
         x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         stride *= 2
-    return x * block**-0.5
+    return x * float(block**-0.5)
 
 
 def _encoded8(x: Tensor) -> Parts:
@@ -141,7 +142,8 @@ def _up(x: Tensor) -> Tensor:
     """The least bfloat16 number that is not below `x`, in float32."""
     raw = x.contiguous().view(torch.int32)
     more = (x > 0).to(torch.int32) * 0xFFFF
-    return ((raw + more) & -0x10000).view(torch.float32)
+    up: Tensor = ((raw + more) & -0x10000).view(torch.float32)
+    return up
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:
