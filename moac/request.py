@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -26,8 +27,29 @@ ONNX_WEIGHTS = ("shared", "int8")
 # The choices that decide a plan; the others decide how it is packaged.
 PLANNING = (
     *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
+    "kv_bits",
     *("calibration", "effort", "samples", "sink", "block", "min_span", "plans", "seed"),
 )
+
+
+FULL = "full"
+KV_WIDTHS: Mapping[str, tuple[int | None, ...]] = {
+    FULL: (None,),
+    "8": (8,),
+    "4": (4,),
+    "auto": (None, 8, 4),
+}
+"""What may be asked for of keys and values: the widths that a head may have."""
+
+
+def check_width_targets(what: str, targets: Sequence[str] | None) -> None:
+    """Raise UsageError for targets that hold keys and values in the package's dtype alone."""
+    others = sorted({name.partition(":")[0] for name in targets or ()} - {"torch", "cpu"})
+    if others:
+        raise UsageError(
+            f"{what} and the target {others[0]} do not go together yet: its caches are of the "
+            f"package's dtype; leave {others[0]} out of --target, or take --kv-bits full"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +61,8 @@ class CompileRequest:
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
     `effort`: how much is measured, "quick", "standard" (None) or "thorough"; it decides `samples`,
     `plans` and, of `lengths`, how many and how long, where these are None.
+    `kv_bits`: the width of keys and values, "full" (None) as `dtype` says, "8" or "4" for all
+    heads, or "auto", any of them for each head as planned.
     `weights`: "full", as `dtype` says, "int8", the matrices in 8 bits, or "int4", those of the
     layers in 4 bits.
     None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
@@ -61,6 +85,7 @@ class CompileRequest:
     onnx_dtype: str | None = None
     onnx_weights: str = "shared"
     rules_per_layer: int | None = None
+    kv_bits: str | None = None
     calibration: Path | None = None
     sink: int = Default(64)
     block: int = Default(64)
@@ -85,6 +110,7 @@ class CompileRequest:
                     f"there is no target {target!r}; choose from {', '.join(TARGETS)}"
                 )
         self._check_weights()
+        self._check_widths()
         self._check_onnx()
         if self.effort is not None and self.effort not in EFFORTS:
             raise UsageError(
@@ -109,6 +135,11 @@ class CompileRequest:
         return replace(chosen, **{name: n for name, n in given.items() if n is not None})
 
     @property
+    def widths(self) -> tuple[int | None, ...]:
+        """The widths that a head may have, None for the package's dtype."""
+        return KV_WIDTHS[self.kv_bits or FULL]
+
+    @property
     def goal(self) -> Goal:
         """How much KV memory may stay: a half where nothing says it."""
         return goal_of(
@@ -124,13 +155,15 @@ class CompileRequest:
         asked: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         asked["effort"] = self.effort or STANDARD
         asked |= {"samples": self.measuring.samples, "plans": self.measuring.plans}
+        if self.widths == KV_WIDTHS[FULL]:
+            del asked["kv_bits"]  # as in records from before there were others
         goal = self.goal
         return {**asked, "budget": goal.share if isinstance(goal, Budget) else None}
 
     def planning(self) -> dict[str, Any]:
         """The choices that decide a plan, as JSON values."""
         asked = self.to_json()
-        return {name: asked[name] for name in PLANNING}
+        return {name: asked[name] for name in PLANNING if name in asked}
 
     def planning_given(self) -> list[str]:
         """Which of them were given, be it as what they are by default."""
@@ -148,6 +181,14 @@ class CompileRequest:
                 "ONNX graph reads a package's weights as they lie; leave onnx out of --target, or "
                 "leave out --weights and give --onnx-weights int8"
             )
+
+    def _check_widths(self) -> None:
+        if self.kv_bits is not None and self.kv_bits not in KV_WIDTHS:
+            raise UsageError(
+                f"there are no kv bits {self.kv_bits!r}; choose from {', '.join(KV_WIDTHS)}"
+            )
+        if self.widths != KV_WIDTHS[FULL]:
+            check_width_targets(f"--kv-bits {self.kv_bits}", self.targets)
 
     def _check_onnx(self) -> None:
         for name, choices, default in (

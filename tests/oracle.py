@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import model_spec
-from moac.packaging.fuse import head_order, key_orders, pack_weights
+from moac.checkpoint.key_order import key_orders
+from moac.packaging.fuse import head_order, pack_weights
 from moac.profiling.hooks import attention
 from moac_kernels.reference import layer_mask, masked_attention, rounded_heads
 from moac_runtime.backends.torch.decoder import Decoder

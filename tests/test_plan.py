@@ -30,6 +30,7 @@ from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.host.sizes import parse_size
 from moac_runtime.package.artifact import load_plan_record, open_artifact
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights
 
@@ -491,13 +492,13 @@ def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
     cap = KvCap.of(checkpoint, asked)
     assert cap is not None
     budget = cap.budget(layout, (512, 768, 2000))
-    tokens = 700_001 // cap.token_bytes
+    tokens = 700_001 // cap.kv.token_bytes()
     assert allowed_memory(layout, budget, 2000) == tokens
 
 
 def test_a_cap_counts_what_the_model_holds_by_itself() -> None:
     layout = HeadLayout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None, 64))
-    cap = KvCap(max_bytes=500 * 4, batch=1, length=512, token_bytes=4)
+    cap = KvCap(max_bytes=500 * 4, batch=1, length=512, kv=KvShape(1, 2))
     budget = cap.budget(layout, (256, 512))
     assert budget == 500 / (2 * (512 + 64))
     assert allowed_memory(layout, budget, 512) == 500

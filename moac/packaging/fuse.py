@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moac.checkpoint.families import Names, family_of
+from moac.checkpoint.key_order import key_order
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
@@ -207,7 +208,7 @@ class _Layer:
     def _turned(self, weight: Tensor) -> Tensor:
         """Rows of query or key heads, `[heads * D, ...]`, in the order that runtimes rotate by."""
         dim = self.spec.head_dim
-        order = _key_order(self.spec, self.layer)
+        order = key_order(self.spec, self.layer)
         if order == list(range(dim)):
             return weight
         heads = weight.reshape(-1, dim, *weight.shape[1:])
@@ -222,34 +223,6 @@ class _Layer:
             for name, count in zip(names, held, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def key_orders(spec: ModelSpec) -> list[list[int]]:
-    """Of each layer `order[place]`, the checkpoint's number of a key packed at that place."""
-    return [_key_order(spec, spec.layer(index)) for index in range(spec.num_layers)]
-
-
-def _key_order(spec: ModelSpec, layer: LayerSpec) -> list[int]:
-    dim = spec.head_dim
-    if layer.rope is None:
-        return list(range(dim))
-    rotated = spec.ropes[layer.rope].rotated or dim
-    return rotary_order(dim, rotated, pairs=family_of(spec.family).pairs)
-
-
-def rotary_order(head_dim: int, rotated: int, *, pairs: bool) -> list[int]:
-    """`order[place]` = the checkpoint's number of a query or key head to pack at that place.
-
-    Runtimes rotate number `i` with number `i + head_dim / 2`. In a checkpoint the first `rotated`
-    numbers rotate, each with the next one where they lie in `pairs`, else half of them apart; what
-    does not rotate is shared out over the ends of both halves. Products of queries and keys are
-    the same in any order.
-    """
-    step, second = (2, 1) if pairs else (1, rotated // 2)
-    first = range(0, rotated if pairs else rotated // 2, step)
-    still = range(rotated, head_dim)
-    half = len(still) // 2
-    return [*first, *still[:half], *(i + second for i in first), *still[half:]]
 
 
 def _kinds(bias: bool) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
+from moac_runtime.package.plan import Plan
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
@@ -107,13 +108,13 @@ def session_logits(
 class _Runner:
     """One way to run the package. `limit`: the error its logits are allowed.
 
-    `logits(tokens, positions, decoded, dense)`: logits `[len(positions), V]`, the last `decoded`
-    tokens fed one by one, `dense` with nothing dropped. `exact`: computes in float32 on weights
-    as stored.
+    `logits(tokens, positions, decoded, plan)`: logits `[len(positions), V]`, the last `decoded`
+    tokens fed one by one, under the package's own plan where `plan` is None. `exact`: computes in
+    float32 on weights as stored.
     """
 
     name: str
-    logits: Callable[[Sequence[int], Sequence[int], int, bool], Tensor]
+    logits: Callable[[Sequence[int], Sequence[int], int, Plan | None], Tensor]
     limit: float
     exact: bool
 
@@ -139,10 +140,9 @@ def _runner(
     """The package on a backend. `precision`: of weights and computing, which has a limit."""
 
     def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
+        tokens: Sequence[int], positions: Sequence[int], decoded: int, plan: Plan | None
     ) -> Tensor:
-        session = backend.session(artifact.plan.undropping() if dense else None)
-        return session_logits(session, tokens, positions, decoded=decoded)
+        return session_logits(backend.session(plan), tokens, positions, decoded=decoded)
 
     return _Runner(name, logits, _limit(artifact, precision), exact)
 
@@ -194,31 +194,42 @@ def _source_checks(
     for runner in _runners(artifact):
         for prompt in prompts if runner.exact else ():
             name = f"source {len(prompt.tokens)} tokens {runner.name}"
-            yield from _compare(artifact, runner, name, prompt, FLOAT32_LIMIT)
+            yield from _compare(artifact, runner, name, prompt, _limit(artifact, "float32"))
         del runner
 
 
 def _compare(
     artifact: Artifact, runner: _Runner, name: str, prompt: GoldenPrompt, limit: float
 ) -> Iterator[Check]:
-    """Prefill and decode against the expected logits, and that a sparse plan shows."""
+    """Prefill and decode against the expected logits, and that what a plan drops and rounds
+    shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
     plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
-    prefill = runner.logits(tokens, positions, 0, False)
-    stepped = runner.logits(tokens, positions, decoded, False)
+    prefill = runner.logits(tokens, positions, 0, None)
+    stepped = runner.logits(tokens, positions, decoded, None)
     yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
     yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
     if prompt.source is not None and runner.exact:
         lost = _distance(prefill, prompt.source)
         yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
-    if plan.density(prompt.capacity) < 1 and runner.exact:
-        change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
-        yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
+    if not runner.exact:
+        return
+    if plan.density(prompt.capacity) < 1:
+        dense = runner.logits(tokens, positions, 0, plan.undropping())
+        yield _more_than(f"{name}: sparse differs from dense by", dense, prompt.logits, limit)
+    if plan.rounds:
+        full = runner.logits(tokens, positions, 0, plan.unrounded())
+        yield _more_than(f"{name}: rounded differs from full by", full, prompt.logits, limit)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference; a value that is no number is infinitely far."""
     return float((found.cpu() - expected).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _more_than(name: str, found: Tensor, expected: Tensor, limit: float) -> Check:
+    change = _distance(found, expected)
+    return Check(name, change > limit, change, limit)
 
 
 def _at_most(name: str, value: float, limit: float) -> Check:

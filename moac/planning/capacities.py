@@ -46,11 +46,17 @@ def memory_of(sizes: Ints, bits: int | None, kv: KvShape | None) -> Ints:
     return memory
 
 
-def largest_density(plan: Plan, capacities: range, kv: KvShape | None = None) -> tuple[float, int]:
-    """The greatest density over all of `capacities`, and the first of them that has it.
+def largest_density(plan: Plan, capacities: range) -> tuple[float, int]:
+    """The greatest density over all of `capacities`, and the first of them that has it."""
+    return _largest(plan, capacities, None)
 
-    With `kv` the greatest share of bytes, of such keys.
-    """
+
+def largest_share(plan: Plan, capacities: range, kv: KvShape | None) -> tuple[float, int]:
+    """The same of the bytes of keys `kv`; without widths, or `kv`, that is the density."""
+    return _largest(plan, capacities, kv if plan.rounds else None)
+
+
+def _largest(plan: Plan, capacities: range, kv: KvShape | None) -> tuple[float, int]:
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
     every = np.array(capacities, dtype=np.int64)
@@ -59,11 +65,13 @@ def largest_density(plan: Plan, capacities: range, kv: KvShape | None = None) ->
     return float(densities[place]), capacities[place]
 
 
-def largest_record(plan: Plan, capacities: range) -> dict[str, Any]:
-    """The same as `plan.json` and `inspect --json` tell it, with the ends of `capacities`."""
-    density, length = largest_density(plan, capacities)
+def largest_record(plan: Plan, capacities: range, kv: KvShape | None = None) -> dict[str, Any]:
+    """The largest density as `plan.json` and `inspect --json` tell it, with the ends of
+    `capacities`; with `kv` the largest share of bytes.
+    """
+    found, length = _largest(plan, capacities, kv)
     ends = {"shortest": capacities[0], "longest": capacities[-1]}
-    return {"density": density, "length": length, **ends}
+    return {"density" if kv is None else "share": found, "length": length, **ends}
 
 
 def over_budget(

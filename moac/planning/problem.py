@@ -122,10 +122,7 @@ class HeadLayout:
         sizes = self.sizes(rules, lengths)
         if self.kv is None:
             return sizes
-        parts = [
-            self.kv.slots_bytes(sizes[:, i], rule.bits)
-            for i, rule in enumerate(rules)
-        ]
+        parts = [self.kv.slots_bytes(sizes[:, i], rule.bits) for i, rule in enumerate(rules)]
         return np.stack(parts, axis=1)
 
     def _size(self, rule: Rule, length: int, window: int | None) -> int:

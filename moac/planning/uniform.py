@@ -59,6 +59,14 @@ def matching_uniforms(plan: Plan, *, lengths: Sequence[int], kv: KvShape) -> lis
     return found
 
 
+def rounded_uniform(plan: Plan, length: int, kv: KvShape) -> Plan:
+    """The one of them of 8 bits, or, where that would hold more than `plan`, of 4."""
+    found = {
+        one.rules[0][0].bits: one for one in matching_uniforms(plan, lengths=(length,), kv=kv)
+    }
+    return found.get(8) or found[4]
+
+
 def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:
     """The uniform plan that holds as much as `plan` at every length, to the nearest block a head.
 

@@ -10,6 +10,7 @@ from moac.show.summary import table
 
 _MIB = 1 << 20
 _NOTHING = "-"
+_FULL = 16  # more bits than any width that a rule names
 
 
 def diff_text(found: Mapping[str, Any]) -> str:
@@ -24,6 +25,12 @@ def _sides(found: Mapping[str, Any]) -> str:
     lines = [f"{side}  {found[side]['kind']:<7}  {found[side]['path']}" for side in ("a", "b")]
     if found["same_spans"]:
         lines.append("every span is the same at every planned length")
+    if found["widths"]:
+        narrower = sum((b or _FULL) < (a or _FULL) for _, _, a, b in found["widths"])
+        lines.append(
+            f"{len(found['widths'])} KV heads hold keys and values in another width, {narrower} "
+            "of them in fewer bits in b"
+        )
     return "\n".join(lines)
 
 

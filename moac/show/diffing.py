@@ -10,7 +10,7 @@ from typing import Any
 from moac.show.inspection import chosen_plan, planned_lengths
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
-from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.plan import Plan
 
@@ -25,8 +25,8 @@ class Side:
     """One of the two. `lengths`: the planned ones, in tokens. `losses`: by the kind of plan
     (`chosen`, `uniform`, `dense`), then by domain, in nats at `unseen` tokens.
 
-    `token_bytes`: KV bytes of one token in one KV head; None where a plan stands alone, which
-    does not tell the model. `facts`: settings and provenance by name.
+    `kv`: a key of the package, for its bytes; None where a plan stands alone, which does not tell
+    the model. `facts`: settings and provenance by name.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Side:
     lengths: tuple[int, ...]
     unseen: int | None
     losses: Mapping[str, Mapping[str, float]]
-    token_bytes: int | None
+    kv: KvShape | None
     facts: Mapping[str, Any]
 
 
@@ -56,6 +56,8 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
 
     `spans` give for each length `heads`, `differ`, `longer` and `shorter` in b (heads), `layers`
     (heads that differ, by layer) and `changes` (`[layer, kv_head, span in a, span in b]`).
+    `widths`: `[layer, kv_head, bits in a, bits in b]` of heads whose widths differ, None for the
+    package's dtype.
     `losses_comparable`: whether both measured the dense model alike, so on equal samples. Raises
     UsageError where the plans are of different shape or name no length.
     """
@@ -73,6 +75,7 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
         "same_spans": all(found["differ"] == 0 for found in spans.values()),
         "lengths": lengths,
         "spans": spans,
+        "widths": _widths(a.plan, b.plan),
         "density": {str(n): _pair(a.plan.density(n), b.plan.density(n)) for n in lengths},
         "kv_bytes": {str(n): _pair(_bytes(a, n), _bytes(b, n)) for n in lengths},
         "losses": {
@@ -94,7 +97,7 @@ def _side(path: Path, kind: str, record: dict[str, Any], artifact: Artifact | No
             lengths=_lengths(record),
             unseen=None if record.get("unseen") is None else int(record["unseen"]),
             losses=_losses(record),
-            token_bytes=None if artifact is None else _token_bytes(artifact),
+            kv=None if artifact is None else artifact.kv,
             facts=_facts(plan, record, artifact),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -123,10 +126,6 @@ def _losses(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for row in record.get("measured_loss", ())
         if row["plan"] in names
     }
-
-
-def _token_bytes(artifact: Artifact) -> int:
-    return artifact.spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
 
 
 def _facts(plan: Plan, record: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
@@ -173,13 +172,22 @@ def _spans(a: Plan, b: Plan, length: int) -> dict[str, Any]:
     }
 
 
+def _widths(a: Plan, b: Plan) -> list[list[int | None]]:
+    return [
+        [layer, head, one.bits, other.bits]
+        for layer, rows in enumerate(zip(a.rules, b.rules, strict=True))
+        for head, (one, other) in enumerate(zip(*rows, strict=True))
+        if one.bits != other.bits
+    ]
+
+
 def _pair(a: float | None, b: float | None) -> dict[str, float | None]:
     return {"a": a, "b": b, "change": None if a is None or b is None else b - a}
 
 
 def _bytes(side: Side, length: int) -> int | None:
     """KV bytes held of one sequence, as far as the side tells."""
-    return None if side.token_bytes is None else side.plan.held_tokens(length) * side.token_bytes
+    return None if side.kv is None else side.plan.held_bytes(length, side.kv)
 
 
 def _comparable(a: Side, b: Side) -> bool:

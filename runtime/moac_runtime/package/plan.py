@@ -68,6 +68,11 @@ class Plan:
         """The plan that drops and rounds nothing of the same model."""
         return replace(self, rules=tuple((DENSE,) * len(layer) for layer in self.rules))
 
+    def unrounded(self) -> Plan:
+        """The plan of the same spans that rounds nothing."""
+        rules = tuple(tuple(replace(rule, bits=None) for rule in layer) for layer in self.rules)
+        return replace(self, rules=rules)
+
     def held_tokens(self, capacity: int) -> int:
         """Tokens held over all layers and KV heads at `capacity` tokens."""
         return sum(head.size for layer in self.spans(capacity) for head in layer)

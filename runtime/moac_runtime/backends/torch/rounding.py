@@ -77,7 +77,8 @@ class Rounded:
 
         def part(padded: int, width: int) -> Tensor:
             memory = torch.empty(run.num_heads, padded, dtype=torch.uint8, device=device)
-            return memory[:, : size * width].unflatten(1, (size, width))
+            used: Tensor = memory[:, : size * width]
+            return used.view(run.num_heads, size, width)
 
         codes = part(kv.codes(size, self._bits), kv.code_bytes(self._bits))
         scales = part(kv.scales(size, self._bits), kv.scale_bytes(self._bits))
@@ -92,7 +93,8 @@ class Rounded:
         """See `Format`."""
         codes, scales = parts
         if self._bits == 8:
-            return codes.float() * scales
+            whole: Tensor = codes.float() * scales
+            return whole
         numbers = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         pairs = scales.float().unflatten(-1, (-1, 2)).repeat_interleave(GROUP, dim=-2)
         pairs = pairs[..., : self._head_dim, :]
