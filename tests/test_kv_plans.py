@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.span import Rule
 
 KV = KvShape(16, 2)
 BLOCK, MIN_SPAN, LENGTHS = 16, 32, (256, 512)
 WIDTHS = (None, 8, 4)
+NOISE = np.array([0.01, 10, 0.1, 1, 1, 0.03]).reshape(3, 2, 1)  # head by head
 
 
 def layout_of(widths: tuple[int | None, ...] = WIDTHS, layers: int = 3) -> HeadLayout:
@@ -51,7 +53,7 @@ def problem_of(
         scale = rng.uniform(0.1, 2, (3, 2, 1))
         table = scale * (1 - spans / length) ** 2
         table[..., : MIN_SPAN // BLOCK] = np.inf
-        noise = rng.uniform(0.5, 1.5, (3, 2, 1)) * price * (spans / length)
+        noise = NOISE * price * (spans / length)
         objectives.append(Objective(str(length), length, table, {8: noise / 200, 4: noise}))
     found = candidate_rules(LENGTHS, block=BLOCK, min_span=MIN_SPAN, at_least=16)
     rules = with_widths(found, widths)
@@ -91,7 +93,7 @@ def test_widths_are_chosen_head_by_head_as_they_cost() -> None:
 
     assert widths(1e-6) == {4}
     assert 4 not in widths(50.0)
-    assert len(widths(0.2)) > 1
+    assert widths(0.2) >= {8, 4}
 
 
 def test_more_widths_lose_no_more() -> None:
@@ -155,7 +157,7 @@ def test_losses_are_weighed_by_8_bits_where_they_drop_something() -> None:
 
     assert bits(0.25) == 8
     assert bits(0.75) is None  # in 8 bits all of it would fit
-    assert bits(0.025) == 4  # 8 bits do not fit
+    assert bits(0.05) == 4  # 8 bits do not fit
     assert bits(0.5, (None,)) is None
 
 
@@ -168,9 +170,8 @@ def test_uniform_plans_that_match_hold_as_many_bytes() -> None:
         apart = abs(one.held_bytes(512, KV) - plan.held_bytes(512, KV))
         assert apart <= 6 * BLOCK * KV.token_bytes(bits) // 2
     narrow = layout_of((4,)).uniform(Rule(MIN_SPAN, 0.0, 4))
-    assert [one.rules[0][0].bits for one in matching_uniforms(narrow, lengths=(512,), kv=KV)] == [
-        4
-    ]
+    found = matching_uniforms(narrow, lengths=(512,), kv=KV)
+    assert [one.rules[0][0].bits for one in found] == [4]
 
 
 # ---- from the command line
@@ -217,7 +218,7 @@ def test_inspect_tells_spans_and_widths_apart(compiled: Path, capsys: Capture) -
     shown = capsys.readouterr().out
     assert "widths    of 4 KV heads" in shown
     assert "widths of KV heads, in bits" in shown
-    assert "capacity      density   bytes   KV held" in shown
+    assert re.search(r"capacity +density +bytes +KV held +KV dense", shown)
     assert moac_command("inspect", compiled, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     plan = open_artifact(compiled).plan
@@ -256,7 +257,8 @@ def test_within_a_budget_that_8_bits_meet_nothing_is_dropped(
     work = tiny_package.work_dir
     compile_model(tiny_package.checkpoint, tmp_path / "out", request=asked, work_dir=work)
     plan = open_artifact(tmp_path / "out").plan
-    assert {rule for layer in plan.rules for rule in layer} == {replace(DENSE, bits=8)}
+    assert {rule.bits for layer in plan.rules for rule in layer} == {8}
+    assert all(plan.density(n) == 1 for n in range(512, 2049))
 
 
 @pytest.mark.parametrize("target", ["onnx", "cuda"])
@@ -284,7 +286,8 @@ def test_a_plan_of_widths_is_packaged_from_its_file(
 def test_eval_tells_tokens_and_bytes(
     compiled: Path, tiny_package: Compiled, capsys: Capture
 ) -> None:
-    words = ["eval", compiled, "--tasks", "nll", "--lengths", "512", "--samples", "1"]
+    words = ["eval", compiled, "--source", tiny_package.checkpoint, "--tasks", "nll"]
+    words += ["--lengths", "512", "--samples", "1"]
     assert moac_command(*words, "--against", "uniform,dense", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     artifact = open_artifact(compiled)
