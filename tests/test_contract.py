@@ -248,7 +248,7 @@ def _memory(row: Any) -> list[int]:
     """Where a row's keys lie."""
     if hasattr(row, "caches"):
         return [cache.keys for cache in row.caches]
-    return [cache.keys.data_ptr() for layer in row.layers for cache in layer]
+    return [cache.keys[0].data_ptr() for layer in row.layers for cache in layer]
 
 
 def test_a_row_past_its_capacity_feeds_nobody(open_empty: Open) -> None:
