@@ -343,7 +343,12 @@ def field(name: str, value: object) -> Callable[[Data], None]:
         (1, without("rules"), "it has no 'rules'"),
         (1, without("sha256"), "it has no 'sha256'"),
         (1, field("sha256", "x"), "it has no 'sha256'"),
-        (1, rule([64]), "the rule of layer 0, KV head 1 must be [alpha, beta], got [64]"),
+        (
+            1,
+            rule([64]),
+            "KV head 1 must be [alpha, beta] or [alpha, beta, bits], got [64]",
+        ),
+        (1, rule([0, 0.5, 16]), "bits of layer 0, KV head 1 must be 8 or 4, or left out, got 16"),
         (1, rule([0.5, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
         (1, rule([True, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
         (1, rule([99999, 0]), "within the context of 2048, got 99999"),

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from moac.checkpoint.families import Names, family_of
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec
 from moac_runtime.package.weight_formats import ROUTER
 
@@ -23,12 +25,18 @@ Source = Callable[[str], Tensor]
 def head_order(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """`head_order[layer][position]` = the checkpoint's KV head to pack at that position.
 
-    Widest rules first, equal rules adjacent, the checkpoint's order kept among equals.
+    Widest rules first, equal rules adjacent (of equal spans those that are not rounded come first,
+    then 8 bits), the checkpoint's order kept among equals.
     """
     return tuple(
-        tuple(sorted(range(len(rules)), key=lambda head: (-rules[head].beta, -rules[head].alpha)))
+        tuple(sorted(range(len(rules)), key=lambda head: _packed_by(rules[head])))
         for rules in plan.rules
     )
+
+
+def _packed_by(rule: Rule) -> tuple[float, int, int]:
+    full = max(KV_BITS) + 1
+    return -rule.beta, -rule.alpha, -(rule.bits or full)
 
 
 def pack_weights(

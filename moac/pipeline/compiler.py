@@ -56,7 +56,7 @@ from moac.show.inspection import inspect_artifact
 from moac.show.report import write_report
 from moac.store.workspace import peak_memory_bytes, release_memory
 from moac_runtime.errors import CheckFailed
-from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.artifact import kv_format, open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.golden import GoldenPrompt
 from moac_runtime.package.plan import Plan
@@ -200,6 +200,7 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
                 provenance=provenance(bench, planned),
                 verification={"limits": limits},
                 weights=request.weights,
+                kv_format=kv_format(plan, dtype),
             )
 
 
@@ -330,4 +331,5 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         provenance=artifact.provenance,
         verification=artifact.verification,
         weights=artifact.weights,
+        kv_format=artifact.kv_format,
     )

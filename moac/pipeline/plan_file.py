@@ -20,6 +20,7 @@ from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 
@@ -302,9 +303,13 @@ def _check_rules(rules: Any, spec: ModelSpec) -> None:
 
 
 def _check_rule(rule: Any, where: str, context: int) -> None:
-    if not isinstance(rule, list) or len(rule) != 2:
-        raise ValueError(f"the rule of {where} must be [alpha, beta], got {rule!r}")
-    alpha, beta = rule
+    if not isinstance(rule, list) or len(rule) not in (2, 3):
+        raise ValueError(
+            f"the rule of {where} must be [alpha, beta] or [alpha, beta, bits], got {rule!r}"
+        )
+    alpha, beta, *bits = rule
+    if bits and (type(bits[0]) is not int or bits[0] not in KV_BITS):
+        raise ValueError(f"bits of {where} must be 8 or 4, or left out, got {bits[0]!r}")
     if type(alpha) is not int or abs(alpha) > context:
         raise ValueError(
             f"alpha of {where} must be a whole number of tokens within the context of {context}, "

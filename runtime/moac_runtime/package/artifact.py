@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moac_runtime.errors import ArtifactError, UsageError
+from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord, IntegrityCheck, inside
+from moac_runtime.package.kv_format import PLANNED, KvShape
 from moac_runtime.package.manifest import Manifest, parse_manifest, read_json
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
@@ -32,7 +34,7 @@ class Artifact:
     """A checked package. `capacity`: most tokens a session may hold.
 
     `dtype`: of norms, biases and computing; `weight_formats`: of each kind of matrix.
-    `kv_format`: of keys and values.
+    `kv_format`: of keys and values, `dtype` or "planned".
     `head_order[layer][position]`: the checkpoint's KV head packed at that position. `plan` stays
     in checkpoint order. `files`: what the manifest lists, by path inside `root`.
     """
@@ -49,6 +51,11 @@ class Artifact:
     provenance: Mapping[str, Any]
     verification: Mapping[str, Any]
     files: Mapping[str, FileRecord]
+
+    @property
+    def kv(self) -> KvShape:
+        """What a key of the package is, for counting bytes."""
+        return self.spec.kv_shape(DTYPE_BYTES[self.dtype])
 
     @property
     def weights(self) -> str:
@@ -103,7 +110,7 @@ class Opening:
         return Artifact(
             root=self._root,
             spec=manifest.model,
-            plan=_read_plan(self._root, manifest.model),
+            plan=_read_plan(self._root, manifest),
             dtype=manifest.dtype,
             kv_format=manifest.kv_format,
             weight_formats=manifest.weight_formats,
@@ -141,6 +148,11 @@ def load_plan_record(artifact: Artifact) -> dict[str, Any]:
     return read_json(artifact.path(PLAN), PLAN)
 
 
+def kv_format(plan: Plan, dtype: str) -> str:
+    """What a manifest says of a plan's keys and values in a package of `dtype`."""
+    return PLANNED if plan.rounds else dtype
+
+
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not root.exists():
         raise ArtifactError(f"{root} does not exist, expected a package: check the path")
@@ -155,8 +167,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return read_json(path, MANIFEST)
 
 
-def _read_plan(root: Path, spec: ModelSpec) -> Plan:
-    data = read_json(root / PLAN, PLAN)
+def _read_plan(root: Path, manifest: Manifest) -> Plan:
+    spec, data = manifest.model, read_json(root / PLAN, PLAN)
     try:
         plan = Plan.from_json(data)
     except (KeyError, TypeError, ValueError) as error:
@@ -171,5 +183,11 @@ def _read_plan(root: Path, spec: ModelSpec) -> Plan:
         raise ArtifactError(
             f"{PLAN} has windows {list(plan.windows)}, expected the model's "
             f"{list(spec.windows)}: {REMEDY}"
+        )
+    expected = kv_format(plan, manifest.dtype)
+    if expected != manifest.kv_format:
+        raise ArtifactError(
+            f"{MANIFEST} has kv_format = {manifest.kv_format!r}, and the rules of {PLAN} are "
+            f"{expected!r}: {REMEDY}"
         )
     return plan
