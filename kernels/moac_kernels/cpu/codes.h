@@ -40,12 +40,15 @@ struct Form {
   bool rotated() const { return format == CACHE_INT4; }
   int64_t groups() const { return (head_dim + KV_GROUP - 1) / KV_GROUP; }
 
+  // Bytes of the numbers, and of the scales, of a head of `size` slots; of both, of several heads.
+  int64_t own(int64_t size) const { return plain() ? size * numbers : padded(size * numbers, KV_ALIGNMENT); }
+  int64_t beside(int64_t size) const { return padded(size * scales, KV_ALIGNMENT); }
+  int64_t bytes(int64_t heads, int64_t size) const { return heads * (own(size) + beside(size)); }
+
   // Of `heads` heads of `size` slots from `base` on: the numbers of all, then the scales of all.
   Tokens slots(void *base, int64_t heads, int64_t size, int64_t head) const {
-    const int64_t pad = plain() ? 1 : KV_ALIGNMENT;
-    const int64_t own = padded(size * numbers, pad), beside = padded(size * scales, pad);
     char *at = (char *)base;
-    return {at + head * own, at + heads * own + head * beside, numbers, scales};
+    return {at + head * own(size), at + heads * own(size) + head * beside(size), numbers, scales};
   }
 
   // Of tokens `stride` bytes apart, each with its scales behind its numbers.
@@ -123,7 +126,7 @@ static inline void round_token(const float *x, int64_t d, Nibbles *to, bf16 *sca
       most = vmax(most, vload(x + i));
       least = vmax(least, vsub(vzero(), vload(x + i)));
     }
-    scales[1] = narrow_down(-vpeak(least));
+    scales[1] = narrow_down(0 - vpeak(least));
     const float low = widen(scales[1]);
     scales[0] = narrow_up((vpeak(most) - low) / 15);
     int8_t numbers[KV_GROUP];
