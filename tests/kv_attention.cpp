@@ -8,6 +8,7 @@
 // cache of one head, then as float32 the keys and values read back, and attention's output [group][D]
 // twice: over what was read back, and over the codes.
 #include <stdio.h>
+#include <stdlib.h>
 
 #include <vector>
 
