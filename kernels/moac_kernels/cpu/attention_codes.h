@@ -77,7 +77,8 @@ struct Scales {
 };
 
 // Up to TILE_COLUMNS tokens [rows][d] as columns, four numbers of each side by side: [d / 4] rows of
-// TILE_COLUMNS lanes. What lies at `next`, as many bytes, is asked for meanwhile.
+// TILE_COLUMNS lanes. As many bytes at `next`, and of the tokens a block further, are asked for
+// meanwhile.
 template <class Code>
 static inline void pack_codes(const Code *from, int64_t rows, int64_t d, const Code *next, int8_t *to) {
   const int64_t row = d / PER_BYTE<Code>;
@@ -89,6 +90,7 @@ static inline void pack_codes(const Code *from, int64_t rows, int64_t d, const C
         const int64_t at = (half + r) * row + i / PER_BYTE<Code>;
         if (half + r < rows) {
           __builtin_prefetch(next + at);
+          __builtin_prefetch(from + at + DECODE_BLOCK * row);
           x[r] = vbits(ioperand(icodes(from + at, d - i), Code()));
         } else {
           x[r] = vzero();
@@ -187,30 +189,26 @@ static inline void weigh_columns(const Code *values, int64_t n, int64_t d, int64
   for (int g = 0; g < G; g++)
 #pragma GCC unroll 8
     for (int a = 0; a < 8; a++) acc[g][a / 4][a % 4] = ibegin(by.sums[g][a / 4], Code());
-  auto add = [&](int64_t j, int64_t rows) {
+  for (int64_t j = 0; j < n; j += 4) {
     ivec x[4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; r++)
-      x[r] = r < rows ? icodes(values + (j + r) * row + i / PER_BYTE<Code>, d - i) : izero();
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) x[r] = ioperand(x[r], Code());
+    for (int r = 0; r < 4; r++) {  // past the last token weights are nought
+      const Code *from = values + smaller(j + r, n - 1) * row + i / PER_BYTE<Code>;
+      x[r] = ioperand(icodes(from, d - i), Code());
+    }
     izip(x);
 #pragma GCC unroll 3
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 2
-      for (int digit = 0; digit < 2; digit++)
+      for (int digit = 0; digit < 2; digit++) {
+        const int8_t *four = by.digits[g][first][digit] + j, *more = by.digits[g][second][digit] + j;
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-          ivec &to = acc[g][digit][part];
-          const int8_t *four = by.digits[g][first][digit] + j;
+        for (int part = 0; part < 4; part++)
           if constexpr (GROUPED<Code> && 4 * W > KV_GROUP)
-            stay(to = istep_halves(to, four, by.digits[g][second][digit] + j, x[part], Code()));
-          else stay(to = istep(to, four, x[part], Code()));
-        }
-  };
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) add(j, 4);
-  if (j < n) add(j, n - j);
+            stay(acc[g][digit][part] = istep_halves(acc[g][digit][part], four, more, x[part], Code()));
+          else stay(acc[g][digit][part] = istep(acc[g][digit][part], four, x[part], Code()));
+      }
+  }
 #pragma GCC unroll 3
   for (int g = 0; g < G; g++) {
     vec sum[4];
