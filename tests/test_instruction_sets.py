@@ -191,8 +191,8 @@ def test_logits_over_rounded_keys_are_those_of_torch(
     )
     mixed = replace(plan, rules=rules)
 
-    def wanted(under: Plan) -> torch.Tensor:
-        session = open_torch(artifact, dtype="float32").session(under)
+    def wanted(under: Plan, dtype: str = "float32") -> torch.Tensor:
+        session = open_torch(artifact, dtype=dtype).session(under)
         row = session.admit(prompt.capacity)
         return torch.as_tensor(session.step([Feed(row, tokens, range(len(tokens)))]))
 
@@ -202,9 +202,11 @@ def test_logits_over_rounded_keys_are_those_of_torch(
     run("golden_logits", model, out, 8, 2)
     found = torch.from_numpy(np.fromfile(out, dtype="<f4")).view(len(tokens), -1)
     # a number that lies halfway between two codes may go either way
-    rounding = (exact - wanted(plan)).norm()
-    assert rounding > 0
-    assert (found - exact).norm() < (1.5 if bf16 else 0.1) * rounding
+    limit = 0.1 * (exact - wanted(plan)).norm()
+    assert limit > 0
+    if bf16:
+        limit = 1.5 * (exact - wanted(mixed, "bfloat16")).norm()
+    assert (found - exact).norm() < limit
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, cap: float, bits: int) -> np.ndarray:

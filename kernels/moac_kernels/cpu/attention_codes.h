@@ -6,7 +6,7 @@
 #include "codes.h"
 #include "whole.h"
 
-constexpr float MOST_DIGITS = 127 * 128 + 63;
+constexpr float MOST_DIGITS = 127 * 128 + 63, MOST_WEIGHT = 127 * 128 + 127;
 constexpr float LEAST_WEIGHT = 1e-30f;  // under it a block adds nothing
 // Query heads that meet a tile of keys, or of values, at once: as registers allow.
 constexpr int KEY_QUERIES = REGISTERS == 32 ? 4 : 2;
@@ -17,6 +17,13 @@ static inline void split(vec x, int8_t *high, int8_t *low) {
   const vec top = vround(vmul(x, vset(1.0f / 128)));
   vstore(high, top);
   vstore(low, vsub(x, vmul(top, vset(128))));
+}
+
+// The same of numbers from nought to MOST_WEIGHT, as digits that are not below nought.
+static inline void split_weights(vec x, int8_t *high, int8_t *low) {
+  const vec whole = vround(x), top = vround(vmul(vsub(whole, vset(63.5f)), vset(1.0f / 128)));
+  vstore(high, top);
+  vstore(low, vsub(whole, vmul(top, vset(128))));
 }
 
 static inline int32_t sum_of(const int8_t *numbers, int64_t count) {
@@ -112,22 +119,15 @@ static inline void score_codes(const Asked &asked, int64_t row, int64_t d, const
   vec sum[G][2];
   for (int g = 0; g < G; g++) sum[g][0] = sum[g][1] = vzero();
   for (int64_t i = 0; i < d; i += size) {
-    ivec acc[G][2][2];
-#pragma GCC unroll 4
-    for (int g = 0; g < G; g++)
-      for (int digit = 0; digit < 2; digit++)
-        acc[g][digit][0] = acc[g][digit][1] = ibegin(asked.sums[row + g][digit], Code());
+    ivec acc[G * 4];  // of each query two digits, of each digit two halves: flat, to stay in registers
+#pragma GCC unroll 16
+    for (int a = 0; a < G * 4; a++) acc[a] = ibegin(asked.sums[row + a / 4][a / 2 % 2], Code());
     for (int64_t j = i; j < smaller(d, i + size); j += 4) {
-      const ivec b0 = iraw(pack), b1 = iraw(pack + 4 * W);
+      const ivec halves[2] = {iraw(pack), iraw(pack + 4 * W)};
       pack += 4 * TILE_COLUMNS;
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++)
-#pragma GCC unroll 2
-        for (int digit = 0; digit < 2; digit++) {
-          const int8_t *four = asked.digits[row + g][digit] + j;
-          stay(acc[g][digit][0] = istep(acc[g][digit][0], four, b0, Code()));
-          stay(acc[g][digit][1] = istep(acc[g][digit][1], four, b1, Code()));
-        }
+#pragma GCC unroll 16
+      for (int a = 0; a < G * 4; a++)
+        stay(acc[a] = istep(acc[a], asked.digits[row + a / 4][a / 2 % 2] + j, halves[a % 2], Code()));
     }
     const int64_t group = i / size;
 #pragma GCC unroll 2
@@ -135,7 +135,7 @@ static inline void score_codes(const Asked &asked, int64_t row, int64_t d, const
       const vec scale = vload(of.scale[group] + first + half * W);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
-        const vec whole = vfloat(ijoin(acc[g][0][half], acc[g][1][half]));
+        const vec whole = vfloat(ijoin(acc[g * 4 + half], acc[g * 4 + 2 + half]));
         sum[g][half] = vfma(whole, scale, sum[g][half]);
         if constexpr (GROUPED<Code>)
           sum[g][half] = vfma(vload(of.low[group] + first + half * W),
@@ -153,7 +153,6 @@ static inline void score_codes(const Asked &asked, int64_t row, int64_t d, const
 template <int G> struct Weights {
   alignas(64) int8_t digits[G][MOST_KV_GROUPS][2][DECODE_BLOCK];
   float unit[G][MOST_KV_GROUPS], offset[G][MOST_KV_GROUPS];
-  int32_t sums[G][2] = {};  // of each digit
 
   template <class Code>
   void take(const float *weights, int64_t n, const Scales &of, int64_t groups, Code) {
@@ -166,14 +165,12 @@ template <int G> struct Weights {
           most = vmax(most, x[j / W]);
           if (GROUPED<Code>) shift = vfma(weight, vload(of.low[group] + j), shift);
         }
-        const float top = vpeak(most), inverse = top > LEAST_WEIGHT ? MOST_DIGITS / top : 0;
+        const float top = vpeak(most), inverse = top > LEAST_WEIGHT ? MOST_WEIGHT / top : 0;
         int8_t *high = digits[g][group][0], *low = digits[g][group][1];
         for (int64_t j = 0; j < DECODE_BLOCK; j += W)
-          split(vmul(x[j / W], vset(inverse)), high + j, low + j);
-        unit[g][group] = top / MOST_DIGITS;
+          split_weights(vmul(x[j / W], vset(inverse)), high + j, low + j);
+        unit[g][group] = top / MOST_WEIGHT;
         offset[g][group] = GROUPED<Code> ? vsum(shift) : 0;
-        if (GROUPED<Code>) continue;
-        sums[g][0] = sum_of(high, DECODE_BLOCK), sums[g][1] = sum_of(low, DECODE_BLOCK);
       }
   }
 };
@@ -184,36 +181,29 @@ static inline void weigh_columns(const Code *values, int64_t n, int64_t d, int64
                                  const Weights<G> &by, float *out) {
   const int64_t row = d / PER_BYTE<Code>, first = GROUPED<Code> ? i / KV_GROUP : 0;
   const int64_t second = i + KV_GROUP < d ? first + 1 : first;
-  ivec acc[G][2][4];
-#pragma GCC unroll 3
-  for (int g = 0; g < G; g++)
-#pragma GCC unroll 8
-    for (int a = 0; a < 8; a++) acc[g][a / 4][a % 4] = ibegin(by.sums[g][a / 4], Code());
+  ivec acc[G * 8];  // of each query two digits, of each digit four vectors
+#pragma GCC unroll 24
+  for (int a = 0; a < G * 8; a++) acc[a] = izero();
   for (int64_t j = 0; j < n; j += 4) {
     ivec x[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {  // past the last token weights are nought
       const Code *from = values + smaller(j + r, n - 1) * row + i / PER_BYTE<Code>;
-      x[r] = ioperand(icodes(from, d - i), Code());
+      x[r] = icodes(from, d - i);
     }
     izip(x);
-#pragma GCC unroll 3
-    for (int g = 0; g < G; g++)
-#pragma GCC unroll 2
-      for (int digit = 0; digit < 2; digit++) {
-        const int8_t *four = by.digits[g][first][digit] + j, *more = by.digits[g][second][digit] + j;
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-          if constexpr (GROUPED<Code> && 4 * W > KV_GROUP)
-            stay(acc[g][digit][part] = istep_halves(acc[g][digit][part], four, more, x[part], Code()));
-          else stay(acc[g][digit][part] = istep(acc[g][digit][part], four, x[part], Code()));
-      }
+#pragma GCC unroll 24
+    for (int a = 0; a < G * 8; a++) {
+      const int8_t *four = by.digits[a / 8][first][a / 4 % 2] + j;
+      const int8_t *more = by.digits[a / 8][second][a / 4 % 2] + j;
+      stay(acc[a] = iweigh<GROUPED<Code>>(acc[a], four, more, x[a % 4]));
+    }
   }
 #pragma GCC unroll 3
   for (int g = 0; g < G; g++) {
     vec sum[4];
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++) sum[part] = vfloat(ijoin(acc[g][0][part], acc[g][1][part]));
+    for (int part = 0; part < 4; part++) sum[part] = vfloat(ijoin(acc[g * 8 + part], acc[g * 8 + 4 + part]));
     vinorder(sum);
 #pragma GCC unroll 4
     for (int part = 0; part < 4; part++) {

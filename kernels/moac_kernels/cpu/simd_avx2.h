@@ -160,6 +160,15 @@ static inline ivec istep(ivec acc, const int8_t *a, ivec w, Nibbles) {  // a pai
   const ivec pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(four));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+// the same of signed numbers w with four at `a` that are not below nought; a row's columns, at most
+// 32, share them
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *, ivec w) {  // at most 32258
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  const ivec pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), w);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
   return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
 }

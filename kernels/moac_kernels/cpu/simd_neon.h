@@ -124,6 +124,11 @@ template <class Code> static inline ivec ibegin(int32_t, Code) { return izero();
 template <class Code> static inline ivec istep(ivec acc, const int8_t *a, ivec w, Code) {
   return istep(acc, a, w);
 }
+// the same of weights; a row's columns, at most 32, share them
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *, ivec w) {
+  return istep(acc, a, w);
+}
 static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
   return vaddq_s32(vshlq_n_s32(high, 7), low);
 }

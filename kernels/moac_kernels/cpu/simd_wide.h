@@ -154,12 +154,15 @@ static inline ivec ibegin(int32_t sum, int8_t) { return ibegin(sum); }
 static inline ivec ibegin(int32_t, Nibbles) { return izero(); }
 static inline ivec istep(ivec acc, const int8_t *a, ivec w, int8_t) { return istep(acc, a, w); }
 static inline ivec istep(ivec acc, const int8_t *a, ivec w, Nibbles) { return istep(acc, a, w); }
-// the same with the four numbers at `a` for the first half of a row's columns, at `b` for the rest
-static inline ivec istep_halves(ivec acc, const int8_t *a, const int8_t *b, ivec w, Nibbles) {
+// the same of signed numbers w with four at `a` that are not below nought; `halves`: those are for the
+// first half of a row's columns, and those at `b` for the rest
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *b, ivec w) {
   int32_t first, rest;
   __builtin_memcpy(&first, a, 4);
   __builtin_memcpy(&rest, b, 4);
-  return _mm512_dpbusd_epi32(acc, w, _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, rest));
+  const ivec whole = _mm512_set1_epi32(first);
+  return _mm512_dpbusd_epi32(acc, halves ? _mm512_mask_set1_epi32(whole, 0xff00, rest) : whole, w);
 }
 static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
   return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
