@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import CACHE_INT4, CACHE_INT8, CACHE_PLAIN
 from moac_runtime.backends.feeding import by_feed, cut, num_wanted
 from moac_runtime.backends.session import Feed, Session
 from moac_runtime.errors import MoacError, UsageError
@@ -291,8 +292,10 @@ def test_formats_the_kernels_do_not_know_are_refused() -> None:
     ).session
     sentence = "the CPU kernels do not know a format that weights or caches are stored in; compile"
     caches = built._row(0).caches
-    built._engine.check_caches(caches)
-    caches[1].format = 1
+    for known in (CACHE_INT8, CACHE_INT4, CACHE_PLAIN):
+        caches[1].format = known
+        built._engine.check_caches(caches)
+    caches[1].format = 3
     with pytest.raises(MoacError, match=sentence):
         built._engine.check_caches(caches)
     engine: CpuEngine = built._engine
