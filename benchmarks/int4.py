@@ -1,12 +1,13 @@
 """What weights of 8 and 4 bits and activations of 8 cost a model's loss of text.
 
-    python benchmarks/int4.py .cache/smollm2-135m-instruct
+    python benchmarks/int4.py .cache/smollm2-135m-instruct --rescale 1 --spread 0.1
 
 The dense model in transformers, in float32, on windows of the held-out texts that come with the
-project: its loss as it is and rounded as packages round it, on the same tokens. A checkpoint that
-was made of a 4-bit file lies on the grid of 4 bits already: --rescale multiplies channels by
-random numbers between a norm and what follows it, values and output, up and down, where the
-function stays the same and the grid does not. Of Llama's family alone.
+project: its loss as it is and rounded as packages round it, on the same tokens, and beside that
+4 bits rounded to nearest. A checkpoint that was made of a 4-bit file lies on the grid of 4 bits
+already: --rescale multiplies channels by random numbers between a norm and what follows it, values
+and output, up and down, where the function stays the same and the grid does not. Of Llama's family
+alone. Rounding with feedback reads calibration's texts, none of which is measured on.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ import torch
 from int8 import losses, text_windows
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moac.calibration import calibration_windows
+from moac.packaging.four_bits import Rounded
 from moac.packaging.quantise import round_weights
+from moac.packaging.rounding import WINDOW_TOKENS, WINDOWS, round_layers
 from moac_runtime.package.weight_formats import BLOCK
 
-SPREAD = 0.1  # of the factors' logarithms: enough to leave a grid, and no outlier is made by it
-ROWS = (("int8", False), ("int8", True), ("int4", False), ("int4", True))
+ROWS = (
+    ("int8", "nearest", False),
+    ("int8", "nearest", True),
+    ("int4", "nearest", False),
+    ("int4", "feedback", False),
+    ("int4", "feedback", True),
+)
 
 
 @contextmanager
@@ -48,12 +57,15 @@ def rounded_activations(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def rescale(model: Any, seed: int) -> None:
-    """Multiply channels by random numbers that what follows divides by again, in place."""
+def rescale(model: Any, seed: int, spread: float) -> None:
+    """Multiply channels by random numbers that what follows divides by again, in place.
+
+    `spread`: of the numbers' logarithms; 0.1 leaves a grid and makes no outlier.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int) -> Tensor:
-        return (SPREAD * torch.randn(count, generator=generator)).exp()
+        return (spread * torch.randn(count, generator=generator)).exp()
 
     config = model.config
     group = config.num_attention_heads // config.num_key_value_heads
@@ -81,6 +93,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--windows", type=int, default=3, help="windows of each text")
     parser.add_argument("--rescale", type=int, metavar="SEED", help="rescale channels at random")
+    parser.add_argument("--spread", type=float, default=0.1, help="of the factors' logarithms")
     options = parser.parse_args()
     windows = text_windows(options.source, options.windows)
 
@@ -88,22 +101,27 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.bfloat16)
         model = model.float().eval()
         if options.rescale is not None:
-            rescale(model, options.rescale)
+            rescale(model, options.rescale, options.spread)
         return model
 
     exact = losses(load(), windows)
     print(f"{len(windows)} windows, unrounded loss {exact.mean():.4f}")
-    print(f"{'weights':>7}  {'activations':>11}  {'loss':>7}  {'change':>8}  {'95 %':>7}")
-    for weights, whole in ROWS:
+    heads = ("weights", "rounded", "activations", "change", "95 %", "perplexity")
+    print("  ".join(f"{head:>11}" for head in heads), flush=True)
+    rounded: dict[str, Rounded] = {}
+    for weights, how, whole in ROWS:
         model = load()
-        round_weights(model, weights)
+        if how == "feedback" and not rounded:
+            tokenizer = AutoTokenizer.from_pretrained(options.source)
+            text = calibration_windows(tokenizer, WINDOW_TOKENS, WINDOWS, 0)
+            rounded = round_layers(model, text)
+        round_weights(model, weights, rounded if how == "feedback" else None)
         with rounded_activations(model) if whole else nullcontext():
             change = losses(model, windows) - exact
-        spread = 1.96 * change.std() / len(change) ** 0.5
-        print(
-            f"{weights:>7}  {'8 bits' if whole else 'float32':>11}  "
-            f"{(exact + change).mean():>7.4f}  {change.mean():>+8.4f}  {spread:>7.4f}"
-        )
+        mean, spread = change.mean(), 1.96 * change.std() / len(change) ** 0.5
+        told = (weights, how, "8 bits" if whole else "float32", f"{mean:+.4f}", f"{spread:.4f}")
+        cells = (*told, f"{100 * mean.expm1():+.2f} %")
+        print("  ".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

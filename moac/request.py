@@ -160,6 +160,10 @@ class CompileRequest:
         goal = self.goal
         return {**asked, "budget": goal.share if isinstance(goal, Budget) else None}
 
+    def rounds_activations(self, dtype: str) -> bool:
+        """Whether a target of a package in `dtype` multiplies activations in 8 bits."""
+        return self.weights != "full" and (dtype == "bfloat16" or "onnx" in (self.targets or ()))
+
     def planning(self) -> dict[str, Any]:
         """The choices that decide a plan, as JSON values."""
         asked = self.to_json()
@@ -175,12 +179,14 @@ class CompileRequest:
             raise UsageError(
                 f"there are no weights {self.weights!r}; choose from {', '.join(WEIGHTS)}"
             )
-        if self.weights != "full" and "onnx" in (self.targets or ()):
-            raise UsageError(
-                f"--weights {self.weights} and the target onnx do not go together, since an "
-                "ONNX graph reads a package's weights as they lie; leave onnx out of --target, or "
-                "leave out --weights and give --onnx-weights int8"
-            )
+        narrow = self.weights != "full"
+        for option, found in (("weights", "int8"), ("dtype", "float16")):
+            if narrow and getattr(self, f"onnx_{option}") == found:
+                raise UsageError(
+                    f"--weights {self.weights} and --onnx-{option} {found} do not go together: "
+                    "the ONNX graph takes the package's own numbers and computes in float32; "
+                    f"leave out --onnx-{option}"
+                )
 
     def _check_widths(self) -> None:
         if self.kv_bits is not None and self.kv_bits not in KV_WIDTHS:

@@ -65,6 +65,21 @@ def cpu_package(tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def int4_compiled(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_package: Compiled,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Compiled:
+    """A tiny Llama whose heads hold whole groups, compiled with int4 weights."""
+    from moac import compile_model
+
+    checkpoint = tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
+    out = tmp_path_factory.mktemp("int4") / "out"
+    compile_model(checkpoint, out, request=request(weights="int4"), work_dir=tiny_package.work_dir)
+    return Compiled(checkpoint, out, tiny_package.work_dir)
+
+
+@pytest.fixture(scope="session")
 def base_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the libraries that the base install brings, for `base_install.python_on`."""
     site = tmp_path_factory.mktemp("site")

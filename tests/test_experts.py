@@ -265,7 +265,7 @@ def test_a_mixture_s_limit_covers_choices_that_fall_otherwise(
             checkpoint=checkpoint, request=request, tokenizer=checkpoint.load_tokenizer()
         )
         plan = plan_of(model(family))
-        _, limits = compiler.golden_prompts(bench, plan, 100, "bfloat16")
+        _, limits = compiler.golden_prompts(bench, plan, 100, "bfloat16", {})
         assert limits["bfloat16"] == 2.0 * runs == 2 * drawn[-1]
 
 

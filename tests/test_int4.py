@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from cpu_kernels import library, needs_compiler
@@ -17,13 +17,13 @@ from oracle import oracle_logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_int8 import PLAN, failed, rewritten, text, weights_file
-from tiny import CONTEXT, Compiled, moac_command, options, request
+from tiny import Compiled, moac_command, options, request
 
 from moac import compile_model
 from moac.bench.floor import weight_bytes_read
 from moac.checkpoint import open_checkpoint
 from moac.checkpoint.families import model_spec
-from moac.packaging.four_bits import group_scales, quantise4
+from moac.packaging.four_bits import nearest
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.quantise import (
     disturb_weights,
@@ -37,25 +37,19 @@ from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.engine.model import load
-from moac_runtime.errors import UsageError
+from moac_runtime.errors import CheckFailed, UsageError
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.weight_formats import has_format, int4_obstacle
-from moac_runtime.package.weights import is_matrix, load_weights, unpacked
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint("llama", max_position_embeddings=CONTEXT, head_dim=32)
+@pytest.fixture
+def checkpoint(int4_compiled: Compiled) -> Path:
+    return int4_compiled.checkpoint
 
 
-@pytest.fixture(scope="module")
-def package(
-    checkpoint: Path, tiny_package: Compiled, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("int4") / "out"
-    asked = request(weights="int4")
-    compile_model(checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
-    return out
+@pytest.fixture
+def package(int4_compiled: Compiled) -> Path:
+    return int4_compiled.package
 
 
 @pytest.fixture
@@ -64,7 +58,7 @@ def copy(package: Path, tmp_path: Path) -> Path:
 
 
 def restored(weight: torch.Tensor) -> torch.Tensor:
-    return unpacked(*quantise4(weight), weight.shape[1], torch.float32)
+    return nearest(weight).weight()
 
 
 # ---- rounding
@@ -73,7 +67,7 @@ def restored(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [32, 48, 64, 96, 176])
 def test_rounding_loses_less_than_to_sixteen_even_steps(columns: int) -> None:
     weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(3))
-    numbers, pairs = quantise4(weight)
+    numbers, pairs = nearest(weight).packed()
     assert (numbers.dtype, pairs.dtype) == (torch.uint8, torch.bfloat16)
     assert numbers.shape == (300, -(-columns // 64) * 32)
     assert pairs.shape == (300, -(-columns // 64) * 4)
@@ -103,7 +97,7 @@ def test_numbers_lie_as_the_kernels_read_them() -> None:
     weight = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(2)).float()
     weight[:, ::32], weight[:, 1::32] = 0, 15
     weight[:, 32:] = 2 * weight[:, 32:] - 8
-    numbers, pairs = quantise4(weight)
+    numbers, pairs = nearest(weight).packed()
     assert torch.equal(pairs[0].float(), torch.tensor([1.0, 0.0, 2.0, -8.0]))
     assert torch.equal((numbers[0] & 15) * 1.0, weight[0, :32])
     assert torch.equal((numbers[0] >> 4) * 2.0 - 8, weight[0, 32:])
@@ -137,17 +131,6 @@ def test_layers_are_int4_and_the_tables_int8(package: Path) -> None:
         "embed.weight",
         "lm_head.weight",
     }
-
-
-def test_what_is_loaded_is_the_checkpoint_rounded(package: Path, checkpoint: Path) -> None:
-    artifact = open_artifact(package)
-    found = load_weights(artifact, torch.float32)
-    source = open_checkpoint(str(checkpoint))
-    for name, weight in pack_weights(source.tensor, artifact.spec, artifact.head_order):
-        if name.startswith("layers") and is_matrix(weight.shape):
-            assert torch.equal(found[name], restored(weight))
-            limit = 1.01 * group_scales(weight) / 2
-            assert ((found[name] - weight).abs() <= limit).float().mean() > 0.9
 
 
 def test_the_same_compile_gives_the_same_weights(
@@ -200,15 +183,44 @@ def test_what_is_not_served_is_refused_by_name(
     assert moac_command(*asked, "--weights", "int4") == 2
     assert "needs a head_dim that is a multiple of 32" in capsys.readouterr().err
     asked = ("compile", checkpoint, *options(), "-o", tmp_path / "out", "--weights", "int4")
-    assert moac_command(*asked, "--target", "torch,onnx") == 2
-    assert "--weights int4 and the target onnx do not go together" in capsys.readouterr().err
-    assert moac_command(*asked, "--target", "torch,cuda:90") == 2
-    assert "--weights int4 and the target cuda do not go" in capsys.readouterr().err
+    for option, value in (("weights", "int8"), ("dtype", "float16")):
+        assert moac_command(*asked, "--target", "onnx", f"--onnx-{option}", value) == 2
+        told = capsys.readouterr().err
+        assert f"--weights int4 and --onnx-{option} {value} do not go together" in told
     spec = replace(open_artifact(tiny_package.package).spec, head_dim=64)
-    assert int4_obstacle(spec, ["torch", "cpu", "cpu:avx2"]) is None
+    assert int4_obstacle(spec) is None
     with pytest.raises(UsageError, match="no weights 'int2'; choose from full, int8, int4"):
         request(weights="int2")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_onnx_graph_multiplies_the_packages_own_numbers(
+    checkpoint: Path, tiny_package: Compiled, tmp_path: Path, weights: str
+) -> None:
+    asked, out = request(weights=weights, targets=("torch", "onnx")), tmp_path / "out"
+    result = compile_model(checkpoint, out, request=asked, work_dir=tiny_package.work_dir)
+    found = {c.name: c for c in result.checks if " onnx " in c.name}
+    assert len(found) == 4
+    assert {c.limit for c in found.values()} == {
+        open_artifact(out).verification["limits"][ACTIVATIONS]
+    }
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 2 * 4 + 1
+    assert not any(node.op_type == "Gemm" for node in graph.node)
+    for backend in ("onnx", "torch"):
+        model = load(out, backend=backend)
+        assert model.generate(["Remember"], raw=True, max_tokens=4, temperature=0)[0].token_ids
+
+
+def test_a_wrong_number_in_the_onnx_graph_is_caught(
+    checkpoint: Path, tiny_package: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moac.export.weights._HALF", 7)
+    asked = request(weights="int4", targets=("torch", "onnx"))
+    with pytest.raises(CheckFailed, match="onnx"):
+        compile_model(checkpoint, tmp_path / "out", request=asked, work_dir=tiny_package.work_dir)
 
 
 def test_a_dry_run_tells_of_int4(
@@ -216,7 +228,7 @@ def test_a_dry_run_tells_of_int4(
 ) -> None:
     asked = ("compile", checkpoint, *options(), "-o", tmp_path / "out", "--dry-run")
     assert moac_command(*asked, "--weights", "int4") == 0
-    assert "int4 weights, golden logits, kernels" in capsys.readouterr().out
+    assert "int4 weights rounded with feedback, golden logits, kernels" in capsys.readouterr().out
 
 
 @needs_compiler

@@ -245,10 +245,6 @@ def test_wrong_requests_are_one_sentence(
     asked = ("compile", tiny_package.checkpoint, *options(), "-o", tmp_path / "out")
     assert moac_command(*asked, "--weights", "int2") == 2
     assert "'int2' is not one of 'full', 'int8', 'int4'" in capsys.readouterr().err
-    assert moac_command(*asked, "--weights", "int8", "--target", "torch,onnx") == 2
-    told = capsys.readouterr().err
-    assert "--weights int8 and the target onnx do not go together" in told
-    assert "give --onnx-weights int8" in told
     with pytest.raises(UsageError, match="no weights 'int2'; choose from full, int8, int4"):
         request(weights="int2")
     assert not (tmp_path / "out").exists()

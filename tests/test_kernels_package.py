@@ -143,11 +143,20 @@ print(json.dumps(found))
 """
 
 
+@pytest.fixture(scope="module")
+def int4_package(int4_compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cuda-int4") / "out"
+    asked = request(targets=("torch", "cuda:90"), weights="int4")
+    compile_model(int4_compiled.checkpoint, out, request=asked, work_dir=int4_compiled.work_dir)
+    return out
+
+
+@pytest.mark.parametrize("name", ["package", "int4_package"])
 def test_a_package_answers_through_its_kernels_as_through_torch(
-    package: Path, tmp_path: Path
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER_INTERPRETED, package],
+        [sys.executable, "-c", ANSWER_INTERPRETED, request.getfixturevalue(name)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
              "PYTHONDONTWRITEBYTECODE": "1"},

@@ -10,7 +10,7 @@ from moac.calibration.samples import (
     build_calibration,
 )
 from moac.calibration.text import Document, calibration_text, held_out_text
-from moac.calibration.windows import plain_text_windows
+from moac.calibration.windows import calibration_windows, plain_text_windows
 
 __all__ = [
     "DEFAULT_SAMPLES",
@@ -22,6 +22,7 @@ __all__ = [
     "UserSample",
     "build_calibration",
     "calibration_text",
+    "calibration_windows",
     "held_out_text",
     "plain_text_windows",
     "read_calibration",

@@ -10,7 +10,13 @@ import onnx
 from onnx import GraphProto, ModelProto, helper
 
 from moac.export.graph import build_graph
-from moac.export.weights import readable_weights, shared_weights
+from moac.export.weights import (
+    ACCURACY,
+    CONTRIB,
+    packed_weights,
+    readable_weights,
+    shared_weights,
+)
 from moac.packaging.writer import write_json
 from moac_runtime.backends.onnx.layout import (
     ONNX_LAYOUT,
@@ -27,9 +33,6 @@ _IR_VERSION = 10
 
 # Weights that share one scale in the int8 graph.
 INT8_BLOCK = 32
-# Activations are rounded to 8 bits a block as well: with float32 ones onnxruntime unpacks the
-# weights at every step.
-_ACCURACY = 4
 ONNX_WEIGHTS = "model.onnx.data"
 
 
@@ -63,6 +66,9 @@ def write_onnx(
     if weights == "int8":
         model = quantized(_model(build_graph(spec, layout, readable_weights(staging, dtype))))
         _save_apart(model, staging)
+    elif weights == "packed":
+        model = _model(build_graph(spec, layout, packed_weights(staging, dtype, spec)), CONTRIB)
+        _save_apart(model, staging)
     else:
         model = _model(build_graph(spec, layout, shared_weights(staging, dtype)))
         onnx.save_model(model, staging / ONNX_MODEL)
@@ -78,7 +84,7 @@ def quantized(model: ModelProto) -> ModelProto:
     )
 
     config = DefaultWeightOnlyQuantConfig(
-        block_size=INT8_BLOCK, is_symmetric=True, bits=8, accuracy_level=_ACCURACY
+        block_size=INT8_BLOCK, is_symmetric=True, bits=8, accuracy_level=ACCURACY
     )
     quantizer = MatMulNBitsQuantizer(model, bits=8, algo_config=config)
     logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)  # a line a node
@@ -87,12 +93,13 @@ def quantized(model: ModelProto) -> ModelProto:
     return made
 
 
-def _model(graph: GraphProto) -> ModelProto:
+def _model(graph: GraphProto, *domains: str) -> ModelProto:
+    own = [helper.make_opsetid(domain, 1) for domain in domains]
     return helper.make_model(
         graph,
         producer_name="moac",
         ir_version=_IR_VERSION,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET), *own],
     )
 
 

@@ -5,8 +5,9 @@ Heads under equal rules stand side by side, so that a runtime serves them as one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -61,6 +62,36 @@ def pack_weights(
         yield f"norm.{kind}", read(f"{names.norm}.{kind}", (spec.hidden_size,))
     if not spec.tied_embeddings:
         yield "lm_head.weight", read(f"{names.lm_head}.weight", table)
+
+
+def unpack_weights(
+    packed: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    spec: ModelSpec,
+    head_order: Sequence[Sequence[int]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield `(checkpoint's name, tensor)` for all that package tensors `packed` were made of.
+
+    `shapes`: of every tensor of the checkpoint. What `pack_weights` moves is found by packing
+    places in place of weights.
+    """
+    read: list[str] = []
+
+    def places(name: str) -> Tensor:
+        first = sum(map(size, read))
+        read.append(name)
+        return torch.arange(first, first + size(name)).view(*shapes[name])
+
+    def size(name: str) -> int:
+        return prod(shapes[name])
+
+    for name, where in pack_weights(places, spec, head_order):
+        if name in packed:
+            flat = packed[name].new_empty(where.numel())
+            flat[where.flatten()] = packed[name].flatten()
+            parts = flat.split([size(part) for part in read])
+            yield from ((p, part.view(*shapes[p])) for p, part in zip(read, parts, strict=True))
+        read.clear()
 
 
 Read = Callable[[str, tuple[int, ...]], Tensor]

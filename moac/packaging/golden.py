@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moac.checkpoint.families import model_spec
 from moac.checkpoint.key_order import key_orders
+from moac.packaging.four_bits import Rounded
 from moac.packaging.quantise import round_weights
 from moac.profiling.hooks import REFERENCE, attention
 from moac_runtime.package.golden import GoldenPrompt
@@ -60,17 +61,22 @@ def golden_prompt(model: PreTrainedModel, plan: Plan, tokens: Sequence[int]) -> 
 
 
 def expected_prompts(
-    model: PreTrainedModel, plan: Plan, rows: Sequence[Sequence[int]], *, weights: str
+    model: PreTrainedModel,
+    plan: Plan,
+    rows: Sequence[Sequence[int]],
+    *,
+    weights: str,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> list[GoldenPrompt]:
     """Each row of tokens as a golden prompt of a package that holds `model` in float32.
 
     For `weights` of int8 or int4 the model's matrices are rounded in place, and its logits from
-    before become each prompt's `source`.
+    before become each prompt's `source`. `rounded`: those that are in 4 bits already.
     """
     prompts = [golden_prompt(model, plan, row) for row in rows]
     if weights == "full":
         return prompts
-    round_weights(model, weights)
+    round_weights(model, weights, rounded)
     return [
         replace(golden_prompt(model, plan, row), source=prompt.logits)
         for row, prompt in zip(rows, prompts, strict=True)

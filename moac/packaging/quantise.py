@@ -9,7 +9,7 @@ transformers has it is done here, and so is the rounding of activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moac.checkpoint.families import family_of
-from moac.packaging.four_bits import group_scales, quantise4
+from moac.checkpoint.families import Names, family_of
+from moac.packaging.four_bits import WORD, Rounded, group_scales, nearest
+from moac.packaging.fuse import Source
 from moac_runtime.package.weight_formats import BLOCK, format_of, has_format, kind_of
-from moac_runtime.package.weights import dequantised, is_matrix, scale_name, unpacked
+from moac_runtime.package.weights import dequantised, is_matrix, scale_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,15 +36,33 @@ def quantised(
     tensors: Iterable[tuple[str, Tensor]], weights: str = "int8"
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a package, each matrix that has a format as 8-bit or 4-bit numbers and then
-    its scales."""
+    its scales.
+
+    Words of a matrix that is rounded already (`Rounded.words`) are taken as they are.
+    """
     for name, tensor in tensors:
         if has_format(name, tensor.shape):
-            narrow = format_of(kind_of(name), weights) == "int4"
-            numbers, scales = quantise4(tensor) if narrow else quantise(tensor)
-            yield name, numbers
-            yield scale_name(name), scales
+            yield from zip((name, scale_name(name)), _stored(name, tensor, weights), strict=True)
         else:
             yield name, tensor
+
+
+def _stored(name: str, tensor: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """Numbers and scales as they lie in a package."""
+    if tensor.dtype == WORD:
+        return Rounded.of_words(tensor).packed()
+    if format_of(kind_of(name), weights) == "int4":
+        return nearest(tensor).packed()
+    return quantise(tensor)
+
+
+def as_words(tensor: Source, rounded: Mapping[str, Rounded]) -> Source:
+    """The source of a checkpoint's tensors, with words in place of what is `rounded` already."""
+
+    def read(name: str) -> Tensor:
+        return rounded[name].words() if name in rounded else tensor(name)
+
+    return read
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +78,19 @@ def row_scales(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, weights: str = "int8") -> None:
-    """Round the matrices of a float32 model as a package of such weights has them, in place."""
-    for weight, narrow in _matrices(model, weights):
-        if narrow:
-            weight.copy_(unpacked(*quantise4(weight), weight.shape[1], torch.float32))
+def round_weights(
+    model: PreTrainedModel, weights: str = "int8", rounded: Mapping[str, Rounded] | None = None
+) -> None:
+    """Round the matrices of a float32 model as a package of such weights has them, in place.
+
+    `rounded`: those that are in 4 bits already, by the library's names; others go to nearest.
+    """
+    known = rounded or {}
+    for name, weight, narrow in _matrices(model, weights):
+        if name in known:
+            weight.copy_(known[name].weight())
+        elif narrow:
+            weight.copy_(nearest(weight).weight())
         else:
             weight.copy_(dequantised(*quantise(weight), torch.float32))
 
@@ -76,7 +103,7 @@ def disturb_weights(model: PreTrainedModel, *, seed: int, weights: str = "int8")
     uniform within half a scale, as rounding errors are, and know nothing of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    for weight, narrow in _matrices(model, weights):
+    for _, weight, narrow in _matrices(model, weights):
         noise = torch.rand(weight.shape, generator=generator) - 0.5
         weight.add_(noise * (group_scales(weight) if narrow else row_scales(weight)[:, None]))
 
@@ -117,21 +144,29 @@ def disturb_roundings(model: PreTrainedModel, dtype: torch.dtype, *, seed: int) 
     run in `dtype` says little of the worst that another of the same precision does.
     """
     generator, most = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
-    for weight, _ in _matrices(model, "full"):
+    for _, weight, _ in _matrices(model, "full"):
         noise = 2 * torch.rand(weight.shape, generator=generator) - 1
         weight.mul_(1 + most * noise)
 
 
-def _matrices(model: PreTrainedModel, weights: str) -> Iterator[tuple[Tensor, bool]]:
+def library_kind(name: str, names: Names) -> str:
+    """The kind of a matrix by the library's name of it; that of head and embedding is "embed"."""
+    if ".experts." in name:
+        return "down" if "down" in name else "gate_up"
+    of_layers = {names.o: "o", names.down: "down"}
+    of_layers |= dict.fromkeys(names.qkv, "qkv") | dict.fromkeys(names.gate_up, "gate_up")
+    found = (kind for own, kind in of_layers.items() if name.endswith(f".{own}.weight"))
+    return next(found, "embed")
+
+
+def _matrices(model: PreTrainedModel, weights: str) -> Iterator[tuple[str, Tensor, bool]]:
     """What a package has a format for, each once, a tied embedding and every expert too, and
-    whether it goes into 4 bits."""
+    whether it goes into 4 bits. Experts, many under one name, have none."""
     names = family_of(model.config.model_type).names
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    wide = [id(table.weight) for table in tables if table is not None]
     for name, weight in model.named_parameters():
-        narrow = weights == "int4" and id(weight) not in wide
+        narrow = format_of(library_kind(name, names), weights) == "int4"
         if weight.dim() == 3:
             every = weight.mT if names.transposed_experts else weight
-            yield from ((expert, narrow) for expert in every)
+            yield from (("", expert, narrow) for expert in every)
         elif is_matrix(weight.shape) and not name.endswith(_KEPT):
-            yield weight, narrow
+            yield name, weight, narrow

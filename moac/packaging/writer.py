@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moac.packaging.four_bits import WORD
 from moac.packaging.quantise import quantised
 from moac_runtime import errors as runtime_module
 from moac_runtime.errors import CheckpointError
@@ -50,9 +51,9 @@ def write_weights(
 ) -> int:
     """Write `(name, tensor)` pairs as `dtype` in shards and an index; return the tensors' bytes.
 
-    With `weights` "int8" or "int4" matrices, as `dtype` has them, go into fewer bits. Holds one
-    shard in memory. A shard passes `max_shard_size` bytes only where one tensor does. Raises
-    CheckpointError for a value `dtype` cannot hold, OSError.
+    With `weights` "int8" or "int4" matrices, as `dtype` has them, go into fewer bits, unless
+    they come as words of 4 bits. Holds one shard in memory. A shard passes `max_shard_size` bytes
+    only where one tensor does. Raises CheckpointError for a value `dtype` cannot hold, OSError.
     """
     folder = staging / "weights"
     folder.mkdir()
@@ -153,6 +154,9 @@ def _cast(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
+        if tensor.dtype == WORD:
+            yield name, tensor
+            continue
         cast = tensor.to(dtype).contiguous()
         if not bool(torch.isfinite(cast).all()):
             raise CheckpointError(

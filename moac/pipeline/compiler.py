@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,15 +17,18 @@ from moac.calibration import plain_text_windows
 from moac.checkpoint import open_checkpoint
 from moac.export.target import emit_onnx
 from moac.packaging.cpu_kernels import emit_cpu_kernels, spelled_out
+from moac.packaging.four_bits import Rounded
 from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.golden import INSIDE_TOKENS, expected_prompts, largest_error, unrounded
 from moac.packaging.kernels import emit_kernels
 from moac.packaging.quantise import (
+    as_words,
     disturb_roundings,
     disturb_weights,
     disturbed_activations,
     round_weights,
 )
+from moac.packaging.rounding import feedback_windows, round_layers
 from moac.packaging.staging import check_target, staged
 from moac.packaging.writer import (
     embed_runtime,
@@ -173,10 +176,11 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
     dtype = request.dtype or checkpoint.dtype
     order = head_order(plan)
     with stage("emit"):
+        rounded = rounded_weights(bench, dtype)
         with step(Kind.WRITE, Costs(checkpoint.spec, DTYPE_BYTES[dtype]).weights):
             write_weights(
                 staging,
-                pack_weights(checkpoint.tensor, checkpoint.spec, order),
+                pack_weights(as_words(checkpoint.tensor, rounded), checkpoint.spec, order),
                 dtype=getattr(torch, dtype),
                 weights=request.weights,
                 max_shard_size=request.max_shard_size,
@@ -184,7 +188,7 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
         write_plan(staging, plan, record)
         checkpoint.save_tokenizer(staging / "tokenizer")
         with step(Kind.CHECK):
-            prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype)
+            prompts, limits = golden_prompts(bench, plan, record["lengths"][0], dtype, rounded)
         write_golden(staging, prompts)
         targets = request.targets or ()
         if "onnx" in targets:
@@ -201,15 +205,32 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
                 capacity=request.capacity or checkpoint.spec.context,
                 head_order=order,
                 targets=spelled_out(targets),
-                provenance=provenance(bench, planned),
+                provenance=provenance(bench, planned, rounded),
                 verification={"limits": limits},
                 weights=request.weights,
                 kv_format=kv_format(plan, dtype),
             )
 
 
+def rounded_weights(bench: Workbench, dtype: str) -> dict[str, Rounded]:
+    """What int4 weights round with feedback, by the checkpoint's names: the layers' matrices."""
+    if bench.request.weights != "int4":
+        return {}
+    windows = feedback_windows(bench.checkpoint.spec, bench.tokenizer, bench.request.seed)
+    with step(Kind.ROUND) as part:
+        model = bench.checkpoint.load_model(dtype).float()
+        rounded = round_layers(model, windows, part)
+    del model
+    release_memory()
+    return rounded
+
+
 def golden_prompts(
-    bench: Workbench, plan: Plan, length: int, dtype: str
+    bench: Workbench,
+    plan: Plan,
+    length: int,
+    dtype: str,
+    rounded: Mapping[str, Rounded],
 ) -> tuple[list[GoldenPrompt], dict[str, float]]:
     """A prompt inside every span and one past the finite ones, and the error each dtype is owed.
 
@@ -225,15 +246,16 @@ def golden_prompts(
     tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
     short = tokens[: min(INSIDE_TOKENS, length)]
     exact = checkpoint.load_model(dtype).float()
-    prompts = expected_prompts(exact, plan, (short, tokens), weights=weights)
+    prompts = expected_prompts(exact, plan, (short, tokens), weights=weights, rounded=rounded)
     draws = range(seed, seed + DISTURBED_DRAWS)
     limits = {"float32": FLOAT32_LIMIT + _flipped_error(exact, plan, prompts, draws)}
-    if weights != "full" and dtype == "bfloat16":
+    if bench.request.rounds_activations(dtype):
         limits[ACTIVATIONS] = 2 * max(_rounded_error(exact, plan, prompts, draw) for draw in draws)
     if dtype != "float32":
-        rounded = exact.to(getattr(torch, dtype))
+        low = exact.to(getattr(torch, dtype))
         limits[dtype] = 2 * max(
-            largest_error(rounded, plan, prompts), *_rerouted_errors(bench, plan, prompts, dtype)
+            largest_error(low, plan, prompts),
+            *_rerouted_errors(bench, plan, prompts, dtype, rounded),
         )
     if ACTIVATIONS in limits:
         limits[ACTIVATIONS] += limits[dtype]
@@ -261,7 +283,11 @@ def _rounded_error(
 
 
 def _rerouted_errors(
-    bench: Workbench, plan: Plan, prompts: Sequence[GoldenPrompt], dtype: str
+    bench: Workbench,
+    plan: Plan,
+    prompts: Sequence[GoldenPrompt],
+    dtype: str,
+    rounded: Mapping[str, Rounded],
 ) -> list[float]:
     """Of a mixture of experts, how far logits in `dtype` are off by several draws of errors.
 
@@ -273,7 +299,7 @@ def _rerouted_errors(
     for draw in range(bench.request.seed, bench.request.seed + DISTURBED_DRAWS):
         model = bench.checkpoint.load_model(dtype).float()
         if bench.request.weights != "full":
-            round_weights(model, bench.request.weights)
+            round_weights(model, bench.request.weights, rounded)
         kind = getattr(torch, dtype)
         disturb_roundings(model, kind, seed=draw)
         errors.append(largest_error(model.to(kind), plan, prompts))
@@ -288,11 +314,14 @@ def _disturbed_error(
     return largest_error(model, plan, prompts)
 
 
-def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
+def provenance(
+    bench: Workbench, planned: Planned, rounded: Mapping[str, Rounded]
+) -> dict[str, Any]:
     """Where the package comes from: checkpoint, arguments, versions, host, time.
 
     Of a plan from a file, the file's name and SHA-256, and whether it is one that moac brings; how
-    it was planned stands in `plan.json`.
+    it was planned stands in `plan.json`. Of int4 weights how many matrices were `rounded` with
+    feedback; the others that are in 4 bits were rounded to nearest.
     """
     checkpoint = bench.checkpoint
     asked = bench.request.to_json()
@@ -304,6 +333,7 @@ def provenance(bench: Workbench, planned: Planned) -> dict[str, Any]:
         "identity": checkpoint.identity,
         "arguments": asked,
         **({} if planned.file is None else {"plan": planned.file}),
+        **({"rounded_with_feedback": len(rounded)} if bench.request.weights == "int4" else {}),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("moac", *_PACKAGES)},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},

@@ -103,6 +103,7 @@ def _told(ahead: Forecast, plans: int) -> dict[str, str]:
     samples, later = sum(ahead.samples.values()), sum(ahead.later.values())
     at, drafts = ", ".join(map(str, lengths.profiled)), request.measuring.drafts
     kind = "" if request.weights == "full" else f"{request.weights} "
+    how = " rounded with feedback" if request.weights == "int4" else ""
     return {
         "load": "the model, native kernels",
         "rehearse": "a pass of each kind, for the time left",
@@ -113,7 +114,7 @@ def _told(ahead: Forecast, plans: int) -> dict[str, str]:
         "bisect": "the smallest density that keeps the loss",
         "optimise": _counted(plans, "plan"),
         "validate": f"{plans + 2} plans at {lengths.unseen} tokens",
-        "emit": f"{kind}weights, golden logits, kernels",
+        "emit": f"{kind}weights{how}, golden logits, kernels",
         "verify": "golden logits, by every target",
     }
 
@@ -145,10 +146,11 @@ def held_bytes(spec: ModelSpec, dtype: str) -> int:
 def exact_bytes(spec: ModelSpec, dtype: str, weights: str) -> int:
     """What golden logits and checks hold beside: float32, made of the weights in `dtype`.
 
-    Rounding errors of int8 or int4 `weights` are measured in a second model.
+    Rounding errors of int8 or int4 `weights` are measured in a second model, beside which the
+    numbers of int4 ones lie in a byte each.
     """
-    models = 1 if weights == "full" else 2
-    return parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype])
+    models, numbers = 1 if weights == "full" else 2, int(weights == "int4")
+    return parameters(spec) * (models * DTYPE_BYTES["float32"] + DTYPE_BYTES[dtype] + numbers)
 
 
 def working_bytes(spec: ModelSpec, length: int, dtype: str, block: int) -> int:

@@ -172,7 +172,7 @@ def check_packaging(checkpoint: Checkpoint, request: CompileRequest) -> CompileR
     """The request with its targets settled; raises, before any work, where they cannot be made."""
     check_capacity(checkpoint, request)
     spec, dtype = checkpoint.spec, request.dtype or checkpoint.dtype
-    if request.weights == "int4" and (reason := int4_obstacle(spec, request.targets or ())):
+    if request.weights == "int4" and (reason := int4_obstacle(spec)):
         raise UsageError(reason)
     if request.targets is None:
         return replace(request, targets=default_targets(spec, dtype))

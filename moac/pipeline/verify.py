@@ -22,9 +22,11 @@ from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.weights import packed_weights
 
 if TYPE_CHECKING:
     from moac.checkpoint import Checkpoint
+    from moac.packaging.four_bits import Rounded
 
 FLOAT32_LIMIT = 2e-3
 """Largest difference of two float32 logits that reordered sums explain."""
@@ -65,7 +67,8 @@ def verify(
     Without `checkpoint`: file integrity and golden logits, in the package's dtype and in float32.
     With it: logits against the original in transformers under the same masks, in float32, at
     each of `lengths` that the capacity allows. Of int8 weights, against the original rounded
-    alike, and by a limit of its own against the original as it is. Nothing follows a failed
+    alike, of int4 ones against the original with the package's own in their place, and of both by
+    a limit of its own against the original as it is. Nothing follows a failed
     check of the files. Raises ArtifactError where there is no package at all, UsageError where
     `checkpoint` is another model than the package's and for lengths that cannot be meant.
     """
@@ -169,7 +172,8 @@ def _onnx_runner(artifact: Artifact) -> _Runner:
 
     backend = open_onnx(artifact)
     layout = backend.graph.layout
-    precision = layout.dtype if layout.weights == "shared" else layout.weights
+    known = {"shared": layout.dtype, "packed": ACTIVATIONS}
+    precision = known.get(layout.weights, layout.weights)
     return _runner(artifact, backend, f"onnx {precision}", precision, exact=precision == "float32")
 
 
@@ -190,12 +194,28 @@ def _source_checks(
         _tokens(artifact, length)
         for length in sorted({min(length, artifact.capacity) for length in lengths})
     ]
-    prompts = expected_prompts(model, artifact.plan, rows, weights=artifact.weights)
+    rounded = _rounded(artifact, checkpoint)
+    prompts = expected_prompts(
+        model, artifact.plan, rows, weights=artifact.weights, rounded=rounded
+    )
     for runner in _runners(artifact):
         for prompt in prompts if runner.exact else ():
             name = f"source {len(prompt.tokens)} tokens {runner.name}"
             yield from _compare(artifact, runner, name, prompt, _limit(artifact, "float32"))
         del runner
+
+
+def _rounded(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Rounded]:
+    """The package's 4-bit matrices by the checkpoint's names: how they were rounded took text."""
+    from moac.checkpoint.tensors import expected_tensors
+    from moac.packaging.four_bits import Rounded
+    from moac.packaging.fuse import unpack_weights
+
+    packed = packed_weights(artifact)
+    words = {name: Rounded.of(*stored).words() for name, stored in packed.items()}
+    spec = checkpoint.spec
+    found = unpack_weights(words, expected_tensors(spec), spec, artifact.head_order)
+    return {name: Rounded.of_words(words) for name, words in found if len(words.shape) == 2}
 
 
 def _compare(

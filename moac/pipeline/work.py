@@ -18,8 +18,10 @@ from moac.checkpoint import Checkpoint
 from moac.goal import MaxLoss
 from moac.lengths import Lengths
 from moac.packaging.cpu_kernels import cpu_obstacle, cpu_sets, unbuilt
+from moac.packaging.feedback import SWEEPS
 from moac.packaging.golden import INSIDE_TOKENS
 from moac.packaging.kernels import cuda_archs
+from moac.packaging.rounding import WINDOW_TOKENS, WINDOWS
 from moac.pipeline.loss_model import LADDER, most_solves
 from moac.pipeline.stages import REHEARSED, VALIDATION_SAMPLES, front_solves
 from moac.progress.cost import Costs, Kind
@@ -141,6 +143,7 @@ class Forecast:
             Kind.SOLVE: _SOLVE_SECONDS * spec.num_layers * spec.num_kv_heads * limited,
             Kind.WRITE: 1 / _BYTES_A_SECOND,
             Kind.CHECK: checking,
+            Kind.ROUND: checking,
         }
 
     def _load(self) -> Amounts:
@@ -210,7 +213,9 @@ class Forecast:
         request, spec = self.request, self.checkpoint.spec
         dtype, targets = request.dtype or self.checkpoint.dtype, request.targets or ()
         dtypes = len({dtype, "float32"})
-        draws = 0 if request.weights == "full" else (2 if dtype == "bfloat16" else 1) * _DRAWS
+        draws = (
+            0 if request.weights == "full" else (1 + request.rounds_activations(dtype)) * _DRAWS
+        )
         if dtype != "float32" and any(kind.experts is not None for kind in spec.kinds):
             draws += _DRAWS
         sets = cpu_sets(targets)
@@ -221,12 +226,17 @@ class Forecast:
         golden = self.costs.forward(min(INSIDE_TOKENS, length)) + self.costs.forward(length)
         return {
             "emit": {
+                **({Kind.ROUND: self._rounding()} if request.weights == "int4" else {}),
                 Kind.WRITE: 2 * Costs(spec, DTYPE_BYTES[dtype]).weights,
                 Kind.CHECK: golden * (dtypes + draws) * _GOLDEN_PASSES,
                 Kind.BUILD: builds + 3 * len(cuda_archs(targets)),
             },
             "verify": {Kind.CHECK: golden * runners * _CHECK_PASSES},
         }
+
+    def _rounding(self) -> float:
+        length = min(WINDOW_TOKENS, self.checkpoint.spec.context)
+        return self.costs.rounding(WINDOWS, length, SWEEPS + 1)
 
 
 def measured_rate(spec: ModelSpec, dtype: str, device: torch.device) -> float:

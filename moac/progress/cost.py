@@ -13,6 +13,7 @@ from enum import StrEnum
 from moac_runtime.package.spec import ModelSpec
 
 _PASSES_BACK = 3  # a forward pass, and twice as much backward
+_PASSES_ROUNDING = 2  # through a layer: for what its matrices are given, and once rounded
 _OPERATIONS_PER_BYTE = 20  # of a product, in the time that reading a byte of weights takes
 _READ_AGAIN = 1.25  # retrieval is made anew where the answer is wrong
 _WRITTEN = {"retrieval": 15, "quiz": 100, "documents": 120, "user": 100}  # answer tokens, about
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     SOLVE = "solve"  # planning programs
     WRITE = "write"  # bytes, written and hashed
     CHECK = "check"  # operations: golden logits and verification
+    ROUND = "round"  # operations: rounding with feedback, in transformers and float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,22 @@ class Costs:
         """Operations in whose time a token is decoded: it reads all but experts not chosen."""
         read = _with_tables(self.spec, self.spec.mlp_widths) * self.itemsize
         return float(read * _OPERATIONS_PER_BYTE)
+
+    def rounding(self, windows: int, length: int, goes: int) -> float:
+        """Operations of rounding layers with feedback: each matrix in so many `goes`.
+
+        Matrices of experts, which go to nearest, count nothing.
+        """
+        spec, passes = self.spec, _PASSES_ROUNDING * windows * self.forward(length)
+        inner = spec.num_heads * spec.head_dim
+        attention = [(inner + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)]
+        shapes = [*attention, (spec.hidden_size, inner)] * spec.num_layers
+        for layer in map(spec.layer, range(spec.num_layers)):
+            if layer.experts is None:
+                width = layer.intermediate_size
+                shapes += [(2 * width, spec.hidden_size), (spec.hidden_size, width)]
+        sums = windows * length * sum(columns**2 for _, columns in shapes)
+        return passes + 2 * (sums + goes * sum(rows * columns**2 for rows, columns in shapes))
 
     @property
     def weights(self) -> int:

@@ -8,7 +8,7 @@ router's products only their order counts, which rounding would change.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from moac_runtime.package.spec import ModelSpec
 
@@ -71,18 +71,12 @@ def padded_columns(columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK
 
 
-def int4_obstacle(spec: ModelSpec, targets: Collection[str]) -> str | None:
-    """Why a model is not packaged in 4 bits for some targets, None where it is."""
+def int4_obstacle(spec: ModelSpec) -> str | None:
+    """Why a model is not packaged in 4 bits, None where it is."""
     if spec.head_dim % GROUP:
         return (
             f"--weights int4 needs a head_dim that is a multiple of {GROUP}, since heads are "
             f"permuted and a group may not straddle two, and the model has {spec.head_dim}; give "
             "--weights int8"
-        )
-    others = sorted({name.partition(":")[0] for name in targets} - {"torch", "cpu"})
-    if others:
-        return (
-            f"--weights int4 and the target {others[0]} do not go together yet; leave "
-            f"{others[0]} out of --target, or give --weights int8"
         )
     return None

@@ -105,15 +105,32 @@ def load_weights(artifact: Artifact, dtype: torch.dtype) -> dict[str, torch.Tens
     Weights of 8 and 4 bits are multiplied out to `dtype`. Raises ArtifactError where a tensor is
     missing, unknown, or of another shape or dtype.
     """
+    found = _read(artifact, stored_tensors(artifact))
+    shapes = expected_tensors(artifact.spec)
+    return {name: _loaded(found, name, shape, dtype) for name, shape in shapes.items()}
+
+
+def packed_weights(artifact: Artifact) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+    """Numbers and scales of every 4-bit weight as they lie, memory-mapped, and its columns.
+
+    Raises ArtifactError as `load_weights` does.
+    """
+    stored, shapes = _read(artifact, stored_tensors(artifact)), expected_tensors(artifact.spec)
+    return {
+        name: (stored[name], stored[scale_name(name)], shapes[name][1])
+        for name in sorted(packed_names(artifact))
+    }
+
+
+def _read(artifact: Artifact, expected: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
+    """Every tensor of a package as it is stored."""
     found: dict[str, torch.Tensor] = {}
-    expected = stored_tensors(artifact)
     for shard, names in shards(artifact, expected).items():
         with open_tensors(artifact, shard) as file:
             for name in names:
                 _check_entry(file, shard, name, expected[name])
                 found[name] = file.get_tensor(name)
-    shapes = expected_tensors(artifact.spec)
-    return {name: _loaded(found, name, shape, dtype) for name, shape in shapes.items()}
+    return found
 
 
 def _loaded(
