@@ -22,7 +22,10 @@ from moac.planning.problem import check_budget, plan_losses
 from moac.planning.rules import candidate_rules, with_widths
 from moac.planning.solver import SolverOptions
 from moac.planning.uniform import matching_uniforms, reference_plan, uniform_plan
-from moac_runtime.errors import BudgetError, UsageError
+from moac_runtime.backends.cuda.session import CudaSession
+from moac_runtime.backends.onnx.session import OnnxSession
+from moac_runtime.backends.open import open_backend
+from moac_runtime.errors import BudgetError, MoacError, UsageError
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
@@ -270,6 +273,21 @@ def test_targets_without_widths_are_refused_by_name(
     assert f"--kv-bits 8 and the target {target} do not go together yet" in said
     said = refused(2, capsys, *words, "--plan", compiled / "plan.json")
     assert f"and the target {target} do not go together yet" in said
+
+
+@pytest.mark.parametrize("backend", ["onnx", "cuda"])
+def test_backends_without_widths_refuse_the_package(backend: str, compiled: Path) -> None:
+    said = f"the backend {backend} does not serve yet; run with --backend cpu or torch, or compile"
+    with pytest.raises(MoacError, match=said):
+        open_backend(open_artifact(compiled), backend)
+
+
+@pytest.mark.parametrize("session", [OnnxSession, CudaSession])
+def test_sessions_without_widths_refuse_the_plan(session: Any, compiled: Path) -> None:
+    artifact = open_artifact(compiled)
+    rest = (None,) if session is CudaSession else ()
+    with pytest.raises(MoacError, match="does not serve yet"):
+        session(None, artifact.plan, artifact.head_order, *rest)
 
 
 def test_a_plan_of_widths_is_packaged_from_its_file(

@@ -17,6 +17,7 @@ from moac_runtime.backends.cuda.host import NO_GPU
 from moac_runtime.backends.cuda.launch import DriverKernels, Kernels
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.cuda.source import SourceKernels, can_build, load_source
+from moac_runtime.backends.widths import refuse_widths
 from moac_runtime.errors import MoacError
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
@@ -56,9 +57,10 @@ class CudaModel:
 def open_cuda(artifact: Artifact) -> CudaModel:
     """The package on the current CUDA device, weights and all.
 
-    Raises MoacError where there is no device or no kernel for it, ArtifactError for a damaged
-    package.
+    Raises MoacError where there is no device or no kernel for it and for a plan with widths,
+    ArtifactError for a damaged package.
     """
+    refuse_widths(artifact.plan, "cuda")
     device = current_device()
     kernels = open_kernels(artifact.root, read_binaries(artifact), device)
     dtype: torch.dtype = getattr(torch, artifact.dtype)
