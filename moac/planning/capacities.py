@@ -16,6 +16,8 @@ from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
+_AT_ONCE = 2**20  # capacities: some arrays of 8 MiB
+
 
 def sizes_at(
     rule: Rule, capacities: Ints, *, block: int, min_span: int, window: int | None = None
@@ -59,6 +61,11 @@ def largest_share(plan: Plan, capacities: range, kv: KvShape | None) -> tuple[fl
 def _largest(plan: Plan, capacities: range, kv: KvShape | None) -> tuple[float, int]:
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
+    parts = (capacities[first : first + _AT_ONCE] for first in range(0, len(capacities), _AT_ONCE))
+    return max((_largest_of(plan, part, kv) for part in parts), key=lambda found: found[0])
+
+
+def _largest_of(plan: Plan, capacities: range, kv: KvShape | None) -> tuple[float, int]:
     every = np.array(capacities, dtype=np.int64)
     densities = held_at(plan, every, kv) / HeadLayout.of(plan, kv).dense_at(every)
     place = int(densities.argmax())

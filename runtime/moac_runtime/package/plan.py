@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moac_runtime.package.kv_format import KV_BITS, KvShape
+from moac_runtime.package.limits import MOST_TOKENS
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, dense_tokens, head_span
 
 
@@ -112,10 +113,10 @@ class Plan:
         """Inverse of `to_json`; other keys are ignored. Raises KeyError, TypeError, ValueError."""
         return cls(
             rules=tuple(tuple(map(rule_from_json, layer)) for layer in data["rules"]),
-            sink=int(data["sink"]),
-            block=int(data["block"]),
-            min_span=int(data["min_span"]),
-            windows=tuple(None if w is None else int(w) for w in data["windows"]),
+            sink=_tokens(data["sink"], "sink"),
+            block=_tokens(data["block"], "block"),
+            min_span=_tokens(data["min_span"], "min_span"),
+            windows=tuple(None if w is None else _tokens(w, "windows") for w in data["windows"]),
         )
 
 
@@ -124,12 +125,22 @@ def rule_to_json(rule: Rule) -> list[int | float]:
     return [rule.alpha, rule.beta, *(() if rule.bits is None else (rule.bits,))]
 
 
-def rule_from_json(data: Sequence[int | float]) -> Rule:
+def rule_from_json(found: Any) -> Rule:
     """Inverse of `rule_to_json`. Raises TypeError or ValueError."""
-    alpha, beta, *bits = data
-    if len(bits) > 1:
-        raise ValueError(f"a rule is [alpha, beta] or [alpha, beta, bits], got {data!r}")
-    return Rule(int(alpha), float(beta), *map(int, bits))
+    alpha, beta, *bits = found
+    if type(alpha) is not int or abs(alpha) > MOST_TOKENS:
+        raise ValueError(f"alpha of a rule must be a whole number of tokens, got {alpha!r:.40}")
+    if type(beta) not in (int, float) or not 0 <= beta <= 1:
+        raise ValueError(f"beta of a rule must be a number from 0 to 1, got {beta!r:.40}")
+    if bits and (len(bits) > 1 or type(bits[0]) is not int):
+        raise ValueError(f"a rule is [alpha, beta] or [alpha, beta, bits], got {found!r:.40}")
+    return Rule(alpha, float(beta), *bits)
+
+
+def _tokens(found: Any, name: str) -> int:
+    if type(found) is not int or not 0 <= found <= MOST_TOKENS:
+        raise ValueError(f"{name} must be a whole number of tokens, got {found!r:.40}")
+    return found
 
 
 def dense_plan(
