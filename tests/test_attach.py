@@ -140,8 +140,9 @@ def test_widths_round_as_the_oracle_does(family: str, tmp_path: Path) -> None:
             held = model(torch.tensor([tokens]), use_cache=True)[KEYWORD]
         shape = model_spec(model.config).kv_shape(4)
         assert attached.kv_bytes(held) == plan.held_bytes(LENGTH, shape)
+        embedded = model.get_input_embeddings()(torch.tensor([tokens])).detach()
         with pytest.raises(UsageError, match=r"have no gradient; run the model under torch\.no_"):
-            model(torch.tensor([tokens]))
+            model(inputs_embeds=embedded.requires_grad_())
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_bytes_are_those_of_the_plan(dtype: torch.dtype, attached: Any) -> None:
     assert plan.kv_bytes(held) < 2 * 2 * LENGTH * model_spec(model.config).kv_token_bytes(
         dtype.itemsize
     )
-    sizes = [[c.keys.shape[1] for c in layer.caches[0]] for layer in held.layers]
+    sizes = [[c.keys[0].shape[1] for c in layer.caches[0]] for layer in held.layers]
     assert sizes == [[16, 64], [8, 32]]
     assert [layer.get_max_length() for layer in held.layers] == [LENGTH, LENGTH]
     held.reset()
