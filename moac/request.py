@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -27,8 +28,29 @@ ONNX_WEIGHTS = ("shared", "int8")
 # The choices that decide a plan; the others decide how it is packaged.
 PLANNING = (
     *("budget", "max_kv_bytes", "batch", "length", "max_loss", "lengths", "rules_per_layer"),
+    "kv_bits",
     *("calibration", "effort", "samples", "sink", "block", "min_span", "plans", "seed"),
 )
+
+
+FULL = "full"
+KV_WIDTHS: Mapping[str, tuple[int | None, ...]] = {
+    FULL: (None,),
+    "8": (8,),
+    "4": (4,),
+    "auto": (None, 8, 4),
+}
+"""What may be asked for of keys and values: the widths that a head may have."""
+
+
+def check_width_targets(what: str, targets: Sequence[str] | None) -> None:
+    """Raise UsageError for targets that hold keys and values in the package's dtype alone."""
+    others = sorted({name.partition(":")[0] for name in targets or ()} - {"torch", "cpu"})
+    if others:
+        raise UsageError(
+            f"{what} and the target {others[0]} do not go together yet: its caches are of the "
+            f"package's dtype; leave {others[0]} out of --target, or take --kv-bits full"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +62,8 @@ class CompileRequest:
     `max_loss`, the predicted increase of loss in nats a token that may not be passed.
     `effort`: how much is measured, "quick", "standard" (None) or "thorough"; it decides `samples`,
     `plans` and, of `lengths`, how many and how long, where these are None.
+    `kv_bits`: the width of keys and values, "full" (None) as `dtype` says, "8" or "4" for all
+    heads, or "auto", any of them for each head as planned.
     `weights`: "full", as `dtype` says, "int8", the matrices in 8 bits, or "int4", those of the
     layers in 4 bits.
     None means: derived from the checkpoint; of `targets`, torch and, where this host can build it
@@ -62,6 +86,7 @@ class CompileRequest:
     onnx_dtype: str | None = None
     onnx_weights: str = "shared"
     rules_per_layer: int | None = None
+    kv_bits: str | None = None
     calibration: Path | None = None
     sink: int = Default(64)
     block: int = Default(64)
@@ -86,6 +111,7 @@ class CompileRequest:
                     f"there is no target {target!r}; choose from {', '.join(TARGETS)}"
                 )
         self._check_weights()
+        self._check_widths()
         self._check_onnx()
         if self.effort is not None and self.effort not in EFFORTS:
             raise UsageError(
@@ -110,6 +136,11 @@ class CompileRequest:
         return replace(chosen, **{name: n for name, n in given.items() if n is not None})
 
     @property
+    def widths(self) -> tuple[int | None, ...]:
+        """The widths that a head may have, None for the package's dtype."""
+        return KV_WIDTHS[self.kv_bits or FULL]
+
+    @property
     def goal(self) -> Goal:
         """How much KV memory may stay: a half where nothing says it."""
         return goal_of(
@@ -131,6 +162,8 @@ class CompileRequest:
         if self.calibration is not None:
             digest = hashlib.sha256(self.calibration.read_bytes()).hexdigest()
             asked["calibration"] = {"file": self.calibration.name, "sha256": digest}
+        if self.widths == KV_WIDTHS[FULL]:
+            del asked["kv_bits"]  # as in records from before there were others
         goal = self.goal
         return {**asked, "budget": goal.share if isinstance(goal, Budget) else None}
 
@@ -141,7 +174,7 @@ class CompileRequest:
     def planning(self) -> dict[str, Any]:
         """The choices that decide a plan, as JSON values."""
         asked = self.to_json()
-        return {name: asked[name] for name in PLANNING}
+        return {name: asked[name] for name in PLANNING if name in asked}
 
     def planning_given(self) -> list[str]:
         """Which of them were given, be it as what they are by default."""
@@ -161,6 +194,14 @@ class CompileRequest:
                     "the ONNX graph takes the package's own numbers and computes in float32; "
                     f"leave out --onnx-{option}"
                 )
+
+    def _check_widths(self) -> None:
+        if self.kv_bits is not None and self.kv_bits not in KV_WIDTHS:
+            raise UsageError(
+                f"there are no kv bits {self.kv_bits!r}; choose from {', '.join(KV_WIDTHS)}"
+            )
+        if self.widths != KV_WIDTHS[FULL]:
+            check_width_targets(f"--kv-bits {self.kv_bits}", self.targets)
 
     def _check_onnx(self) -> None:
         for name, choices, default in (

@@ -5,7 +5,7 @@
 //
 // MODEL holds, as int64: layers, hidden, inner, heads, kv_heads, head_dim, vocab, bf16, tied, tokens,
 // then the formats of embed, qkv, o, gate_up, down, lm_head; the tokens; of each layer the number of
-// its caches, and of each cache first, heads, size, sink. Then float32 frequencies and eps, then for
+// its caches, and of each cache first, heads, size, sink, format. Then float32 frequencies and eps, then for
 // each tensor its bytes as int64 and itself: embed, of each layer attn_norm, qkv, o, mlp_norm,
 // gate_up, down, then norm and, unless tied, lm_head; each matrix with its scales after it (no bytes
 // where it has none). All tokens but the last DECODED are one step; float32 logits of every token go
@@ -57,9 +57,10 @@ int main(int, char **words) {
   std::vector<Cache> caches;
   for (int64_t l = 0; l < model.num_layers; l++) {
     for (int64_t i = read_one(); i; i--) {
-      const std::vector<int64_t> c = read_some<int64_t>(4);
-      const int64_t bytes = c[1] * c[2] * model.head_dim * itemsize;
-      caches.push_back({allocate(bytes), allocate(bytes), c[0], c[1], c[2], c[3], 0, 0, 0, 0});
+      const std::vector<int64_t> c = read_some<int64_t>(5);
+      const Form form(c[4], model.head_dim, itemsize);
+      const int64_t bytes = form.bytes(c[1], c[2]);
+      caches.push_back({allocate(bytes), allocate(bytes), c[0], c[1], c[2], c[3], 0, 0, 0, c[4]});
     }
     first_cache.push_back(caches.size());
   }

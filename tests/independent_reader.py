@@ -30,7 +30,8 @@ ACTIVATIONS: dict[str, Callable[[F], F]] = {
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a whole package: "Wholeness"."""
     data: dict[str, Any] = json.loads((root / "moac.json").read_bytes())
-    assert (data["format"], data["schema_version"], data["minimum_reader"]) == ("moac", 3, 3)
+    asked = 4 if data["kv_format"] == "planned" else 3
+    assert (data["format"], data["schema_version"], data["minimum_reader"]) == ("moac", 3, asked)
     rest = {key: value for key, value in data.items() if key != "digest"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == data["digest"], "moac.json was altered"
@@ -83,7 +84,7 @@ def softmax(x: F) -> F:
 
 def seen(plan: dict[str, Any], layer: int, head: int, capacity: int, length: int) -> Any:
     """Which keys each query sees, `[T, T]`: "Spans". `head` in the checkpoint's order."""
-    (alpha, beta), window = plan["rules"][layer][head], plan["windows"][layer]
+    (alpha, beta), window = plan["rules"][layer][head][:2], plan["windows"][layer]
     block = plan["block"]
     span = math.ceil((alpha + beta * capacity) / block) * block
     limit = capacity if window is None else min(capacity, window)
@@ -93,6 +94,38 @@ def seen(plan: dict[str, Any], layer: int, head: int, capacity: int, length: int
     distance = key[:, None] - key
     mask = (distance >= 0) & ((key < sink) | (distance < size - sink))
     return mask & (distance < window) if window is not None and window < capacity else mask
+
+
+def bfloat16_up(x: F) -> F:
+    """The least bfloat16 number that is not below: "Keys and values in 8 and 4 bits"."""
+    raw = np.ascontiguousarray(x).view(np.uint32)
+    return ((raw + np.where(raw >> 31, 0, 0xFFFF).astype(np.uint32)) & 0xFFFF0000).view(np.float32)
+
+
+def turned(x: F) -> F:
+    """Rotated in blocks by Hadamard matrices, and rotated back."""
+    block = math.gcd(x.shape[-1], 64)
+    for stride in (2**power for power in range(block.bit_length() - 1)):
+        low, high = np.moveaxis(x.reshape(*x.shape[:-1], -1, 2, stride), -2, 0)
+        x = np.stack((low + high, low - high), axis=-2).reshape(x.shape)
+    return x * np.float32(block**-0.5)
+
+
+def codes(x: F, scale: F) -> F:
+    return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0))
+
+
+def held(x: F, bits: int) -> F:
+    """What keys or values `[T, D]` stand for once they were rounded."""
+    if bits == 8:
+        scale = bfloat16_up(np.abs(x).max(-1, keepdims=True) / np.float32(127))
+        return codes(x, scale) * scale
+    parts = []
+    for group in np.split(turned(x), range(32, x.shape[-1], 32), axis=-1):
+        low = -bfloat16_up(-group.min(-1, keepdims=True))
+        scale = bfloat16_up((group.max(-1, keepdims=True) - low) / np.float32(15))
+        parts.append(codes(group - low, scale) * scale + low)
+    return turned(np.concatenate(parts, axis=-1))
 
 
 class Model:
@@ -136,6 +169,9 @@ class Model:
         rope = kind.get("rope", 0)
         if rope is not None:
             q, k = (self._rotated(part, spec["ropes"][rope], capacity) for part in (q, k))
+        for head in range(kv):
+            for bits in self.plan["rules"][index][self.order[index][head]][2:]:
+                k[:, head], v[:, head] = held(k[:, head], bits), held(v[:, head], bits)
         out = np.empty_like(q)
         for head in range(heads):
             shared = head // (heads // kv)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import model_spec
+from moac.checkpoint.key_order import key_orders
 from moac.packaging.fuse import head_order, pack_weights
 from moac.profiling.hooks import attention
-from moac_kernels.reference import layer_mask, masked_attention
+from moac_kernels.reference import layer_mask, masked_attention, rounded_heads
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.package.plan import Plan
@@ -35,11 +36,16 @@ def _reference(
     scaling: float,
     *,
     oracle_masks: Sequence[Tensor],
+    oracle_bits: Sequence[Sequence[int | None]] | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    mask = oracle_masks[module.layer_idx]
+    mask, layer = oracle_masks[module.layer_idx], int(module.layer_idx)
+    if oracle_bits is not None:
+        order = key_orders(model_spec(module.config))[layer]
+        key = rounded_heads(key, oracle_bits[layer], order)
+        value = rounded_heads(value, oracle_bits[layer])
     out = masked_attention(query, key, value, mask, scaling, softcap, sinks=s_aux)
     return out.to(query.dtype).transpose(1, 2), None
 
@@ -73,11 +79,18 @@ def grown_masks(plan: Plan, layer: int, phases: Sequence[tuple[int, int]]) -> Te
 
 @torch.no_grad()
 def masked_logits(
-    model: PreTrainedModel, tokens: Sequence[int], masks: Sequence[Tensor]
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    masks: Sequence[Tensor],
+    bits: Sequence[Sequence[int | None]] | None = None,
 ) -> Tensor:
-    """Float32 logits `[T, V]` of `tokens` under one mask `[K, T, T]` a layer."""
+    """Float32 logits `[T, V]` of `tokens` under one mask `[K, T, T]` a layer.
+
+    `bits[layer][kv_head]`: the widths of keys and values, None for unrounded ones.
+    """
     with attention(model, ORACLE):  # what gives the masks to attention of every family
-        out = model(torch.tensor([list(tokens)]), use_cache=False, oracle_masks=masks)
+        given: dict[str, Any] = {"oracle_masks": masks, "oracle_bits": bits}
+        out = model(torch.tensor([list(tokens)]), use_cache=False, **given)
     logits: Tensor = out.logits[0]
     return logits.float()
 
@@ -85,9 +98,14 @@ def masked_logits(
 def oracle_logits(
     model: PreTrainedModel, tokens: Sequence[int], plan: Plan, capacity: int
 ) -> Tensor:
-    """Float32 logits `[T, V]` of `tokens` under the spans of `plan` at `capacity`."""
+    """Float32 logits `[T, V]` of `tokens` under spans and widths of `plan` at `capacity`."""
     masks = [span_masks(heads, len(tokens)) for heads in plan.spans(capacity)]
-    return masked_logits(model, tokens, masks)
+    return masked_logits(model, tokens, masks, widths(plan))
+
+
+def widths(plan: Plan) -> list[list[int | None]]:
+    """The width of every KV head of a plan, `[layers][kv_heads]`."""
+    return [[rule.bits for rule in layer] for layer in plan.rules]
 
 
 def packed(

@@ -84,6 +84,17 @@ def golden_prompt() -> GoldenPrompt:
     return GoldenPrompt(torch.tensor([1, 2, 3]), torch.tensor([1, 2]), logits, capacity=48)
 
 
+SEALED: dict[str, Any] = {
+    "model": SPEC,
+    "dtype": "float32",
+    "capacity": 64,
+    "head_order": ORDER,
+    "targets": ["torch"],
+    "provenance": {"source": "a test"},
+    "verification": {},
+}
+
+
 def fill(folder: Path) -> None:
     """A whole package, three shards, in `folder`."""
     weights = random_weights()
@@ -99,16 +110,7 @@ def fill(folder: Path) -> None:
 
 def seal(folder: Path) -> None:
     """List whatever stands in `folder` in a new manifest."""
-    writer.write_manifest(
-        folder,
-        model=SPEC,
-        dtype="float32",
-        capacity=64,
-        head_order=ORDER,
-        targets=["torch"],
-        provenance={"source": "a test"},
-        verification={},
-    )
+    writer.write_manifest(folder, **SEALED)
 
 
 @pytest.fixture(scope="module")
@@ -319,10 +321,32 @@ def test_a_changed_manifest_is_refused(package: Path) -> None:
     refused(package, "moac.json was altered", "copy the package again")
 
 
-@pytest.mark.parametrize("field", ["schema_version", "minimum_reader"])
-def test_a_newer_package_is_refused(package: Path, field: str) -> None:
+@pytest.mark.parametrize(("field", "most"), [("schema_version", 3), ("minimum_reader", 4)])
+def test_a_newer_package_is_refused(package: Path, field: str, most: int) -> None:
     edit(package, lambda data: data.update({field: 7}), sign=False)  # newer rules of signing, too
-    refused(package, f"{field} 7", "reads up to 3", "upgrade moac")
+    refused(package, f"{field} 7", f"reads up to {most}", "upgrade moac")
+
+
+def test_widths_ask_for_a_reader_that_knows_them(package: Path) -> None:
+    """A moac from before them refuses by the number, before it reads a rule."""
+    assert json.loads((package / "moac.json").read_text())["minimum_reader"] == 3
+    rules = [[[0, 0.5, 8], [0, 1.0]], [[16, 0.25], [16, 0.25, 4]]]
+    plan = json.loads((package / "plan.json").read_text()) | {"rules": rules}
+    writer.write_json(package / "plan.json", plan)
+    seal(package)
+    refused(package, "kv_format = 'float32'", "plan.json are 'planned'")
+    writer.write_manifest(package, **SEALED, kv_format="planned")
+    opened = open_artifact(package)
+    assert opened.plan.rules[0][0] == Rule(0, 0.5, 8)
+    assert opened.kv_format == "planned"
+    assert json.loads((package / "moac.json").read_text())["minimum_reader"] == 4
+    edit(package, lambda data: data.update(minimum_reader=3))
+    refused(package, "minimum_reader = 3", "4 for kv_format 'planned'")
+
+
+def test_a_package_without_widths_asks_for_no_newer_reader(package: Path) -> None:
+    edit(package, lambda data: data.update(minimum_reader=4))
+    refused(package, "minimum_reader = 4", "3 for kv_format 'float32'")
 
 
 @pytest.mark.parametrize("field", ["schema_version", "minimum_reader"])

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ ATOL = 2e-4
 LENGTH = 64
 # at 64 tokens: spans 16, 64 / 8 (the least), 32
 RULES = ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
+WIDTHS = ((Rule(0, 0.25, 4), DENSE), (Rule(-8, 0.125, 8), Rule(0, 0.5, 4)))
 # what this release of transformers calls a cache in calls and results
 NAMES = inspect.signature(LlamaModel.forward).parameters
 RECOMPUTING = "activation_checkpointing_enable"
@@ -120,6 +122,27 @@ def test_every_family_equals_the_oracle(family: str, attached: Any) -> None:
     plan.detach()
     dense = fed(model, tokens, [LENGTH])
     assert (dense - wanted)[LENGTH // 2 :].abs().max() > 10 * ATOL
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere2", "phi3"])
+def test_widths_round_as_the_oracle_does(family: str, tmp_path: Path) -> None:
+    model, tokens = tiny_model(family), text(LENGTH)
+    plan = replace(plan_for(model), rules=WIDTHS)
+    wanted = oracle_logits(oracle_model(family), tokens, plan, LENGTH)
+    full = oracle_logits(oracle_model(family), tokens, plan.unrounded(), LENGTH)
+    with attach(model, written(model, tmp_path, plan), capacity=LENGTH) as attached:
+        for cuts in ([LENGTH], [20, *range(21, LENGTH + 1)]):
+            off = (fed(model, tokens, cuts) - wanted).abs()
+            # what lies halfway between two codes may go either way, and moves its token a little
+            assert (off.amax(-1) < ATOL).float().mean() > 0.5
+            assert off.norm() < 0.1 * (full - wanted).norm()
+        with torch.no_grad():
+            held = model(torch.tensor([tokens]), use_cache=True)[KEYWORD]
+        shape = model_spec(model.config).kv_shape(4)
+        assert attached.kv_bytes(held) == plan.held_bytes(LENGTH, shape)
+        embedded = model.get_input_embeddings()(torch.tensor([tokens])).detach()
+        with pytest.raises(UsageError, match=r"have no gradient; run the model under torch\.no_"):
+            model(inputs_embeds=embedded.requires_grad_())
 
 
 @pytest.mark.parametrize(
@@ -224,7 +247,7 @@ def test_bytes_are_those_of_the_plan(dtype: torch.dtype, attached: Any) -> None:
     assert plan.kv_bytes(held) < 2 * 2 * LENGTH * model_spec(model.config).kv_token_bytes(
         dtype.itemsize
     )
-    sizes = [[c.keys.shape[1] for c in layer.caches[0]] for layer in held.layers]
+    sizes = [[c.keys[0].shape[1] for c in layer.caches[0]] for layer in held.layers]
     assert sizes == [[16, 64], [8, 32]]
     assert [layer.get_max_length() for layer in held.layers] == [LENGTH, LENGTH]
     held.reset()

@@ -49,8 +49,8 @@ TINY = {
 CONTEXT, TOKENS = 600, 8
 CAPACITY = CONTEXT + TOKENS
 KEYS = {
-    *("system", "batch", "context", "dtype", "density", "prefill_s", "decode_ms_p50"),
-    *("decode_ms_p95", "tokens_per_s", "kv_bytes", "peak_bytes", "floor_ms"),
+    *("system", "batch", "context", "dtype", "density", "byte_share", "prefill_s"),
+    *("decode_ms_p50", "decode_ms_p95", "tokens_per_s", "kv_bytes", "peak_bytes", "floor_ms"),
 }
 
 
@@ -75,7 +75,8 @@ def subject_of(compiled: Compiled, **changes: object) -> Subject:
 
 
 def plan_of(name: str, compiled: Compiled, capacity: int = CAPACITY) -> Plan:
-    return system_plan(name, open_artifact(compiled.package).plan, capacity)
+    artifact = open_artifact(compiled.package)
+    return system_plan(name, artifact.plan, capacity, artifact.kv)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_run_reports_every_system(
         )
         assert row["peak_bytes"] > 50 << 20  # a process with torch in it
     held = open_artifact(tiny_package.package).plan.density(CAPACITY)
-    assert rows["moac"]["density"] == held < 1
+    assert rows["moac"]["density"] == rows["moac"]["byte_share"] == held < 1
     assert rows["moac"]["kv_bytes"] == pytest.approx(held * rows["dense"]["kv_bytes"])
     # transformers holds no slot for the last chosen token, which is never fed
     assert rows["hf"]["kv_bytes"] == rows["dense"]["kv_bytes"]
@@ -282,6 +283,19 @@ def test_every_system_has_its_plan(tiny_package: Compiled) -> None:
     assert abs(densities["uniform"] - densities["moac"]) <= own.block / 2 / CAPACITY + 1e-9
     assert densities["moac"] < 1
     assert len({rule for layer in plan_of("uniform", tiny_package).rules for rule in layer}) == 1
+
+
+def test_uniform_holds_as_many_bytes_as_a_plan_with_widths(tiny_package: Compiled) -> None:
+    artifact = open_artifact(tiny_package.package)
+    rules = [[replace(rule, bits=8) for rule in layer] for layer in artifact.plan.rules]
+    plan = replace(artifact.plan, rules=tuple(map(tuple, rules)))
+    found = system_plan("uniform", plan, CAPACITY, artifact.kv)
+    assert {rule.bits for layer in found.rules for rule in layer} == {8}
+    heads = artifact.spec.num_layers * artifact.spec.num_kv_heads
+    apart = found.held_bytes(CAPACITY, artifact.kv) - plan.held_bytes(CAPACITY, artifact.kv)
+    assert abs(apart) <= heads * plan.block * artifact.kv.token_bytes(8)
+    assert system_plan("flex", plan, CAPACITY, artifact.kv) == plan.unrounded()
+    assert system_plan("moac", plan, CAPACITY, artifact.kv) == plan
 
 
 def test_the_floor_counts_what_a_step_reads(tiny_package: Compiled) -> None:

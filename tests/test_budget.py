@@ -29,7 +29,7 @@ from moac.planning import (
 from moac.planning.between import spend_between
 from moac.planning.beyond import spend_beyond
 from moac.planning.capacities import held_at, over_budget, sizes_at
-from moac.planning.problem import allowed_at, allowed_tokens
+from moac.planning.problem import allowed_at, allowed_memory
 from moac.planning.rules import latest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule, head_span, span_tokens
@@ -110,7 +110,7 @@ def test_a_budget_is_a_share_of_what_the_model_holds() -> None:
     assert whole.held_tokens(512) == whole.dense_tokens(512) == 2 * (512 + 64)
     assert whole.density(512) == 1
     assert layout.dense_at(np.array([32, 64, 512])).tolist() == [128, 256, 1152]
-    assert allowed_tokens(layout, 0.5, 512) == 576
+    assert allowed_memory(layout, 0.5, 512) == 576
     found = solve_weighted(problem, weights(problem)).plan
     assert 0.4 < found.density(512) <= 0.5
     assert max(head.size for head in found.spans(512)[0]) < 512
@@ -133,7 +133,7 @@ def test_gemma_3_270m_in_numbers() -> None:
     layout = HeadLayout(1, 64, 64, 128, windows)
     held = layout.dense_at(np.array([512, 1024, 8192])).tolist()
     assert held == [18 * 512, 15 * 512 + 3 * 1024, 15 * 512 + 3 * 8192] == [9216, 10752, 32256]
-    assert allowed_tokens(layout, 0.5, 8192) == 16128
+    assert allowed_memory(layout, 0.5, 8192) == 16128
     # the windows alone are no cut, and a span below them is
     assert layout.uniform(Rule(512, 0.0)).density(512) == 1
     assert layout.uniform(Rule(256, 0.0)).density(8192) == 18 * 256 / 32256
@@ -187,7 +187,7 @@ def test_one_capacity_of_each_gap_is_named_that_passes_by_most():
 @given(st.integers(1, 10**7), st.floats(0.001, 1), st.integers(1, 5000))
 def test_the_most_tokens_that_are_allowed_are_the_last_within_the_budget(length, budget, heads):
     layout = HeadLayout(heads, SINK, BLOCK, MIN_SPAN, (None,))
-    tokens = allowed_tokens(layout, budget, length)
+    tokens = allowed_memory(layout, budget, length)
     assert tokens / (heads * length) <= budget < (tokens + 1) / (heads * length)
     assert allowed_at(layout, budget, np.array([1, length]))[1] == tokens
 

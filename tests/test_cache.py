@@ -55,7 +55,7 @@ def put(cache: SpanCache, length: int) -> None:
 
 def write(cache: SpanCache, start: int, count: int) -> None:
     k = tokens(start, count)
-    cache.write(start, k, -k)
+    cache.write(start, (k,), (-k,))
 
 
 def positions(cache: SpanCache, length: int) -> list[int]:
@@ -76,12 +76,12 @@ def check(cache: SpanCache, row: NaiveRow) -> None:
     filled, found = layout.filled(row.length), positions(cache, row.length)
     assert sorted(found[:filled]) == row.held()
     assert found[filled:] == [-1] * (layout.head.size - filled)
-    keys, values, held = cache.held(row.length)
+    (keys,), (values,), held = cache.held(row.length)
     assert held == row.held()
     for place, (slot, position) in enumerate(zip(map(found.index, held), held, strict=True)):
         wanted = tokens(position, 1)[:, 0]
-        assert torch.equal(cache.keys[:, slot], wanted)
-        assert torch.equal(cache.values[:, slot], -wanted)
+        assert torch.equal(cache.keys[0][:, slot], wanted)
+        assert torch.equal(cache.values[0][:, slot], -wanted)
         assert torch.equal(keys[:, place], wanted)
         assert torch.equal(values[:, place], -wanted)
 
@@ -160,8 +160,9 @@ def test_growth_of_some_heads_takes_those_alone() -> None:
     cache = new_cache(HeadSpan(size=4, sink=0))
     write(cache, 0, 3)
     part = grown(cache, HeadSpan(size=6, sink=1), 3, slice(1, 2))
-    assert part.keys.shape == (1, 6, DIM)
-    assert torch.equal(part.keys[:, :3], tokens(0, 3)[1:])
+    (keys,) = part.keys
+    assert keys.shape == (1, 6, DIM)
+    assert torch.equal(keys[:, :3], tokens(0, 3)[1:])
 
 
 def test_bytes_are_those_of_the_span() -> None:
@@ -228,7 +229,7 @@ def test_growing_twice_never_misplaces_a_token() -> None:
         held = [(slot, position) for slot, position in enumerate(found) if position >= 0]
         assert held
         for slot, position in held:
-            assert torch.equal(cache.keys[:, slot], tokens(position, 1)[:, 0])
+            assert torch.equal(cache.keys[0][:, slot], tokens(position, 1)[:, 0])
 
     feed(30)
     for size, more in ((12, 5), (16, 3), (20, 9)):

@@ -17,6 +17,7 @@ from oracle import open_session, oracle_logits, packed
 from torch import Tensor
 
 from moac_runtime.backends.cpu.engine import CpuEngine
+from moac_runtime.backends.cpu.library import CACHE_INT4, CACHE_INT8, CACHE_PLAIN
 from moac_runtime.backends.feeding import by_feed, cut, num_wanted
 from moac_runtime.backends.session import Feed, Session
 from moac_runtime.errors import MoacError, UsageError
@@ -247,7 +248,7 @@ def _memory(row: Any) -> list[int]:
     """Where a row's keys lie."""
     if hasattr(row, "caches"):
         return [cache.keys for cache in row.caches]
-    return [cache.keys.data_ptr() for layer in row.layers for cache in layer]
+    return [cache.keys[0].data_ptr() for layer in row.layers for cache in layer]
 
 
 def test_a_row_past_its_capacity_feeds_nobody(open_empty: Open) -> None:
@@ -265,8 +266,10 @@ def test_formats_the_kernels_do_not_know_are_refused() -> None:
     ).session
     sentence = "the CPU kernels do not know a format that weights or caches are stored in; compile"
     caches = built._row(0).caches
-    built._engine.check_caches(caches)
-    caches[1].format = 1
+    for known in (CACHE_INT8, CACHE_INT4, CACHE_PLAIN):
+        caches[1].format = known
+        built._engine.check_caches(caches)
+    caches[1].format = 3
     with pytest.raises(MoacError, match=sentence):
         built._engine.check_caches(caches)
     engine: CpuEngine = built._engine

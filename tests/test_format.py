@@ -28,7 +28,12 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.golden import load_golden
-from moac_runtime.package.manifest import SCHEMA_VERSION, manifest_digest, parse_manifest
+from moac_runtime.package.manifest import (
+    SCHEMA_VERSION,
+    manifest_digest,
+    parse_manifest,
+    read_json,
+)
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +186,7 @@ def test_the_independent_reader_knows_nothing_of_moac() -> None:
     }
     others = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert others == {"numpy"}
-    assert sum(bool(line.strip()) for line in source.splitlines()) < 200
+    assert sum(bool(line.strip()) for line in source.splitlines()) < 240
 
 
 def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
@@ -199,6 +204,8 @@ def test_it_reproduces_the_golden_logits(tiny_package: Compiled) -> None:
         *(pytest.param(name, {}, {}, marks=pytest.mark.slow) for name in OTHERS),
         ("llama", {"rope": "dynamic"}, {}),
         ("llama", {}, {"weights": "int8"}),
+        ("llama", {}, {"kv_bits": "4", "budget": 0.2, "targets": ("torch",)}),
+        ("cohere2", {}, {"kv_bits": "8", "budget": 0.3, "targets": ("torch",)}),
         ("qwen3", {"hidden_size": 96}, {"weights": "int4"}),
         pytest.param("gpt_oss", {"head_dim": 32}, {"weights": "int4"}, marks=pytest.mark.slow),
     ],
@@ -213,7 +220,10 @@ def test_it_reproduces_those_of_other_models(
     checkpoint = tiny_checkpoint(family, max_position_embeddings=2048, **options)
     asked = request(dtype="float32", **changes)
     compile_model(checkpoint, tmp_path / "out", request=asked, work_dir=tmp_path / "work")
-    assert independent_reader.golden_difference(tmp_path / "out") < LIMIT
+    # of rounded keys and values a code may be the next one, by sums of another order
+    limit = read_json(tmp_path / "out" / "moac.json", "moac.json")["verification"]["limits"]
+    assert "kv_bits" in changes or limit["float32"] == LIMIT
+    assert independent_reader.golden_difference(tmp_path / "out") < limit["float32"]
 
 
 @pytest.mark.parametrize("name", ["moac.json", "plan.json", "tokenizer/tokenizer.json"])

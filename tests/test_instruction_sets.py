@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ from moac_kernels.cpu_build import INSTRUCTION_SETS, SOURCES, find_compiler, hos
 from moac_runtime.backends.cpu.library import INSTRUCTION_SETS as FEATURES
 from moac_runtime.backends.cpu.library import host_features
 from moac_runtime.backends.layout import head_runs, packed_spans, rope_tables
+from moac_runtime.backends.session import Feed
+from moac_runtime.backends.torch.opening import open_torch
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import load_golden
+from moac_runtime.package.kv_format import KvShape
+from moac_runtime.package.kv_rounding import held, rotated, stored
+from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 
 TESTS = Path(__file__).parent
 EMULATOR = "qemu-aarch64"
@@ -34,6 +41,7 @@ SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recove
 SANITIZERS += ("-fno-omit-frame-pointer",)
 NO_LEAKS = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
 FORMATS = {"int8": 1, "int4": 2}
+KV_FORMATS = {None: 0, 8: 1, 4: 2}
 Run = Callable[..., str]
 
 
@@ -113,8 +121,18 @@ def integers(values: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(values)}q", *values)
 
 
-def described(artifact: Artifact, tokens: Sequence[int], capacity: int, *, bf16: bool) -> bytes:
-    """The package for `golden_logits.cpp`, in bfloat16 or widened to float32."""
+def described(
+    artifact: Artifact,
+    tokens: Sequence[int],
+    capacity: int,
+    *,
+    bf16: bool,
+    plan: Plan | None = None,
+) -> bytes:
+    """The package for `golden_logits.cpp`, in bfloat16 or widened to float32.
+
+    `plan`: None is its own.
+    """
     spec = artifact.spec
     layer = spec.kinds[0]
     (shard,) = (artifact.root / "weights").glob("*.safetensors")
@@ -124,12 +142,13 @@ def described(artifact: Artifact, tokens: Sequence[int], capacity: int, *, bf16:
     shape = (spec.num_layers, spec.hidden_size, layer.intermediate_size, spec.num_heads)
     rest = (spec.num_kv_heads, spec.head_dim, spec.vocab_size, bf16, spec.tied_embeddings)
     parts = [integers((*shape, *rest, len(tokens), *formats, *tokens))]
-    for heads in packed_spans(artifact.plan, artifact.head_order, capacity):
+    for heads in packed_spans(plan or artifact.plan, artifact.head_order, capacity):
         runs = head_runs(heads)
         parts.append(integers([len(runs)]))
         for found in runs:
             head = found.layout.head
-            parts.append(integers([found.first, found.num_heads, head.size, head.sink]))
+            cache = (found.first, found.num_heads, head.size, head.sink)
+            parts.append(integers([*cache, KV_FORMATS[head.bits]]))
     (table,) = rope_tables(spec.ropes, spec.head_dim, capacity)
     parts.append(np.array([*table, spec.norm.eps], dtype="<f4").tobytes())
 
@@ -171,3 +190,103 @@ def test_golden_logits_are_those_of_the_package(
         logits = torch.from_numpy(np.fromfile(out, dtype="<f4")).view(len(tokens), -1)
         error = float((logits[prompt.positions] - prompt.logits).abs().max())
         assert error <= limit
+
+
+@pytest.mark.parametrize("package", ["full"], indirect=True)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_logits_over_rounded_keys_are_those_of_torch(
+    run: Run, package: Path, tmp_path: Path, bits: int, bf16: bool
+) -> None:
+    artifact = open_artifact(package)
+    prompt = load_golden(artifact)[0]
+    tokens = prompt.tokens.tolist()
+    plan = artifact.plan
+    # the first head of every layer stays as it is, beside one that is rounded
+    rules = tuple(
+        tuple(Rule(rule.alpha, rule.beta, bits if head else None) for head, rule in enumerate(own))
+        for own in plan.rules
+    )
+    mixed = replace(plan, rules=rules)
+
+    def wanted(under: Plan, dtype: str = "float32") -> torch.Tensor:
+        session = open_torch(artifact, dtype=dtype).session(under)
+        row = session.admit(prompt.capacity)
+        return torch.as_tensor(session.step([Feed(row, tokens, range(len(tokens)))]))
+
+    exact = wanted(mixed)
+    model, out = tmp_path / "model", tmp_path / "logits"
+    model.write_bytes(described(artifact, tokens, prompt.capacity, bf16=bf16, plan=mixed))
+    run("golden_logits", model, out, 8, 2)
+    found = torch.from_numpy(np.fromfile(out, dtype="<f4")).view(len(tokens), -1)
+    # a number that lies halfway between two codes may go either way
+    limit = 0.1 * (exact - wanted(plan)).norm()
+    assert limit > 0
+    if bf16:
+        limit = 1.5 * (exact - wanted(mixed, "bfloat16")).norm()
+    assert (found - exact).norm() < limit
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, cap: float, bits: int) -> np.ndarray:
+    """Softmax of `q` `[G, D]` over what was held of `k` and `v` `[N, D]`, in powers of two."""
+    turned = rotated(q) if bits == 4 else q
+    scores = turned.astype(np.float64) @ k.T
+    scores = cap * np.tanh(scores / cap) if cap else scores
+    weights = np.exp2(scores - scores.max(-1, keepdims=True))
+    out = (weights @ v / weights.sum(-1, keepdims=True)).astype(np.float32)
+    return rotated(out) if bits == 4 else out
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "tokens", "cap"),
+    [(16, 1, 1, 0), (32, 5, 63, 0), (64, 3, 200, 0), (80, 2, 65, 9), (96, 4, 130, 0),
+     (128, 7, 97, 0), (256, 1, 70, 5)],
+)  # fmt: skip
+def test_rounded_keys_and_attention_are_those_of_the_format(
+    run: Run,
+    tmp_path: Path,
+    bits: int,
+    bf16: bool,
+    head_dim: int,
+    group: int,
+    tokens: int,
+    cap: float,
+) -> None:
+    rng = np.random.default_rng(head_dim)
+    # scores spread over some powers of two, one number of a head far larger than the others
+    shapes = ((group, head_dim), (tokens, head_dim), (tokens, head_dim))
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    q *= np.float32(4 / head_dim**0.5)
+    k[:, 3] *= 20
+    k[0], v[tokens // 2], v[tokens - 1] = 0, 0.37, -1e-3
+    if bf16:
+        q, k, v = (torch.from_numpy(x).bfloat16().float().numpy() for x in (q, k, v))
+    model, out = tmp_path / "given", tmp_path / "found"
+    sizes = integers([bits, head_dim, group, tokens, bf16])
+    given = np.concatenate([[cap], q.ravel(), k.ravel(), v.ravel()]).astype("<f4")
+    model.write_bytes(sizes + given.tobytes())
+    run("kv_attention", model, out)
+
+    shape = KvShape(head_dim, 2 if bf16 else 4)
+    memory = out.read_bytes()
+    floats = []
+    for x in (k, v):
+        codes, scales = stored(x, bits)
+        raw = codes.tobytes()
+        narrow = torch.from_numpy(scales).bfloat16().view(torch.uint8).numpy().tobytes()
+        size = shape.codes(tokens, bits)
+        assert memory[: len(raw)] == raw
+        assert memory[size : size + len(narrow)] == narrow
+        memory = memory[size + shape.scales(tokens, bits) :]
+        floats.append(held(codes, scales, head_dim))
+    rest = np.frombuffer(memory, "<f4")
+    for wanted in floats:
+        found, rest = rest[: wanted.size].reshape(wanted.shape), rest[wanted.size :]
+        np.testing.assert_allclose(found, wanted, rtol=3e-7, atol=3e-7 * abs(wanted).max())
+    wanted = attention(q, *floats, cap, bits)
+    exact, whole = rest.reshape(2, group, head_dim)
+    np.testing.assert_allclose(exact, wanted, rtol=0, atol=2e-5 * abs(wanted).max())
+    # queries and weights of 15 bits
+    np.testing.assert_allclose(whole, wanted, rtol=0, atol=3e-3 * abs(wanted).max())

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moac.checkpoint.families import FAMILIES, model_spec
+from moac.checkpoint.key_order import rotary_order
 from moac.export.write import write_onnx
-from moac.packaging.fuse import head_order, pack_weights, rotary_order
+from moac.packaging.fuse import head_order, pack_weights
 from moac.packaging.writer import write_weights
 from moac.profiling.hooks import INFLUENCE, REFERENCE, attention
 from moac_kernels.cpu_build import host_sets

@@ -24,12 +24,13 @@ from moac.goal import Budget
 from moac.pipeline.cap import KvCap
 from moac.pipeline.planner import plan_model
 from moac.planning import HeadLayout
-from moac.planning.problem import allowed_tokens
+from moac.planning.problem import allowed_memory
 from moac_runtime.backends.torch.decoder import Decoder
 from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.host.sizes import parse_size
 from moac_runtime.package.artifact import load_plan_record, open_artifact
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import load_weights
 
@@ -343,7 +344,12 @@ def field(name: str, value: object) -> Callable[[Data], None]:
         (1, without("rules"), "it has no 'rules'"),
         (1, without("sha256"), "it has no 'sha256'"),
         (1, field("sha256", "x"), "it has no 'sha256'"),
-        (1, rule([64]), "the rule of layer 0, KV head 1 must be [alpha, beta], got [64]"),
+        (
+            1,
+            rule([64]),
+            "KV head 1 must be [alpha, beta] or [alpha, beta, bits], got [64]",
+        ),
+        (1, rule([0, 0.5, 16]), "bits of layer 0, KV head 1 must be 8 or 4, or left out, got 16"),
         (1, rule([0.5, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
         (1, rule([True, 1]), "alpha of layer 0, KV head 1 must be a whole number of tokens"),
         (1, rule([99999, 0]), "within the context of 2048, got 99999"),
@@ -486,16 +492,16 @@ def test_the_budget_of_a_cap_is_exact(tiny_package: Compiled) -> None:
     cap = KvCap.of(checkpoint, asked)
     assert cap is not None
     budget = cap.budget(layout, (512, 768, 2000))
-    tokens = 700_001 // cap.token_bytes
-    assert allowed_tokens(layout, budget, 2000) == tokens
+    tokens = 700_001 // cap.kv.token_bytes()
+    assert allowed_memory(layout, budget, 2000) == tokens
 
 
 def test_a_cap_counts_what_the_model_holds_by_itself() -> None:
     layout = HeadLayout(num_kv_heads=2, sink=16, block=16, min_span=32, windows=(None, 64))
-    cap = KvCap(max_bytes=500 * 4, batch=1, length=512, token_bytes=4)
+    cap = KvCap(max_bytes=500 * 4, batch=1, length=512, kv=KvShape(1, 2))
     budget = cap.budget(layout, (256, 512))
     assert budget == 500 / (2 * (512 + 64))
-    assert allowed_tokens(layout, budget, 512) == 500
+    assert allowed_memory(layout, budget, 512) == 500
     with pytest.raises(UsageError, match=r"the dense model holds 4\.50 KiB"):
         replace(cap, max_bytes=4 * 1152).budget(layout, (256, 512))
     with pytest.raises(BudgetError, match=r"a length of 64; give --max-kv-bytes 2304 or more"):

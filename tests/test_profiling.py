@@ -25,7 +25,8 @@ from moac.profiling.influence import (
     recomputed_layers,
     sample_influence,
 )
-from moac_kernels.reference import layer_mask, masked_attention
+from moac_kernels.reference import layer_mask, masked_attention, rounded_heads
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, visible
 
@@ -376,12 +377,10 @@ def test_profiling_stores_tables_not_matrices(length: int) -> None:
     sizes: list[int] = []
     original = profiled._Backward.tile
 
-    def spying(
-        self: profiled._Backward, start: int, block: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weights, flows, left = original(self, start, block)
-        sizes.append(weights.numel())
-        return weights, flows, left
+    def spying(self: profiled._Backward, start: int, block: int) -> profiled._Tile:
+        tile = original(self, start, block)
+        sizes.append(tile.weights.numel())
+        return tile
 
     q, k, v, grad = _qkv(length)
     recorder = InfluenceRecorder(SINK, BLOCK, (None,))
@@ -390,3 +389,89 @@ def test_profiling_stores_tables_not_matrices(length: int) -> None:
         influence_attention(q, k, v, scale=SCALE, layer=0, recorder=recorder).backward(grad)
     assert max(sizes) <= max(profiled.TILE_ELEMENTS, KV_HEADS * GROUP * BLOCK * length)
     assert recorder.tables[0].numel() == KV_HEADS * (length // BLOCK + 1)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@scorings
+def test_rounding_counts_for_the_keys_that_a_span_holds(
+    window: int | None, cap: float | None, sinks: Tensor | None
+) -> None:
+    """Each table is the derivative of the loss where the pairs within a span alone are moved."""
+    length = 200
+    q, k, v, grad = _qkv(length)
+    order = [*range(0, DIM, 2), *range(1, DIM, 2)]  # as a package orders the numbers of a key
+    recorder = InfluenceRecorder(SINK, BLOCK, (window,), widths=(8, 4), key_orders=[order])
+    asked: Any = {"scale": SCALE, "cap": cap, "sinks": sinks, "layer": 0, "recorder": recorder}
+    influence_attention(q, k, v, **asked).backward(grad)
+    assert recorder.rounding[0].shape == (2, *recorder.tables[0].shape)
+    for place, bits in enumerate((8, 4)):
+        key_error = rounded_heads(k, [bits] * KV_HEADS, order) - k
+        value_error = rounded_heads(v, [bits] * KV_HEADS) - v
+        assert key_error.abs().max() > 1e-3
+        for entry in (3, 6, 13):
+            i, j, seen = _masks(length, window)
+            held = (i - j < entry * BLOCK - SINK) | (j < SINK) if entry < 13 else seen
+            for head in range(KV_HEADS):
+                wanted = _moved(
+                    q, k, v, grad, key_error, value_error, seen, held, head, cap, sinks
+                )
+                found = recorder.rounding[0][place, head, entry]
+                torch.testing.assert_close(found, wanted.double(), atol=1e-3, rtol=1e-3)
+
+
+def _moved(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    key_error: Tensor,
+    value_error: Tensor,
+    seen: Tensor,
+    held: Tensor,
+    head: int,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """How the loss moves with the errors of one KV head, for pairs that are `held`."""
+    step = torch.zeros((), requires_grad=True)
+    own = slice(head * GROUP, (head + 1) * GROUP)
+    share = step * held
+    scores = (q[:, own] @ k[:, [head]].mT + share * (q[:, own] @ key_error[:, [head]].mT)) * SCALE
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        column = sinks[own].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    out = weights @ v[:, [head]] + (weights * share) @ value_error[:, [head]]
+    (moved,) = torch.autograd.grad((out * grad[:, own]).sum(), step)
+    return moved
+
+
+def test_rounding_costs_count_by_squares_and_more_for_fewer_bits() -> None:
+    layout = _layout(tiny_model("llama"))
+    samples, tables = _profiled("text", "retrieval")
+    rounding = [torch.stack([t, 0.01 * t.abs(), 0.1 * t.abs()]) for t in tables]
+    plain = length_objectives(samples, tables, _reference(layout))
+    (found,) = length_objectives(samples, rounding, _reference(layout))
+    torch.testing.assert_close(torch.tensor(found.table), torch.tensor(plain[0].table))
+    assert sorted(found.rounding) == [4, 8]
+    assert (found.rounding[4] > 99 * found.rounding[8]).all()
+    assert (found.losses(4) >= found.losses(None)).all()
+    assert found.losses(None) is found.table
+    assert plain[0].rounding == {}
+
+
+def test_rounding_is_profiled_around_a_plan_and_padded_to_the_length() -> None:
+    model, sample = tiny_model("llama").requires_grad_(False), _sample(200)
+    layout = _layout(model)
+    spans = sample_influence(model, _spec(model), sample, layout)
+    both = sample_influence(model, _spec(model), sample, layout, widths=KV_BITS)
+    assert both.shape == (3, *spans.shape)
+    torch.testing.assert_close(both[0], spans)
+    assert both[1:].isfinite().all()
+    assert both[1].abs().max() < both[2].abs().max()
+    plan = layout.uniform(Rule(64, 0.0))
+    around = sample_influence(model, _spec(model), sample, layout, plan, widths=KV_BITS)
+    assert around.isfinite()[1:].all()
+    assert (around[1:] != both[1:]).any()

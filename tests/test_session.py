@@ -240,10 +240,12 @@ def test_steps_allocate_no_cache() -> None:
     session = open_session(model(), MIXED, capacity=64)
     row: Any = session.session._row(session.rows[0])  # type: ignore[attr-defined]
     caches = [cache for layer in row.layers for cache in layer]
-    before = [(cache.keys.data_ptr(), cache.values.data_ptr()) for cache in caches]
+    parts = [part for cache in caches for part in (*cache.keys, *cache.values)]
+    before = [part.data_ptr() for part in parts]
     session.last([text(50)])
     session.decode([1])
-    assert [(cache.keys.data_ptr(), cache.values.data_ptr()) for cache in caches] == before
+    after = [part for cache in caches for part in (*cache.keys, *cache.values)]
+    assert [part.data_ptr() for part in after] == before
 
 
 def test_growth_without_loss_equals_the_larger_session() -> None:

@@ -18,7 +18,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
-from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION
+from moac_runtime.package.kv_format import KV_BITS, PLANNED
+from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION, WIDTHS_READER
 from moac_runtime.package.records import has_neutral, record_in
 from moac_runtime.package.spec import QK_NORMS, ModelSpec
 
@@ -44,11 +45,11 @@ def manifest_schema() -> Schema:
             {
                 "format": {"const": FORMAT},
                 "schema_version": {"const": SCHEMA_VERSION},
-                "minimum_reader": {"const": SCHEMA_VERSION},
+                "minimum_reader": {"enum": [SCHEMA_VERSION, WIDTHS_READER]},
                 "digest": DIGEST,
                 "model": record_schema(ModelSpec),
                 "dtype": {"enum": dtypes},
-                "kv_format": {"enum": dtypes},
+                "kv_format": {"enum": [*dtypes, PLANNED]},
                 "weight_formats": {
                     "type": "object",
                     "additionalProperties": {"enum": [*dtypes, "int8", "int4"]},
@@ -69,7 +70,7 @@ def plan_schema() -> Schema:
     """Of what a reader needs of plan.json."""
     rule = {
         "type": "array",
-        "prefixItems": [{"type": "integer"}, {"type": "number"}],
+        "prefixItems": [{"type": "integer"}, {"type": "number"}, {"enum": list(KV_BITS)}],
         "items": False,
         "minItems": 2,
     }

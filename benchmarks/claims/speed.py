@@ -21,7 +21,6 @@ from moac.bench.runner import run_bench
 from moac.store.atomic import write_whole
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, open_artifact
-from moac_runtime.package.dtypes import DTYPE_BYTES
 
 _MIB = 1 << 20
 _GROWING, _STATIC = "hf", "hf-static"
@@ -72,9 +71,8 @@ def _weight_bytes(artifact: Artifact) -> int:
 
 def _rows(setting: Setting, artifact: Artifact, system: str, capacity: int) -> int:
     """How many rows of `capacity` tokens the KV memory holds for a system."""
-    plan = system_plan(system, artifact.plan, capacity)
-    token = artifact.spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
-    row = plan.held_tokens(capacity) * token
+    plan = system_plan(system, artifact.plan, capacity, artifact.kv)
+    row = plan.held_bytes(capacity, artifact.kv)
     rows = min(setting.kv_mib * _MIB // row, setting.most_rows)
     if not rows:
         raise UsageError(

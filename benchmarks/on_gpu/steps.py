@@ -143,7 +143,8 @@ def _measure(
     spec, capacity = shape_spec(name), context + setting.tokens
     dtype = shape_of(setting, name).dtype
     plan = random_plan(spec, density=_DENSITY, capacity=capacity, seed=_SEED)
-    held = system_plan(system.removeprefix("hf-"), plan, capacity)
+    kv = spec.kv_shape(DTYPE_BYTES[dtype])
+    held = system_plan(system.removeprefix("hf-"), plan, capacity, kv)
     if system == "hf-uniform":  # a static cache of a uniform plan's tokens, and no more
         context = max(held.head(0, 0, capacity).size - setting.tokens, 1)
         capacity = context + setting.tokens

@@ -52,9 +52,9 @@ def kv_bytes_read(
     spec: ModelSpec, plan: Plan, *, batch: int, capacity: int, length: float, itemsize: int
 ) -> float:
     """Bytes of keys and values that one step reads when every row holds `length` tokens."""
-    spans = (head.size for layer in plan.spans(capacity) for head in layer)
-    tokens = sum(min(size, length) for size in spans)
-    return batch * tokens * spec.kv_token_bytes(itemsize)
+    kv = spec.kv_shape(itemsize)
+    heads = (head for layer in plan.spans(capacity) for head in layer)
+    return batch * sum(min(head.size, length) * kv.token_bytes(head.bits) for head in heads)
 
 
 def floor_ms(read_bytes: float, bandwidth_gbs: float) -> float:

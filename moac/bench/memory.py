@@ -40,7 +40,7 @@ def check_memory(systems: Mapping[str, Subject], load: Load, *, sequential: bool
 def least_bytes(name: str, subject: Subject, load: Load) -> int:
     """Bytes of weights and caches that the process of a system holds at least."""
     itemsize = DTYPE_BYTES[subject.dtype]
-    held = subject.plan.held_tokens(load.capacity) * subject.spec.kv_token_bytes(itemsize)
+    held = subject.plan.held_bytes(load.capacity, subject.spec.kv_shape(itemsize))
     return load.batch * held + _weight_bytes(name, subject, itemsize)
 
 

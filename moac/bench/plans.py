@@ -6,20 +6,30 @@ import random
 from collections.abc import Sequence
 
 from moac.planning import candidate_rules, matching_uniform
+from moac.planning.uniform import rounded_uniform
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, span_tokens
 from moac_runtime.package.spec import ModelSpec
 
-_SPARSE = ("moac", "flex", "onnx")
+_ROUNDING = ("moac",)  # whose caches may be narrower than the package's dtype
+_SPARSE = ("flex", "onnx")
 _SINK, _BLOCK, _MIN_SPAN = 64, 64, 128
 _RULES_PER_LAYER = 2  # MoA, arXiv 2406.14909, section 4: at most two distinct rules in a layer
 _HALVINGS = 40
 
 
-def system_plan(system: str, plan: Plan, capacity: int) -> Plan:
-    """What `system` holds and reads where our own row runs `plan` at `capacity` tokens."""
-    if system in _SPARSE:
+def system_plan(system: str, plan: Plan, capacity: int, kv: KvShape) -> Plan:
+    """What `system` holds and reads where our own row runs `plan` at `capacity` tokens.
+
+    `kv`: a key as measured, of which a uniform plan holds as many bytes where heads have widths.
+    """
+    if system in _ROUNDING:
         return plan
+    if system in _SPARSE:
+        return plan.unrounded()
+    if system == "uniform" and plan.rounds:
+        return rounded_uniform(plan, capacity, kv)
     if system == "uniform":
         return matching_uniform(plan, lengths=[capacity])
     return plan.undropping()

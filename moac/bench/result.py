@@ -23,6 +23,7 @@ class BenchRow:
     context: int
     dtype: str
     density: float
+    byte_share: float
     prefill_s: float
     decode_ms_p50: float
     decode_ms_p95: float
@@ -39,7 +40,11 @@ class BenchRow:
         return 100 * self.floor_ms / self.decode_ms_p50
 
     def to_json(self) -> dict[str, Any]:
-        """`decode_ms_blocks`: lowest and highest median of a block of steps."""
+        """`decode_ms_blocks`: lowest and highest median of a block of steps.
+
+        `density` is of tokens, `byte_share` of bytes, over what dense caches of the same numbers
+        hold.
+        """
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return values | {"decode_ms_blocks": list(self.decode_ms_blocks)}
 
@@ -90,6 +95,7 @@ def measured_row(
         length=(load.context + load.capacity) / 2,  # the middle of the timed steps
         itemsize=usage.kv_itemsize,
     )
+    kv = subject.spec.kv_shape(usage.kv_itemsize)
     median = statistics.median(times.steps)
     medians = [statistics.median(block) for block in times.blocks]
     read = usage.weight_bytes + kv_read
@@ -99,6 +105,7 @@ def measured_row(
         context=load.context,
         dtype=usage.dtype,
         density=subject.plan.density(load.capacity),
+        byte_share=subject.plan.byte_share(load.capacity, kv),
         prefill_s=statistics.median(times.prefill_s),
         decode_ms_p50=median,
         decode_ms_p95=percentile(times.steps, 95),

@@ -32,6 +32,7 @@ from moac_runtime.backends.open import choose_backend
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
+from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
@@ -164,9 +165,10 @@ def _measure(
 ) -> Iterator[BenchRow]:
     """The rows of one batch and context."""
     load = Load(batch, context, request.capacity(context), request.seed)
-    plan = model.plan(load.capacity)
+    plan, kv = model.plan(load.capacity), model.spec.kv_shape(DTYPE_BYTES[model.dtype])
     subjects = {
-        name: _subject(request, model, system_plan(name, plan, load.capacity)) for name in systems
+        name: _subject(request, model, system_plan(name, plan, load.capacity, kv))
+        for name in systems
     }
     check_memory(subjects, load, sequential=request.sequential)
     groups = [[name] for name in systems] if request.sequential else [list(systems)]

@@ -119,6 +119,12 @@ _PLANNING = (
         help="at most so many distinct span rules in a layer  [no limit]",
     ),
     click.option(
+        "--kv-bits",
+        type=click.Choice(("full", "8", "4", "auto")),
+        help="width of keys and values: the package's dtype, so many bits for all KV heads, or by "
+        "auto what each bears; budgets count bytes  [full]",
+    ),
+    click.option(
         "--calibration",
         type=click.Path(path_type=Path),
         metavar="FILE",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from moac.planning import HeadLayout, matching_uniform
+from moac.planning.uniform import rounded_uniform
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record
-from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import Rule
+from moac_runtime.package.plan import Plan, rule_from_json
 
 OWN = "moac"
 
@@ -47,9 +47,12 @@ def _dense(artifact: Artifact) -> PlanAt:
 def _uniform(artifact: Artifact) -> PlanAt:
     """Every head the same sink and recent tokens, as many as the package's plan holds in all.
 
-    Matched at each length by itself, to the nearest block a head.
+    Matched at each length by itself, to the nearest block a head. Of a plan with widths as many
+    bytes, in 8 bits where these are enough, else in 4.
     """
-    return lambda length: matching_uniform(artifact.plan, lengths=(length,))
+    if not artifact.plan.rounds:
+        return lambda length: matching_uniform(artifact.plan, lengths=(length,))
+    return lambda length: rounded_uniform(artifact.plan, length, artifact.kv)
 
 
 def _layerwise(artifact: Artifact) -> PlanAt:
@@ -62,7 +65,7 @@ def _layerwise(artifact: Artifact) -> PlanAt:
             "--against"
         )
     layout = HeadLayout.of(artifact.plan)
-    rules = [Rule(int(alpha), float(beta)) for alpha, beta in found]
+    rules = [rule_from_json(rule) for rule in found]
     return always(layout.plan([[rule] * layout.num_kv_heads for rule in rules]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -111,7 +111,8 @@ class Evaluation:
     """`results`, the plan's `differences` to the others, and the `record` of how they came about.
 
     `outcomes[task, length][method]`: every case, in the same order for every method.
-    `density[method][length]`: KV bytes held over dense KV bytes.
+    `density[method][length]`: KV tokens held over those of dense; `byte_share` of bytes, which are
+    others where plans have widths.
     """
 
     results: tuple[Result, ...]
@@ -119,15 +120,25 @@ class Evaluation:
     outcomes: Mapping[tuple[str, int], Mapping[str, Sequence[Outcome]]]
     density: Mapping[str, Mapping[int, float]]
     record: Mapping[str, Any]
+    byte_share: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, Mapping[str, Mapping[int, float]]]:
+        """By its name, each share that is told: `density`, and `byte_share` where it differs."""
+        same = not self.byte_share or self.byte_share == self.density
+        return {"density": self.density} | ({} if same else {"byte_share": self.byte_share})
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         return {
             "results": [result.to_json() for result in self.results],
             "differences": [difference.to_json() for difference in self.differences],
-            "density": {
-                method: {str(length): value for length, value in row.items()}
-                for method, row in self.density.items()
+            **{
+                name: {
+                    method: {str(length): value for length, value in row.items()}
+                    for method, row in share.items()
+                }
+                for name, share in self.shares.items()
             },
             "cases": [
                 case
@@ -270,9 +281,14 @@ def evaluation_text(found: Evaluation) -> str:
     """One row for each task, length and metric, one column for each method; then by depth."""
     methods = list(found.density)
     lengths = list(found.density[methods[0]])
-    header = ["density", "length", *methods]
-    rows = [["", n, *(f"{found.density[m][n]:.3f}" for m in methods)] for n in lengths]
-    parts = [table(header, rows), _figure_table(found.results, methods)]
+    parts = [
+        table(
+            ["bytes" if name == "byte_share" else name, "length", *methods],
+            [["", n, *(f"{share[m][n]:.3f}" for m in methods)] for n in lengths],
+        )
+        for name, share in found.shares.items()
+    ]
+    parts.append(_figure_table(found.results, methods))
     if found.differences:
         parts.append(_difference_table(found.differences, methods))
     deep = [r for r in found.results if r.depth is not None and r.metric == EXACT_MATCH]

@@ -141,6 +141,10 @@ def evaluate(
         differences=tuple(differences),
         outcomes=measured,
         density={name: {n: plan(n).density(n) for n in lengths} for name, plan in plans.items()},
+        byte_share={
+            name: {n: plan(n).byte_share(n, artifact.kv) for n in lengths}
+            for name, plan in plans.items()
+        },
         record={
             **_record(
                 artifact, sessions, request, request.command(Path(package), str(source), lengths)

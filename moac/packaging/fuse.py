@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from moac.checkpoint.families import Names, family_of
+from moac.checkpoint.key_order import key_order
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import Rule
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec
 from moac_runtime.package.weight_formats import ROUTER
 
@@ -24,12 +27,18 @@ Source = Callable[[str], Tensor]
 def head_order(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """`head_order[layer][position]` = the checkpoint's KV head to pack at that position.
 
-    Widest rules first, equal rules adjacent, the checkpoint's order kept among equals.
+    Widest rules first, equal rules adjacent (of equal spans those that are not rounded come first,
+    then 8 bits), the checkpoint's order kept among equals.
     """
     return tuple(
-        tuple(sorted(range(len(rules)), key=lambda head: (-rules[head].beta, -rules[head].alpha)))
+        tuple(sorted(range(len(rules)), key=lambda head: _packed_by(rules[head])))
         for rules in plan.rules
     )
+
+
+def _packed_by(rule: Rule) -> tuple[float, int, int]:
+    full = max(KV_BITS) + 1
+    return -rule.beta, -rule.alpha, -(rule.bits or full)
 
 
 def pack_weights(
@@ -229,10 +238,8 @@ class _Layer:
 
     def _turned(self, weight: Tensor) -> Tensor:
         """Rows of query or key heads, `[heads * D, ...]`, in the order that runtimes rotate by."""
-        if self.layer.rope is None:
-            return weight
-        dim, rotated = self.spec.head_dim, self.spec.ropes[self.layer.rope].rotated
-        order = rotary_order(dim, rotated or dim, pairs=family_of(self.spec.family).pairs)
+        dim = self.spec.head_dim
+        order = key_order(self.spec, self.layer)
         if order == list(range(dim)):
             return weight
         heads = weight.reshape(-1, dim, *weight.shape[1:])
@@ -247,21 +254,6 @@ class _Layer:
             for name, count in zip(names, held, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def rotary_order(head_dim: int, rotated: int, *, pairs: bool) -> list[int]:
-    """`order[place]` = the checkpoint's number of a query or key head to pack at that place.
-
-    Runtimes rotate number `i` with number `i + head_dim / 2`. In a checkpoint the first `rotated`
-    numbers rotate, each with the next one where they lie in `pairs`, else half of them apart; what
-    does not rotate is shared out over the ends of both halves. Products of queries and keys are
-    the same in any order.
-    """
-    step, second = (2, 1) if pairs else (1, rotated // 2)
-    first = range(0, rotated if pairs else rotated // 2, step)
-    still = range(rotated, head_dim)
-    half = len(still) // 2
-    return [*first, *still[:half], *(i + second for i in first), *still[half:]]
 
 
 def _kinds(bias: bool) -> tuple[str, ...]:

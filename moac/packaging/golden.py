@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moac.checkpoint.families import model_spec
+from moac.checkpoint.key_order import key_orders
 from moac.packaging.four_bits import Rounded
 from moac.packaging.quantise import round_weights
 from moac.profiling.hooks import REFERENCE, attention
@@ -21,17 +23,26 @@ INSIDE_TOKENS = 64
 
 @torch.inference_mode()
 def reference_logits(
-    model: PreTrainedModel, plan: Plan, tokens: Sequence[int], positions: Sequence[int]
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    *,
+    seed: int | None = None,
 ) -> Tensor:
-    """Logits `[len(positions), V]` float32 of the original model under `plan`'s masks.
+    """Logits `[len(positions), V]` float32 of the original model under `plan`'s masks and widths.
 
-    The session's capacity is taken to be the number of tokens.
+    The session's capacity is taken to be the number of tokens. `seed`: of errors of float32 in
+    keys and values before they are rounded, None for none.
     """
+    disturbed = None if seed is None else torch.Generator().manual_seed(seed)
     with attention(model, REFERENCE):
         out = model(
             input_ids=torch.tensor([tokens], device=model.device),
             logits_to_keep=torch.tensor(positions, device=model.device),
             moac_spans=plan.spans(len(tokens)),
+            moac_key_orders=key_orders(model_spec(model.config)),
+            moac_disturbed=disturbed,
             use_cache=False,
         )
     logits: Tensor = out.logits[0].float().cpu()
@@ -77,15 +88,28 @@ def unrounded(prompts: Sequence[GoldenPrompt]) -> list[GoldenPrompt]:
     return [replace(p, logits=p.source) for p in prompts if p.source is not None]
 
 
-def largest_error(model: PreTrainedModel, plan: Plan, prompts: Sequence[GoldenPrompt]) -> float:
-    """How far, at most, the logits of `model` are from those of the prompts."""
+def largest_error(
+    model: PreTrainedModel,
+    plan: Plan,
+    prompts: Sequence[GoldenPrompt],
+    *,
+    seed: int | None = None,
+) -> float:
+    """How far, at most, the logits of `model` are from those of the prompts.
+
+    `seed`: as of `reference_logits`.
+    """
     return max(
-        float((_logits_of(model, plan, prompt) - prompt.logits).abs().max()) for prompt in prompts
+        float((_logits_of(model, plan, prompt, seed) - prompt.logits).abs().max())
+        for prompt in prompts
     )
 
 
-def _logits_of(model: PreTrainedModel, plan: Plan, prompt: GoldenPrompt) -> Tensor:
-    return reference_logits(model, plan, prompt.tokens.tolist(), prompt.positions.tolist())
+def _logits_of(
+    model: PreTrainedModel, plan: Plan, prompt: GoldenPrompt, seed: int | None
+) -> Tensor:
+    tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
+    return reference_logits(model, plan, tokens, positions, seed=seed)
 
 
 def checked_positions(length: int, *, spread: int = 4, last: int = 8) -> list[int]:

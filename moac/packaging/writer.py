@@ -24,7 +24,7 @@ from moac_runtime.errors import CheckpointError
 from moac_runtime.package.artifact import PLAN, WEIGHT_INDEX
 from moac_runtime.package.golden import GOLDEN, GoldenPrompt
 from moac_runtime.package.integrity import MANIFEST, hash_files, package_files
-from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION, manifest_digest
+from moac_runtime.package.manifest import FORMAT, SCHEMA_VERSION, manifest_digest, minimum_reader
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 from moac_runtime.package.weight_formats import weight_formats
@@ -121,20 +121,22 @@ def write_manifest(
     provenance: Mapping[str, Any],
     verification: Mapping[str, Any],
     weights: str = "full",
+    kv_format: str | None = None,
 ) -> None:
     """Write `moac.json` over all that the folder holds but itself and `build.json`.
 
-    Writing it again replaces it. `weights`: "full", "int8" or "int4". Raises ValueError for a NaN
+    Writing it again replaces it. `weights`: "full", "int8" or "int4". `kv_format`:
+    `artifact.kv_format` of the plan, None for one that rounds nothing. Raises ValueError for a NaN
     in the records, OSError.
     """
     names = [name for name in package_files(staging) if name not in (MANIFEST, BUILD)]
     content = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
-        "minimum_reader": SCHEMA_VERSION,
+        "minimum_reader": minimum_reader(kv_format or dtype),
         "model": model.to_json(),
         "dtype": dtype,
-        "kv_format": dtype,
+        "kv_format": kv_format or dtype,
         "weight_formats": weight_formats(model, weights, dtype),
         "capacity": capacity,
         "head_order": head_order,

@@ -12,8 +12,8 @@ from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac_runtime.errors import BudgetError, UsageError
 from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import Rule
 
 _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
@@ -21,13 +21,13 @@ _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)
 @dataclass(frozen=True, slots=True)
 class KvCap:
     """At most `max_bytes` for the keys and values of `batch` sequences at a capacity of `length`
-    tokens. `token_bytes`: of one token in one KV head, in the package's dtype.
+    tokens. `kv`: a key of the package.
     """
 
     max_bytes: int
     batch: int
     length: int
-    token_bytes: int
+    kv: KvShape
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: CompileRequest) -> KvCap | None:
@@ -53,36 +53,37 @@ class KvCap:
             max_bytes=goal.size,
             batch=goal.batch or 1,
             length=length,
-            token_bytes=kv_token(checkpoint, request),
+            kv=kv_shape(checkpoint, request),
         )
 
     def budget(self, layout: HeadLayout, lengths: Sequence[int]) -> float:
-        """The largest density at `length` whose bytes the cap holds.
+        """The largest share of memory at `length` whose bytes the cap holds.
 
-        The same density is then the budget at all of `lengths`. Raises BudgetError where no plan
+        The same share is then the budget at all of `lengths`. Raises BudgetError where no plan
         is that small and UsageError where the dense model already fits.
         """
-        tokens = self.max_bytes // (self.batch * self.token_bytes)
-        dense = layout.dense_tokens(self.length)
-        if tokens >= dense:
+        unit = self._unit(layout)
+        most = self.max_bytes // (self.batch * unit)
+        dense = layout.dense_tokens(self.length) * layout.token_memory
+        if most >= dense:
             raise UsageError(
-                f"the dense model holds {self._told(dense)}, which fits the "
+                f"the dense model holds {self._told(dense * unit)}, which fits the "
                 f"{told_bytes(self.max_bytes)} of --max-kv-bytes; there is nothing to drop: use "
                 "the checkpoint as it is, or give --budget instead"
             )
-        least, where = _least_tokens(layout, lengths, self.length)
-        if tokens < least:
-            needed = least * self.batch * self.token_bytes
+        least, where = _least(layout, lengths, self.length)
+        if most < least:
+            needed = least * self.batch * unit
             raise BudgetError(
                 f"no plan fits the {told_bytes(self.max_bytes)} of --max-kv-bytes: the smallest "
-                f"holds {self._told(least)}, since every head keeps {layout.min_span} tokens at "
-                f"a length of {where}; give --max-kv-bytes {needed} or more"
+                f"holds {self._told(least * unit)}, since every head keeps {layout.min_span} "
+                f"tokens at a length of {where}; give --max-kv-bytes {needed} or more"
             )
-        return tokens / dense
+        return most / dense
 
     def held_bytes(self, plan: Plan) -> int:
         """What the session allocates under `plan`."""
-        return plan.held_tokens(self.length) * self.token_bytes * self.batch
+        return plan.held_bytes(self.length, self.kv) * self.batch
 
     def record(self, plan: Plan) -> dict[str, Any]:
         """What `plan.json` tells of it."""
@@ -90,19 +91,23 @@ class KvCap:
             "max_bytes": self.max_bytes,
             "batch": self.batch,
             "length": self.length,
-            "token_bytes": self.token_bytes,
+            "token_bytes": self.kv.token_bytes(),
             "held_bytes": self.held_bytes(plan),
         }
 
-    def _told(self, tokens: int) -> str:
-        count = tokens * self.batch * self.token_bytes
+    def _unit(self, layout: HeadLayout) -> int:
+        """Bytes of what `layout` counts memory in."""
+        return self.kv.token_bytes() if layout.kv is None else 1
+
+    def _told(self, row: int) -> str:
+        count = row * self.batch
         many = "sequence" if self.batch == 1 else "sequences"
         return f"{told_bytes(count)} for {self.batch} {many} of {self.length} tokens"
 
 
-def kv_token(checkpoint: Checkpoint, request: CompileRequest) -> int:
-    """Bytes of one token in one KV head, in the package's dtype."""
-    return checkpoint.spec.kv_token_bytes(DTYPE_BYTES[request.dtype or checkpoint.dtype])
+def kv_shape(checkpoint: Checkpoint, request: CompileRequest) -> KvShape:
+    """A key of the package, whose bytes are counted."""
+    return checkpoint.spec.kv_shape(DTYPE_BYTES[request.dtype or checkpoint.dtype])
 
 
 def told_bytes(count: int) -> str:
@@ -113,12 +118,16 @@ def told_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _least_tokens(layout: HeadLayout, lengths: Sequence[int], length: int) -> tuple[int, int]:
-    """The fewest tokens at `length` whose density the smallest plan meets at all of `lengths`.
+def _least(layout: HeadLayout, lengths: Sequence[int], length: int) -> tuple[int, int]:
+    """The least memory at `length` whose share the smallest plan meets at all of `lengths`.
 
     And the one of them that needs so many.
     """
-    smallest = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
-    dense = layout.dense_tokens
-    needs = [(-(-smallest.held_tokens(n) * dense(length) // dense(n)), n) for n in lengths]
+    smallest = layout.uniform(layout.least)
+    dense, unit = layout.dense_tokens, layout.token_memory
+
+    def needed(n: int) -> int:
+        return -(-layout.held(smallest, n) * dense(length) * unit // (dense(n) * unit))
+
+    needs = [(needed(n), n) for n in lengths]
     return max(needs, key=lambda need: (need[0], -need[1]))

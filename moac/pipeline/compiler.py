@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,7 @@ from moac.packaging.writer import (
     write_plan,
     write_weights,
 )
+from moac.pipeline.cap import kv_shape
 from moac.pipeline.known import at_hand, open_plan
 from moac.pipeline.plan_file import sealed
 from moac.pipeline.planner import (
@@ -54,12 +55,12 @@ from moac.pipeline.stages import Workbench
 from moac.pipeline.verify import ACTIVATIONS, FLOAT32_LIMIT, QUANTISED, Check, verify
 from moac.progress.cost import Costs, Kind
 from moac.progress.progress import notes, stage, step, whole
-from moac.request import PLANNING, CompileRequest
+from moac.request import PLANNING, CompileRequest, check_width_targets
 from moac.show.inspection import inspect_artifact
 from moac.show.report import write_report
 from moac.store.workspace import peak_memory_bytes, release_memory
 from moac_runtime.errors import CheckFailed, MoacError
-from moac_runtime.package.artifact import open_artifact
+from moac_runtime.package.artifact import kv_format, open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.golden import GoldenPrompt
 from moac_runtime.package.integrity import MANIFEST
@@ -129,7 +130,10 @@ def compile_model(
         lengths, layout = prepare(checkpoint, request)
         notes(at_hand(checkpoint, request, out, force=force))
     else:
-        lengths, layout = file.prepared(longest_session(checkpoint, request))
+        kv = kv_shape(checkpoint, request)
+        lengths, layout = file.prepared(longest_session(checkpoint, request), kv)
+        if file.plan.rounds:
+            check_width_targets(f"the widths of the plan {file.path}", request.targets)
     request = check_packaging(checkpoint, request)
     ahead = forecast(checkpoint, request, lengths, work_dir)
     work = ahead.compile() if file is None else ahead.package(measured=file.edited)
@@ -208,6 +212,7 @@ def write_package(staging: Path, bench: Workbench, planned: Planned) -> None:
                 provenance=provenance(bench, planned, rounded),
                 verification={"limits": limits},
                 weights=request.weights,
+                kv_format=kv_format(plan, dtype),
             )
 
 
@@ -238,14 +243,16 @@ def golden_prompts(
     int8 or int4 weights against unrounded ones is twice the most that random errors of the same
     size do in several draws: the worst logits are few, and a single draw may hardly move them. So
     is what activations in 8 bits, which such weights are multiplied with, may add to the first.
+    Where keys and values are rounded, sums of another order put some of them on the next code: the
+    limit of float32 has twice what that does in several draws besides.
     """
     checkpoint, weights, seed = bench.checkpoint, bench.request.weights, bench.request.seed
     tokens = plain_text_windows(bench.tokenizer, length, 1, seed)[0]
     short = tokens[: min(INSIDE_TOKENS, length)]
     exact = checkpoint.load_model(dtype).float()
     prompts = expected_prompts(exact, plan, (short, tokens), weights=weights, rounded=rounded)
-    limits = {"float32": FLOAT32_LIMIT}
     draws = range(seed, seed + DISTURBED_DRAWS)
+    limits = {"float32": FLOAT32_LIMIT + _flipped_error(exact, plan, prompts, draws)}
     if bench.request.rounds_activations(dtype):
         limits[ACTIVATIONS] = 2 * max(_rounded_error(exact, plan, prompts, draw) for draw in draws)
     if dtype != "float32":
@@ -261,6 +268,15 @@ def golden_prompts(
             _disturbed_error(bench, plan, unrounded(prompts), dtype, draw) for draw in draws
         )
     return prompts, limits
+
+
+def _flipped_error(
+    model: PreTrainedModel, plan: Plan, prompts: Sequence[GoldenPrompt], draws: Iterable[int]
+) -> float:
+    """What codes of keys and values that are the next ones may move a logit by."""
+    if not plan.rounds:
+        return 0.0
+    return 2 * max(largest_error(model, plan, prompts, seed=draw) for draw in draws)
 
 
 def _rounded_error(
@@ -375,6 +391,7 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         provenance=artifact.provenance,
         verification=artifact.verification,
         weights=artifact.weights,
+        kv_format=artifact.kv_format,
     )
     write_build(staging, build_record(clock))
 

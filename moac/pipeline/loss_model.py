@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from moac.planning.prediction import LEVEL, Curve, Estimate, SpanCosts, left_out
 from moac.progress.progress import stage
 from moac_runtime.errors import BudgetError
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.span import DENSE
 
 MEAN = "mean"
 
@@ -188,10 +189,13 @@ def _check_reachable(model: LossModel, point: FrontPoint, limit: float, density:
 
 
 def _densities(bench: Workbench, lengths: Lengths) -> tuple[float, float]:
-    """The smallest density there is, and the one that drops a single block."""
-    layout = bench.layout
-    dense = layout.dense_tokens(lengths.planned[-1])
-    return smallest_budget(layout, lengths.planned)[0], (dense - layout.block) / dense
+    """The smallest share of memory there is, and the one that drops a single block."""
+    layout, longest = bench.layout, lengths.planned[-1]
+    bits = layout.widths[0]
+    block = layout.block * (1 if layout.kv is None else layout.kv.token_bytes(bits))
+    dense = layout.dense_tokens(longest) * layout.token_memory
+    most = layout.held(layout.uniform(replace(DENSE, bits=bits)), longest)
+    return smallest_budget(layout, lengths.planned)[0], (most - block) / dense
 
 
 def _ladder_plans(bench: Workbench, lengths: Lengths, problem_at: ProblemAt) -> dict[str, Plan]:
@@ -202,7 +206,8 @@ def _ladder_plans(bench: Workbench, lengths: Lengths, problem_at: ProblemAt) -> 
     """
     low, high = _densities(bench, lengths)
     densities = [low + share * (high - low) for share in LADDER]
-    problems = {f"density {density:.3f}": problem_at(density) for density in densities}
+    unit = "density" if bench.layout.kv is None else "bytes"
+    problems = {f"{unit} {share:.3f}": problem_at(share) for share in densities}
     return {
         name: spend_between(problem, best_weighted(bench, problem).plan)
         for name, problem in problems.items()

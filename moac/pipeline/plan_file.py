@@ -15,13 +15,14 @@ from typing import Any
 from moac.checkpoint import Checkpoint
 from moac.lengths import Lengths
 from moac.origin import told_model
-from moac.pipeline.cap import KvCap, kv_token, told_bytes
+from moac.pipeline.cap import KvCap, kv_shape, told_bytes
 from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
 from moac_runtime.host.files import read_regular
 from moac_runtime.package.json_text import MOST_BYTES, parse_json
+from moac_runtime.package.kv_format import KV_BITS, KvShape
 from moac_runtime.package.limits import MOST_CONTEXT
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
@@ -47,8 +48,11 @@ class PlanFile:
     edited: bool
     known: bool = False
 
-    def prepared(self, upto: int) -> tuple[Lengths, HeadLayout]:
-        """The lengths and the layout that the plan was made for; `upto`: the longest session."""
+    def prepared(self, upto: int, kv: KvShape | None = None) -> tuple[Lengths, HeadLayout]:
+        """The lengths and the layout that the plan was made for; `upto`: the longest session.
+
+        `kv`: a key of the package, for the bytes of a plan with widths.
+        """
         record = self.record
         lengths = Lengths(
             profiled=tuple(record["lengths"]),
@@ -57,7 +61,7 @@ class PlanFile:
             upto=upto,
             capped=record.get("kv_cap", {}).get("length"),
         )
-        return lengths, HeadLayout.of(self.plan)
+        return lengths, HeadLayout.of(self.plan, kv if self.plan.rounds else None)
 
 
 def check_plan_target(path: Path, *, force: bool) -> None:
@@ -242,11 +246,12 @@ def _with_cap(
     if "kv_cap" not in record:
         return record
     made = record["kv_cap"]
-    cap = KvCap(made["max_bytes"], made["batch"], made["length"], kv_token(checkpoint, request))
+    cap = KvCap(made["max_bytes"], made["batch"], made["length"], kv_shape(checkpoint, request))
     if cap.held_bytes(plan) > cap.max_bytes:
+        edited = cap.kv.token_bytes() == made["token_bytes"]
         raise UsageError(
             f"{path} was planned for at most {told_bytes(cap.max_bytes)} of KV memory, and "
-            f"{'edited' if cap.token_bytes == made['token_bytes'] else 'in this dtype'} it holds "
+            f"{'edited' if edited else 'in this dtype'} it holds "
             f"{told_bytes(cap.held_bytes(plan))}; plan anew with `moac plan --max-kv-bytes`"
         )
     return {**record, "kv_cap": cap.record(plan)}
@@ -333,9 +338,13 @@ def _check_rules(rules: Any, spec: ModelSpec) -> None:
 
 
 def _check_rule(rule: Any, where: str, context: int) -> None:
-    if not isinstance(rule, list) or len(rule) != 2:
-        raise ValueError(f"the rule of {where} must be [alpha, beta], got {rule!r}")
-    alpha, beta = rule
+    if not isinstance(rule, list) or len(rule) not in (2, 3):
+        raise ValueError(
+            f"the rule of {where} must be [alpha, beta] or [alpha, beta, bits], got {rule!r}"
+        )
+    alpha, beta, *bits = rule
+    if bits and (type(bits[0]) is not int or bits[0] not in KV_BITS):
+        raise ValueError(f"bits of {where} must be 8 or 4, or left out, got {bits[0]!r}")
     if type(alpha) is not int or abs(alpha) > context:
         raise ValueError(
             f"alpha of {where} must be a whole number of tokens within the context of {context}, "

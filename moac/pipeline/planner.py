@@ -20,7 +20,7 @@ from moac.goal import MaxLoss
 from moac.lengths import Lengths, choose_lengths
 from moac.packaging.cpu_kernels import default_targets, require_cpu
 from moac.packaging.kernels import cuda_archs, require_kernels
-from moac.pipeline.cap import KvCap
+from moac.pipeline.cap import KvCap, kv_shape
 from moac.pipeline.loss_model import learn, smallest_within
 from moac.pipeline.plan_file import PlanFile, check_plan_target, made_for, sealed, write_plan_file
 from moac.pipeline.reading import open_reader
@@ -37,8 +37,8 @@ from moac.pipeline.stages import (
     validate,
 )
 from moac.pipeline.work import Forecast
-from moac.planning import FrontPoint, HeadLayout, Problem, largest_density, layerwise_plan
-from moac.planning.capacities import largest_record
+from moac.planning import FrontPoint, HeadLayout, Problem, layerwise_plan
+from moac.planning.capacities import largest_record, largest_share
 from moac.planning.problem import check_budget
 from moac.progress.cost import Kind
 from moac.progress.progress import notes, stage, step, whole
@@ -47,7 +47,8 @@ from moac.store.work_dir import default_work_dir
 from moac.store.workspace import Workspace, peak_memory_bytes, pick_device
 from moac_runtime.errors import UsageError
 from moac_runtime.host.cores import set_torch_threads
-from moac_runtime.package.plan import Plan
+from moac_runtime.package.kv_format import KvShape
+from moac_runtime.package.plan import Plan, rule_to_json
 from moac_runtime.package.weight_formats import int4_obstacle
 
 _OF_THE_SEARCH = ("predicted_loss", "prediction", "solver", "front", "max_loss")
@@ -138,6 +139,8 @@ def prepare(checkpoint: Checkpoint, request: CompileRequest) -> tuple[Lengths, H
         block=request.block,
         min_span=request.min_span,
         windows=spec.windows,
+        kv=None if request.widths == (None,) else kv_shape(checkpoint, request),
+        widths=request.widths,
     )
     check_capacity(checkpoint, request)
     cap = KvCap.of(checkpoint, request)
@@ -318,7 +321,9 @@ def find_plan(bench: Workbench, lengths: Lengths, clock: Clock) -> Planned:
         "model": made_for(bench.checkpoint),
         "arguments": request.planning(),
         "prompts": "chat" if PromptFormat(bench.tokenizer).has_template else "raw",
-        **planning_record(lengths, problem, front, front[best], measured),
+        **planning_record(
+            lengths, problem, front, front[best], measured, kv_shape(bench.checkpoint, request)
+        ),
         **model.record(front, plan),
         **({} if cap is None else {"kv_cap": cap.record(plan)}),
         **({"max_loss": goal.nats} if isinstance(goal, MaxLoss) else {}),
@@ -339,23 +344,24 @@ def taken_plan(bench: Workbench, file: PlanFile, lengths: Lengths, clock: Clock)
         "known": file.known,
     }
     plan, record = file.plan, file.record
-    notes(_over_budget(file, lengths))
+    kv = kv_shape(bench.checkpoint, bench.request)
+    notes(_over_budget(file, lengths, kv))
     if file.edited:
         with clock("validate"):
             _, measured = validate(bench, [plan], lengths)
         record = {k: v for k, v in record.items() if k not in _OF_THE_SEARCH}
         record |= {"chosen": measured[0].name, **measured_record(measured)}
-    held = density_record(plan, lengths)
-    budget = max(record["budget"], held["largest_density"]["density"])
+    held = density_record(plan, lengths, kv)
+    budget = max(record["budget"], largest_share(plan, lengths.capacities, kv)[0])
     return Planned(plan, {**record, "budget": budget, **held}, origin)
 
 
-def _over_budget(file: PlanFile, lengths: Lengths) -> Iterator[str]:
+def _over_budget(file: PlanFile, lengths: Lengths, kv: KvShape) -> Iterator[str]:
     """What there is to say where the plan of a file holds more than the budget it names."""
-    density, length = largest_density(file.plan, lengths.capacities)
-    if density > file.record["budget"]:
+    share, length = largest_share(file.plan, lengths.capacities, kv)
+    if share > file.record["budget"]:
         yield (
-            f"the plan {file.path} holds {density:.4f} of the dense KV memory at {length} tokens, "
+            f"the plan {file.path} holds {share:.4f} of the dense KV memory at {length} tokens, "
             f"above its budget of {file.record['budget']:g}; the package tells that as its budget"
         )
 
@@ -366,6 +372,7 @@ def planning_record(
     front: Sequence[FrontPoint],
     chosen: FrontPoint,
     measured: Sequence[Measured],
+    kv: KvShape,
 ) -> dict[str, Any]:
     """What `plan.json` holds beside the rules: how the plan was found and what it costs."""
     names = [objective.name for objective in problem.objectives]
@@ -375,7 +382,7 @@ def planning_record(
         "extrapolated": lengths.extrapolated,
         "unseen": lengths.unseen,
         "rules_per_layer": problem.rules_per_layer,
-        **density_record(chosen.plan, lengths),
+        **density_record(chosen.plan, lengths, kv),
         **measured_record(measured),
         "solver": asdict(chosen.record),
         "chosen": f"plan {[point is chosen for point in front].index(True) + 1}",
@@ -388,16 +395,24 @@ def planning_record(
             }
             for number, point in enumerate(front, start=1)
         ],
-        "layerwise": [[layer[0].alpha, layer[0].beta] for layer in layerwise_plan(problem).rules],
+        "layerwise": [rule_to_json(layer[0]) for layer in layerwise_plan(problem).rules],
     }
 
 
-def density_record(plan: Plan, lengths: Lengths) -> dict[str, Any]:
-    """Densities at the planned lengths, and the largest of any session from the shortest up."""
-    return {
+def density_record(plan: Plan, lengths: Lengths, kv: KvShape) -> dict[str, Any]:
+    """Densities at the planned lengths, and the largest of any session from the shortest up.
+
+    Of a plan with widths also the shares of bytes, which are others.
+    """
+    found = {
         "density": {str(n): plan.density(n) for n in lengths.planned},
         "largest_density": largest_record(plan, lengths.capacities),
     }
+    if not plan.rounds:
+        return found
+    shares = {str(n): plan.byte_share(n, kv) for n in lengths.planned}
+    largest = largest_record(plan, lengths.capacities, kv)
+    return found | {"byte_share": shares, "largest_byte_share": largest}
 
 
 def measured_record(measured: Sequence[Measured]) -> dict[str, Any]:

@@ -29,18 +29,21 @@ from moac.planning import (
     matching_uniform,
     pareto_front,
     solve_weighted,
-    uniform_plan,
 )
 from moac.planning.between import spend_between
 from moac.planning.beyond import spend_beyond
+from moac.planning.capacities import largest_share
 from moac.planning.objectives import COUNTING, length_objectives
 from moac.planning.prediction import student
+from moac.planning.rules import with_widths
+from moac.planning.uniform import matching_uniforms, reference_plan
 from moac.profiling.influence import sample_influence
 from moac.progress.cost import Costs, Kind
 from moac.progress.progress import passed, stage, step
 from moac.request import CompileRequest
 from moac.store.keys import result_key
 from moac.store.workspace import Workspace, release_memory
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
 
@@ -121,6 +124,7 @@ def calibrate(
 def profile(bench: Workbench, samples: Sequence[CalibrationSample]) -> list[Tensor]:
     """Each sample's influence `[layers, kv_heads, spans]`, in the samples' order.
 
+    Where heads may have widths, `[1 + widths, layers, kv_heads, spans]`: see `sample_influence`.
     Long ones go first: the time left is soon known then, and so is memory that falls short.
     """
     tables: dict[int, Tensor] = {}
@@ -142,18 +146,20 @@ def planning_problem(
     """The choice of rules that `budget` leaves at the planned lengths.
 
     Within a budget of 1 nothing has to be dropped, so nothing may, whatever first order says that
-    answers would gain.
+    answers would gain; nor within less, where all of it fits in the widest width asked for.
     """
     request, layout = bench.request, bench.layout
-    uniform = uniform_plan(layout, budget=budget, lengths=lengths.planned)
-    rules: tuple[Rule, ...] = (DENSE,)
-    if budget < 1:
-        rules = candidate_rules(
+    uniform = reference_plan(layout, budget=budget, lengths=lengths.planned)
+    whole = replace(DENSE, bits=layout.widths[0])
+    rules: tuple[Rule, ...] = (whole,)
+    if largest_share(layout.uniform(whole), lengths.capacities, layout.kv)[0] > budget:
+        found = candidate_rules(
             lengths.profiled,
             block=request.block,
             min_span=request.min_span,
             extrapolated=[n for n in lengths.planned if n not in lengths.profiled],
         )
+        rules = with_widths(found, layout.widths)
     return Problem(
         layout=layout,
         rules=rules,
@@ -257,9 +263,9 @@ def validate(
     """Which of `plans` to take, and what each loses at the unseen length.
 
     The first, unless another loses less by more than chance, here and at the longest length: the
-    extremes of a front lose most at the lengths they gave up. Dense and a uniform plan of the
-    winner's density stand in the table for comparison. The samples are ones that no profile has
-    seen.
+    extremes of a front lose most at the lengths they gave up. Dense and a uniform plan of as much
+    memory as the winner's stand in the table for comparison. The samples are ones that no profile
+    has seen.
     """
     with stage("validate"):
         samples = unseen_samples(bench, lengths.unseen)
@@ -271,10 +277,22 @@ def validate(
             longest = unseen_samples(bench, lengths.profiled[-1])
             rivals = [i for i in rivals if _better(bench, longest, plans[i], plans[0])]
         best = min([0, *rivals], key=lambda i: rows[i].loss)
-        uniform = matching_uniform(plans[best], lengths=(lengths.unseen,))
-        rows.append(measure(bench, samples, "uniform", uniform))
+        rows.append(_uniform_row(bench, samples, plans[best], lengths.unseen))
         rows.append(measure(bench, samples, "dense", None))
     return best, rows
+
+
+def _uniform_row(
+    bench: Workbench, samples: Sequence[CalibrationSample], plan: Plan, length: int
+) -> Measured:
+    """What every head the same loses in as much memory: of all widths, the one that loses
+    least."""
+    kv, lengths = bench.layout.kv, (length,)
+    plans = [matching_uniform(plan, lengths=lengths)]
+    if kv is not None:
+        plans = matching_uniforms(plan, lengths=lengths, kv=kv)
+    rows = [measure(bench, samples, "uniform", one) for one in plans]
+    return min(rows, key=lambda row: row.loss)
 
 
 def _better(
@@ -381,12 +399,14 @@ def _sample(data: dict[str, Any]) -> CalibrationSample:
 
 
 def _sample_table(bench: Workbench, sample: CalibrationSample, around: Plan | None) -> Tensor:
+    given: dict[str, Any] = {} if bench.layout.kv is None else {"widths": KV_BITS}
     name = bench.key(
         "profile",
         sample=asdict(sample),
         sink=bench.layout.sink,
         block=bench.layout.block,
         around=None if around is None else around.to_json(),
+        **given,
     )
     kept = bench.workspace.load_tensors("profile", name)
     work = bench.costs.backward(len(sample.token_ids))
@@ -394,7 +414,7 @@ def _sample_table(bench: Workbench, sample: CalibrationSample, around: Plan | No
         with step(Kind.BACKWARD, work):
             kept = {
                 "influence": sample_influence(
-                    bench.model, bench.checkpoint.spec, sample, bench.layout, around
+                    bench.model, bench.checkpoint.spec, sample, bench.layout, around, **given
                 )
             }
         bench.workspace.save_tensors("profile", name, kept)

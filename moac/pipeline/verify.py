@@ -224,7 +224,7 @@ def _source_checks(
     for runner in _runners(artifact):
         for prompt in prompts if runner.exact else ():
             name = f"source {len(prompt.tokens)} tokens {runner.name}"
-            yield from _compare(artifact, runner, name, prompt, FLOAT32_LIMIT)
+            yield from _compare(artifact, runner, name, prompt, _limit(artifact, "float32"))
         del runner
 
 
@@ -244,7 +244,8 @@ def _rounded(artifact: Artifact, checkpoint: Checkpoint) -> dict[str, Rounded]:
 def _compare(
     artifact: Artifact, runner: _Runner, name: str, prompt: GoldenPrompt, limit: float
 ) -> Iterator[Check]:
-    """Prefill and decode against the expected logits, and that a sparse plan shows."""
+    """Prefill and decode against the expected logits, and that what a plan drops and rounds
+    shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
     plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
     prefill, stepped = both_logits(runner.session(None), tokens, positions, decoded)
@@ -253,15 +254,24 @@ def _compare(
     if prompt.source is not None and runner.exact:
         lost = _distance(prefill, prompt.source)
         yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
-    if plan.density(prompt.capacity) < 1 and runner.exact:
+    if not runner.exact:
+        return
+    if plan.density(prompt.capacity) < 1:
         dense = session_logits(runner.session(plan.undropping()), tokens, positions)
-        change = _distance(dense, prompt.logits)
-        yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
+        yield _more_than(f"{name}: sparse differs from dense by", dense, prompt.logits, limit)
+    if plan.rounds:
+        full = session_logits(runner.session(plan.unrounded()), tokens, positions)
+        yield _more_than(f"{name}: rounded differs from full by", full, prompt.logits, limit)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference; a value that is no number is infinitely far."""
     return float((found.cpu() - expected).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _more_than(name: str, found: Tensor, expected: Tensor, limit: float) -> Check:
+    change = _distance(found, expected)
+    return Check(name, change > limit, change, limit)
 
 
 def _at_most(name: str, value: float, limit: float) -> Check:

@@ -1,6 +1,6 @@
 """A criterion over choices as one mixed-integer program.
 
-Multiple-choice knapsack: a binary `x[h, r]` per head and rule, one rule a head, tokens held within
+Multiple-choice knapsack: a binary `x[h, r]` per head and rule, one rule a head, memory held within
 the budget where bounded (whole numbers, so exact), losses as objective or as bounds. Where a
 layer has more rules to choose from than it may use, a binary `y[l, r]` opens a rule for it.
 MoA, arXiv 2406.14909, section 4.3.
@@ -38,12 +38,12 @@ def _add_heads(program: Program, choices: Choices) -> None:
 
 
 def _add_budget(program: Program, choices: Choices) -> None:
-    """Tokens held within the budget where bounded, in units of their greatest divisor."""
+    """Memory held within the budget where bounded, in units of its greatest divisor."""
     for column, length in enumerate(choices.problem.bounded):
-        tokens = choices.tokens[:, column]
-        divisor = max(int(np.gcd.reduce(tokens)), 1)
-        most = choices.problem.allowed_tokens(length) // divisor
-        _add_one(program, tokens / divisor, upper=float(most))
+        memory = choices.memory[:, column]
+        divisor = max(int(np.gcd.reduce(memory)), 1)
+        most = choices.problem.allowed_memory(length) // divisor
+        _add_one(program, memory / divisor, upper=float(most))
 
 
 def _add_one(program: Program, values: Floats, *, upper: float) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moac.planning.capacities import held_at, sizes_at
+from moac.planning.capacities import held_at, memory_of, sizes_at
 from moac.planning.problem import Floats, Ints, Problem, allowed_at, span_entries
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
@@ -28,7 +29,8 @@ def spend_between(problem: Problem, plan: Plan) -> Plan:
     less come first; where a layer has few rules, all its heads of one rule move together.
     """
     capacities = np.array(problem.capacities, dtype=np.int64)
-    free = allowed_at(problem.layout, problem.budget, capacities) - held_at(plan, capacities)
+    held = held_at(plan, capacities, problem.layout.kv)
+    free = allowed_at(problem.layout, problem.budget, capacities) - held
     rules = [list(layer) for layer in plan.rules]
     groups = _groups(problem, plan)
     for step in range(_STEPS, 0, -1):
@@ -46,7 +48,7 @@ def spend_between(problem: Problem, plan: Plan) -> Plan:
 class _Group:
     """Heads of one `rule` and own `window` that have not moved, those in most need first.
 
-    `kept`: the capacities at which spans stay.
+    `kept`: the capacities at which spans stay. `kv`: as of the layout.
     """
 
     rule: Rule
@@ -55,21 +57,22 @@ class _Group:
     block: int
     min_span: int
     kept: Ints
+    kv: KvShape | None
 
     def raised(self, tokens: int) -> Rule:
         """The rule with so much more `alpha`."""
-        return Rule(self.rule.alpha + tokens, self.rule.beta)
+        return replace(self.rule, alpha=self.rule.alpha + tokens)
 
     def keeps(self, raised: Rule) -> bool:
         """Whether there are heads, whose spans stay where they must."""
         return bool(self.heads) and not self.more(raised, self.kept).any()
 
     def more(self, raised: Rule, capacities: Ints) -> Ints:
-        """Tokens that a head holds more under `raised`, at each of `capacities`."""
-        return self._sizes(raised, capacities) - self._sizes(self.rule, capacities)
+        """Memory that a head takes more under `raised`, at each of `capacities`."""
+        return self._memory(raised, capacities) - self._memory(self.rule, capacities)
 
     def take(self, raised: Rule, capacities: Ints, free: Ints) -> list[tuple[int, int]]:
-        """As many heads as `free` `[capacities]` tokens let move to `raised`; the others stay."""
+        """As many heads as `free` `[capacities]` memory lets move to `raised`; the others stay."""
         count = self._fitting(raised, capacities[:_FIRST], free[:_FIRST])
         if count:
             count = self._fitting(raised, capacities, free)
@@ -82,10 +85,11 @@ class _Group:
         sizes = np.cumsum([len(together) for together in self.heads])
         return int(np.searchsorted(sizes, room, side="right"))
 
-    def _sizes(self, rule: Rule, capacities: Ints) -> Ints:
-        return sizes_at(
+    def _memory(self, rule: Rule, capacities: Ints) -> Ints:
+        sizes = sizes_at(
             rule, capacities, block=self.block, min_span=self.min_span, window=self.window
         )
+        return memory_of(sizes, rule.bits, self.kv)
 
 
 def _groups(problem: Problem, plan: Plan) -> list[_Group]:
@@ -100,8 +104,9 @@ def _groups(problem: Problem, plan: Plan) -> list[_Group]:
     def urgency(heads: Heads) -> tuple[float, Heads]:
         return -float(np.mean([need[head] for head in heads])), heads
 
+    spans, kv = (plan.block, plan.min_span), problem.layout.kv
     groups = [
-        _Group(rule, window, sorted(heads, key=urgency), plan.block, plan.min_span, kept)
+        _Group(rule, window, sorted(heads, key=urgency), *spans, kept, kv)
         for (rule, window), heads in found.items()
     ]
     return sorted(groups, key=lambda group: urgency(group.heads[0]))

@@ -17,7 +17,7 @@ from moac_runtime.package.plan import Plan
 def spend_beyond(
     problem: Problem, plan: Plan, kept: Sequence[int], *, options: SolverOptions
 ) -> Plan:
-    """Of all plans with the spans of `plan` at the lengths `kept`, the best at longer ones.
+    """Of all plans with widths and spans of `plan` at the lengths `kept`, the best at longer ones.
 
     Rules that agree where losses are known part beyond: a head that keeps all of 4096 tokens may
     keep all of 8192 or 4096 still. What spans lose at a longer length is taken to be what the same
@@ -29,7 +29,7 @@ def spend_beyond(
     if not farther:
         return plan
     beyond = [Objective(f"at {n}", n, _at(longest, n, problem)) for n in farther]
-    other = [Objective(f"other at {n}", n, _others(plan, n, problem)) for n in kept]
+    other = [_others(plan, n, problem) for n in kept]
     found = Optimiser(replace(problem, objectives=(*beyond, *other))).minimise(
         weights=np.array([1.0] * len(beyond) + [0.0] * len(other)),
         bounds=np.array([np.inf] * len(beyond) + [0.0] * len(other)),
@@ -44,8 +44,20 @@ def _at(longest: Objective, length: int, problem: Problem) -> Floats:
     return stretched(longest.table, spans, length / longest.length)
 
 
-def _others(plan: Plan, length: int, problem: Problem) -> Floats:
-    """1 for every span but that of `plan`, `[layers, kv_heads, spans]`."""
+def _others(plan: Plan, length: int, problem: Problem) -> Objective:
+    """1 for every span but that of `plan`, and for every width."""
     table: Floats = np.ones(table_shape(problem.layout, length))
     np.put_along_axis(table, span_entries(plan, length)[..., None], 0.0, axis=-1)
-    return table
+    widths = problem.layout.widths
+    return Objective(
+        f"other at {length}",
+        length,
+        table,
+        {bits: _elsewhere(plan, bits, table) for bits in widths} if len(widths) > 1 else {},
+    )
+
+
+def _elsewhere(plan: Plan, bits: int | None, like: Floats) -> Floats:
+    """1 for the heads whose width in `plan` is another one, `[layers, kv_heads, spans]`."""
+    others = [[float(rule.bits != bits) for rule in layer] for layer in plan.rules]
+    return np.broadcast_to(np.array(others)[..., None], like.shape)

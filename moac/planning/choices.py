@@ -14,7 +14,7 @@ from moac_runtime.package.plan import Plan
 class Choices:
     """The problem's columns: `layer`, `head` and `rule` of every choice that is left, `[C]`.
 
-    `tokens` `[C, bounded]` whole numbers; `losses` `[C, objectives]`, from each head's own best
+    `memory` `[C, bounded]` whole numbers; `losses` `[C, objectives]`, from each head's own best
     choice upward, in units of `scale` `[objectives]`; `ideal` `[objectives]` the sum of those
     bests. Shifted and scaled so that solver tolerances mean the same for every table.
     """
@@ -23,7 +23,7 @@ class Choices:
     layer: Ints
     head: Ints
     rule: Ints
-    tokens: Ints
+    memory: Ints
     losses: Floats
     scale: Floats
     ideal: Floats
@@ -31,8 +31,8 @@ class Choices:
     @classmethod
     def of(cls, problem: Problem) -> Choices:
         """Every choice of `problem` that a best plan can contain."""
-        sizes, losses = problem.sizes(), problem.losses()
-        keep = undominated(sizes, losses, whole_layers=problem.limit is not None)
+        memory, losses = problem.memory(), problem.losses()
+        keep = undominated(memory, losses, whole_layers=problem.limit is not None)
         best = np.where(keep[..., None], losses, np.inf).min(axis=2, keepdims=True)
         above = np.where(keep[..., None], losses - best, 0.0)
         spread = above.max(axis=2).mean(axis=(0, 1))
@@ -43,7 +43,7 @@ class Choices:
             layer=layer,
             head=layer * problem.layout.num_kv_heads + head,
             rule=rule,
-            tokens=sizes[layer, rule],
+            memory=memory[layer, rule],
             losses=above[layer, head, rule] / scale,
             scale=scale,
             ideal=best.sum(axis=(0, 1, 2)),
@@ -56,13 +56,13 @@ class Choices:
             layer=self.layer[keep],
             head=self.head[keep],
             rule=self.rule[keep],
-            tokens=self.tokens[keep],
+            memory=self.memory[keep],
             losses=self.losses[keep],
         )
 
     def smallest(self) -> Ints:
-        """The first plan there is: per head the choice that holds the fewest tokens, `[heads]`."""
-        order = np.lexsort((self.rule, self.tokens.sum(axis=1), self.head))
+        """The first plan there is: per head the choice that takes the least memory, `[heads]`."""
+        order = np.lexsort((self.rule, self.memory.sum(axis=1), self.head))
         _, first = np.unique(self.head[order], return_index=True)
         return order[first]
 

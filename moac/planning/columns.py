@@ -55,10 +55,10 @@ class Relaxation:
         self._losses[choices.layer, head, choices.rule] = choices.losses
         self._missing: Bools = np.ones(shape, dtype=np.bool_)
         self._missing[choices.layer, head, choices.rule] = False
-        # Tokens in shares of the budget, times heads: like the losses, of the order of one a head.
-        allowed = np.array([problem.allowed_tokens(n) for n in problem.bounded])
+        # Memory in shares of the budget, times heads: like the losses, of the order of one a head.
+        allowed = np.array([problem.allowed_memory(n) for n in problem.bounded])
         self._budget = np.full(len(allowed), float(layout.num_heads))
-        self._tokens = problem.sizes() * (self._budget / allowed)
+        self._memory = problem.memory() * (self._budget / allowed)
         self._columns = self._smallest()
 
     def solve(self, criterion: Criterion, *, gap: float) -> Relaxed:
@@ -95,7 +95,7 @@ class Relaxation:
     def _paid(self, prices: Prices, cost: Floats) -> Floats:
         """What every choice pays, `[layers, heads, rules]`."""
         paid: Floats = self._losses @ (cost + prices.losses)
-        paid += (self._tokens @ prices.tokens)[:, None, :]
+        paid += (self._memory @ prices.memory)[:, None, :]
         paid[self._missing] = np.inf
         return paid
 
@@ -108,13 +108,13 @@ class Relaxation:
         return Columns(
             layers,
             chosen[layers],
-            self._tokens[layers[:, None], rule].sum(axis=1),
+            self._memory[layers[:, None], rule].sum(axis=1),
             self._losses[layers[:, None], heads, rule].sum(axis=1),
         )
 
     def _smallest(self) -> Columns:
         """A first column for every layer, which together keep the budgets."""
-        paid = np.repeat(self._tokens.sum(axis=2)[:, None, :], self._missing.shape[1], axis=1)
+        paid = np.repeat(self._memory.sum(axis=2)[:, None, :], self._missing.shape[1], axis=1)
         paid[self._missing] = np.inf
         cheapest = set_prices(paid, self.limit).argmin(axis=1)
         return self._columns_of(paid, cheapest, np.arange(len(paid)))

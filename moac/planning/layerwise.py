@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moac.planning.milp import solve_weighted
-from moac.planning.problem import HeadLayout, Objective, Problem, plan_losses
+from moac.planning.problem import Floats, HeadLayout, Objective, Problem, plan_losses
 from moac.planning.solver import SolverOptions
-from moac.planning.uniform import uniform_plan
+from moac.planning.uniform import reference_plan
 from moac_runtime.package.plan import Plan
 
 
@@ -26,7 +26,7 @@ def layerwise_plan(problem: Problem, *, options: SolverOptions | None = None) ->
         objectives=tuple(_tied(objective) for objective in problem.objectives),
         rules_per_layer=None,
     )
-    reference = uniform_plan(tied.layout, budget=problem.budget, lengths=problem.lengths)
+    reference = reference_plan(tied.layout, budget=problem.budget, lengths=problem.lengths)
     units = plan_losses(reference, tied.objectives)
     weights = {
         objective.name: 1 / abs(unit) if unit else 1.0
@@ -37,7 +37,12 @@ def layerwise_plan(problem: Problem, *, options: SolverOptions | None = None) ->
 
 
 def _tied(objective: Objective) -> Objective:
-    return replace(objective, table=objective.table.sum(axis=1, keepdims=True))
+    def together(table: Floats) -> Floats:
+        summed: Floats = table.sum(axis=1, keepdims=True)
+        return summed
+
+    rounding = {bits: together(table) for bits, table in objective.rounding.items()}
+    return replace(objective, table=together(objective.table), rounding=rounding)
 
 
 def _spread(plan: Plan, layout: HeadLayout) -> Plan:

@@ -18,12 +18,12 @@ _DROPPED = 1e-9  # what HiGHS itself would drop, with a warning
 class Columns:
     """Whole layers, `[n]`: `layer`, and the `rule_set` it was planned with.
 
-    `tokens` `[n, lengths]` and `losses` `[n, objectives]` are summed over the layer's heads.
+    `memory` `[n, lengths]` and `losses` `[n, objectives]` are summed over the layer's heads.
     """
 
     layer: Ints
     rule_set: Ints
-    tokens: Floats
+    memory: Floats
     losses: Floats
 
     def and_also(self, other: Columns) -> Columns:
@@ -31,20 +31,20 @@ class Columns:
         return Columns(
             np.concatenate([self.layer, other.layer]),
             np.concatenate([self.rule_set, other.rule_set]),
-            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.memory, other.memory]),
             np.concatenate([self.losses, other.losses]),
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prices:
-    """The dual prices of the rows: `tokens` `[lengths]` and `losses` `[objectives]`, at least 0.
+    """The dual prices of the rows: `memory` `[lengths]` and `losses` `[objectives]`, at least 0.
 
     `fixed` is to be subtracted once. `layers` `[layers]`: the least that a column of each layer
     pays at these prices.
     """
 
-    tokens: Floats
+    memory: Floats
     losses: Floats
     fixed: float
     layers: Floats
@@ -113,7 +113,7 @@ class Master:
 
     def _pass(self, columns: Columns) -> None:
         count = len(columns.layer)
-        values = np.hstack([np.ones((count, 1)), columns.tokens, columns.losses])
+        values = np.hstack([np.ones((count, 1)), columns.memory, columns.losses])
         shared = np.arange(self._num_layers, self._num_layers + values.shape[1] - 1)
         rows = np.hstack([columns.layer[:, None], np.tile(shared, (count, 1))])
         used = np.abs(values) > _DROPPED
@@ -132,8 +132,8 @@ class Master:
     def _prices(self, duals: Floats) -> Prices:
         """Prices that bound: not negative, and no higher than a miss costs."""
         layers, charged = duals[: self._num_layers], np.maximum(-duals[self._num_layers :], 0.0)
-        tokens, losses = np.split(charged, [len(self._budget)])
+        memory, losses = np.split(charged, [len(self._budget)])
         bounded = np.isfinite(self._criterion.upper)
         losses = np.where(bounded, losses if self.charged else np.minimum(losses, 1.0), 0.0)
-        fixed = tokens @ self._budget + losses[bounded] @ self._criterion.upper[bounded]
-        return Prices(tokens, losses, float(fixed), layers)
+        fixed = memory @ self._budget + losses[bounded] @ self._criterion.upper[bounded]
+        return Prices(memory, losses, float(fixed), layers)

@@ -85,7 +85,7 @@ def solve_weighted(
 class Optimiser:
     """Finds plans of one problem; what one criterion teaches about layers helps with the next.
 
-    The program counts tokens at a few capacities. Where a plan passes the budget at others, they
+    The program counts memory at a few capacities. Where a plan passes the budget at others, they
     are counted too, for every criterion from then on, and the criterion is solved again.
     """
 
@@ -121,7 +121,8 @@ class Optimiser:
             problem, plan = self.choices.problem, found.plan
             _check(problem, plan)
             capacities, bounded = problem.capacities, problem.bounded
-            passed = over_budget(plan, problem.budget, capacities, between=bounded)
+            kv = problem.layout.kv
+            passed = over_budget(plan, problem.budget, capacities, between=bounded, kv=kv)
             if not passed:
                 return found
             self._set(replace(problem, between=(*problem.between, *passed)))
@@ -188,11 +189,12 @@ def _record(
 
 
 def _check(problem: Problem, plan: Plan) -> None:
-    """The solver works in floating point; a plan is believed only after counting tokens."""
+    """The solver works in floating point; a plan is believed only after counting its memory."""
     for length in problem.bounded:
-        if plan.density(length) > problem.budget:
+        share = problem.layout.share(plan, length)
+        if share > problem.budget:
             raise RuntimeError(
-                f"the solver returned a plan of density {plan.density(length)} at length "
+                f"the solver returned a plan of density {share} at length "
                 f"{length} for budget {problem.budget}"
             )
     limit = problem.rules_per_layer

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moac.planning.problem import Floats, Objective, plan_losses
+from moac_runtime.package.kv_format import KV_BITS
 from moac_runtime.package.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def length_objectives(
     effects, whose real losses level off; and what all answers lose or gain together counts again,
     since heads add up: an answer is lost to many small pushes the same way rather than to one
     (benchmarks/influence.py compares).
+
+    What rounding adds counts by its square in every domain: its errors have no sign, and so those
+    of many heads add up as variances do.
     """
     found = stacked(samples, tables)
     lengths = sorted({sample.length for sample in samples})
@@ -68,7 +72,10 @@ def length_objectives(
 def stacked(
     samples: Sequence[CalibrationSample], tables: Sequence[Tensor]
 ) -> dict[str, dict[int, Floats]]:
-    """Influence `[samples, layers, kv_heads, spans]` by domain, then by length, shortest first."""
+    """Influence `[samples, layers, kv_heads, spans]` by domain, then by length, shortest first.
+
+    Where rounding was measured too, `[samples, 1 + widths, layers, kv_heads, spans]`.
+    """
     found: dict[str, dict[int, list[Tensor]]] = {}
     for sample, table in zip(samples, tables, strict=True):
         found.setdefault(sample.domain, {}).setdefault(sample.length, []).append(table)
@@ -89,12 +96,35 @@ def _length_objective(
         for domain, tables in found.items()
         if length in tables
     ]
-    total: Floats = np.average(
-        [_costs(how, tables, reference, length) for how, tables in counted],
-        axis=0,
-        weights=[how.weight for how, _ in counted],
-    )
-    return Objective(name=f"{length}", length=length, table=total)
+    weights = [how.weight for how, _ in counted]
+    spans = [_costs(how, of_spans(tables), reference, length) for how, tables in counted]
+    total: Floats = np.average(spans, axis=0, weights=weights)
+    added = [_rounding_costs(tables[length], reference, length) for _, tables in counted]
+    rounding = {
+        bits: np.average([costs[bits] for costs in added], axis=0, weights=weights)
+        for bits in added[0]
+    }
+    return Objective(name=f"{length}", length=length, table=total, rounding=rounding)
+
+
+def of_spans(tables: Mapping[int, Floats]) -> dict[int, Floats]:
+    """The influence of spans alone, `[samples, layers, kv_heads, spans]`, by length."""
+    return {n: found if found.ndim == 4 else found[:, 0] for n, found in tables.items()}
+
+
+def of_rounding(found: Floats) -> dict[int | None, Floats]:
+    """That of rounding, by width; none where it was not measured."""
+    if found.ndim == 4:
+        return {}
+    return {bits: found[:, place] for place, bits in enumerate(KV_BITS, start=1)}
+
+
+def _rounding_costs(found: Floats, reference: Plan, length: int) -> dict[int | None, Floats]:
+    """`[layers, kv_heads, spans]` of each width, in units of what `reference` loses by squares."""
+    spans = of_spans({length: found})[length]
+    squares = monotone(np.square(spans).mean(0))
+    unit = plan_losses(reference, [Objective("unit", length, squares)])[0] or 1.0
+    return {bits: np.square(one).mean(0) / unit for bits, one in of_rounding(found).items()}
 
 
 def _costs(how: Counting, tables: Mapping[int, Floats], reference: Plan, length: int) -> Floats:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from moac.planning.objectives import monotone, stacked
+from moac.planning.objectives import monotone, of_rounding, of_spans, stacked
 from moac.planning.problem import Floats, Objective, plan_losses
 from moac_runtime.package.plan import Plan
 
@@ -47,7 +47,7 @@ class SpanCosts:
         return cls(
             {
                 domain: tuple(
-                    Objective(domain, length, _costs(group)) for length, group in by_length.items()
+                    _span_costs(domain, length, group) for length, group in by_length.items()
                 )
                 for domain, by_length in stacked(samples, tables).items()
             }
@@ -137,7 +137,14 @@ def _scaled(power: float, scores: Floats, losses: Floats) -> tuple[float, Curve]
     return float(np.square(y - slope * x).sum()), Curve(slope**2, power)
 
 
-def _costs(tables: Floats) -> Floats:
-    """What each span adds to the score, `[layers, kv_heads, spans]`; a wider one never more."""
-    costs: Floats = monotone(np.sqrt(np.square(tables).mean(0))) ** _EXPONENT
-    return costs
+def _span_costs(domain: str, length: int, tables: Floats) -> Objective:
+    """What each span adds to the score, a wider one never more, and rounding its keys."""
+    spans = of_spans({length: tables})[length]
+    rounding = {bits: _sizes(found) ** _EXPONENT for bits, found in of_rounding(tables).items()}
+    return Objective(domain, length, monotone(_sizes(spans)) ** _EXPONENT, rounding)
+
+
+def _sizes(tables: Floats) -> Floats:
+    """Root mean squares over samples."""
+    found: Floats = np.sqrt(np.square(tables).mean(0))
+    return found

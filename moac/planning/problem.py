@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from moac_runtime.errors import BudgetError
+from moac_runtime.package.kv_format import KV_BITS, KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, dense_tokens, head_span
 
@@ -25,6 +26,8 @@ class HeadLayout:
     """What every plan of one compile shares: `sink`, `block` and `min_span` in tokens.
 
     `windows[layer]`: the checkpoint's own sliding window in tokens, None where it attends fully.
+    `kv`: the keys whose bytes memory is counted in; None counts tokens, which is as good where
+    every head holds its keys in the package's dtype. `widths`: those that a head may have.
     """
 
     num_kv_heads: int
@@ -32,11 +35,22 @@ class HeadLayout:
     block: int
     min_span: int
     windows: tuple[int | None, ...]
+    kv: KvShape | None = None
+    widths: tuple[int | None, ...] = (None,)
+
+    def __post_init__(self) -> None:
+        if self.kv is None and self.widths != (None,):
+            raise ValueError(f"kv must be given to count the bytes of {self.widths} bits")
 
     @classmethod
-    def of(cls, plan: Plan) -> HeadLayout:
+    def of(cls, plan: Plan, kv: KvShape | None = None) -> HeadLayout:
         """The layout that `plan` was made for."""
-        return cls(len(plan.rules[0]), plan.sink, plan.block, plan.min_span, plan.windows)
+        found = {rule.bits for layer in plan.rules for rule in layer}
+        return cls(
+            *(len(plan.rules[0]), plan.sink, plan.block, plan.min_span, plan.windows),
+            kv=kv,
+            widths=tuple(width for width in (None, *KV_BITS) if width in found) if kv else (None,),
+        )
 
     @property
     def num_layers(self) -> int:
@@ -66,12 +80,33 @@ class HeadLayout:
         """Tokens that the model holds by itself, over all heads, at a capacity."""
         return dense_tokens(self.windows, self.num_kv_heads, capacity)
 
+    @property
+    def least(self) -> Rule:
+        """The rule that holds least."""
+        widths = sorted(self.widths, key=lambda bits: self.kv.token_bytes(bits) if self.kv else 0)
+        return Rule(self.min_span, 0.0, widths[0])
+
+    @property
+    def token_memory(self) -> int:
+        """What a token of one head counts in the package's dtype: its bytes, or one token."""
+        return 1 if self.kv is None else self.kv.token_bytes()
+
+    def held(self, plan: Plan, capacity: int) -> int:
+        """The memory that `plan` holds at a capacity: bytes, or tokens."""
+        if self.kv is None:
+            return plan.held_tokens(capacity)
+        return plan.held_bytes(capacity, self.kv)
+
+    def share(self, plan: Plan, capacity: int) -> float:
+        """The same over what the model holds by itself."""
+        return self.held(plan, capacity) / (self.dense_tokens(capacity) * self.token_memory)
+
     def dense_at(self, capacities: Ints) -> Ints:
-        """The same at each of many `capacities`."""
+        """The memory that the model holds by itself at each of many `capacities`."""
         total = np.zeros_like(capacities)
         for window, layers in Counter(self.windows).items():
             total += layers * (capacities if window is None else np.minimum(capacities, window))
-        return self.num_kv_heads * total
+        return self.num_kv_heads * self.token_memory * total
 
     def sizes(self, rules: Sequence[Rule], lengths: Sequence[int]) -> Ints:
         """Tokens held by a head of each layer, `[layers, rules, lengths]`."""
@@ -81,6 +116,14 @@ class HeadLayout:
             return [[self._size(rule, n, window) for n in lengths] for rule in rules]
 
         return np.array([of_window(window) for window in self.windows], dtype=np.int64)
+
+    def memory(self, rules: Sequence[Rule], lengths: Sequence[int]) -> Ints:
+        """The memory of a head of each layer, `[layers, rules, lengths]`."""
+        sizes = self.sizes(rules, lengths)
+        if self.kv is None:
+            return sizes
+        parts = [self.kv.slots_bytes(sizes[:, i], rule.bits) for i, rule in enumerate(rules)]
+        return np.stack(parts, axis=1)
 
     def _size(self, rule: Rule, length: int, window: int | None) -> int:
         return head_span(
@@ -99,17 +142,25 @@ class Objective:
 
     `table[layer, kv_head, s]`: the loss increase when that head's span is `s * block` tokens;
     the last `s`, `ceil(length / block)`, is dense. Entries may be negative, and infinite where no
-    rule leads (below `min_span`).
+    rule leads (below `min_span`). `rounding[bits]`, shaped alike: what rounding adds to the keys
+    and values that such a span holds; of a width that is not named it adds nothing.
     """
 
     name: str
     length: int
     table: Floats
+    rounding: Mapping[int | None, Floats] = field(default_factory=dict)
+
+    def losses(self, bits: int | None) -> Floats:
+        """The loss increase of every span at a width, `[layers, kv_heads, spans]`."""
+        more = self.rounding.get(bits)
+        return self.table if more is None else self.table + more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """One rule per KV head, held at most `budget` of what the model holds at every capacity.
+    """One rule per KV head, held at most `budget` of what the model holds at every capacity, in
+    the memory that the layout counts.
 
     `lengths` (tokens) holds the planned and the extrapolated lengths; capacities are all from the
     shortest of them to the longest, or to `upto`, the longest session, where that is longer.
@@ -139,8 +190,8 @@ class Problem:
             raise ValueError("objectives must have distinct names")
         for objective in self.objectives:
             _check_table(objective, self.layout)
-        sizes = self.sizes()
-        if not (sizes == sizes.min(axis=1, keepdims=True)).all(axis=(0, 2)).any():
+        held = self.memory()
+        if not (held == held.min(axis=1, keepdims=True)).all(axis=(0, 2)).any():
             raise ValueError("rules must include one that is the smallest at every length")
 
     @property
@@ -156,21 +207,21 @@ class Problem:
 
     @property
     def bounded(self) -> tuple[int, ...]:
-        """The capacities at which the program counts tokens, ascending."""
+        """The capacities at which the program counts memory, ascending."""
         return tuple(sorted({*self.lengths, *self.between, self.capacities[-1]}))
 
-    def sizes(self) -> Ints:
-        """Tokens held, `[layers, rules, bounded]`."""
-        return self.layout.sizes(self.rules, self.bounded)
+    def memory(self) -> Ints:
+        """Memory held, `[layers, rules, bounded]`."""
+        return self.layout.memory(self.rules, self.bounded)
 
     def losses(self) -> Floats:
         """Predicted loss of every choice, `[layers, kv_heads, rules, objectives]`."""
         columns = [_rule_losses(objective, self) for objective in self.objectives]
         return np.stack(columns, axis=-1)
 
-    def allowed_tokens(self, length: int) -> int:
-        """The most tokens all heads together may hold: the last count with density <= budget."""
-        return allowed_tokens(self.layout, self.budget, length)
+    def allowed_memory(self, length: int) -> int:
+        """The most memory all heads together may hold: the last count with share <= budget."""
+        return allowed_memory(self.layout, self.budget, length)
 
 
 def plan_losses(plan: Plan, objectives: Sequence[Objective]) -> tuple[float, ...]:
@@ -194,13 +245,13 @@ def span_entries(plan: Plan, length: int) -> Ints:
 
 
 def smallest_budget(layout: HeadLayout, lengths: Sequence[int]) -> tuple[float, int]:
-    """The lowest density every length can meet, and the length that needs it.
+    """The lowest share of memory every length can meet, and the length that needs it.
 
     Rounded up in the fourth decimal, so that asking for it works.
     """
-    plan = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
-    density, length = max((plan.density(n), -n) for n in lengths)
-    return _round_up(density), -length
+    plan = layout.uniform(layout.least)
+    share, length = max((layout.share(plan, n), -n) for n in lengths)
+    return _round_up(share), -length
 
 
 def check_budget(layout: HeadLayout, budget: float, lengths: Sequence[int]) -> None:
@@ -210,36 +261,37 @@ def check_budget(layout: HeadLayout, budget: float, lengths: Sequence[int]) -> N
     if not lengths:
         raise ValueError("lengths must name at least one length")
     smallest, length = smallest_budget(layout, lengths)
-    plan = layout.uniform(Rule(alpha=layout.min_span, beta=0.0))
-    if plan.density(length) > budget:
+    if layout.share(layout.uniform(layout.least), length) > budget:
+        bits = layout.least.bits
+        width = "" if bits is None else f" in {bits} bits"
         raise BudgetError(
             f"no plan fits budget {budget:g} at length {length}: the smallest is {smallest:g} "
-            f"(every head at the minimum span of {layout.min_span} tokens); "
+            f"(every head at the minimum span of {layout.min_span} tokens{width}); "
             f"ask for --budget {smallest:g} or more"
         )
 
 
-def allowed_tokens(layout: HeadLayout, budget: float, length: int) -> int:
-    """The most tokens all heads together may hold at `length` within `budget`."""
+def allowed_memory(layout: HeadLayout, budget: float, length: int) -> int:
+    """The most memory all heads together may hold at `length` within `budget`."""
     return int(allowed_at(layout, budget, np.array([length]))[0])
 
 
 def allowed_at(layout: HeadLayout, budget: float, capacities: Ints) -> Ints:
     """The same at each of `capacities`.
 
-    Found with the division `Plan.density` makes, so that the two can never disagree.
+    Found with the division `HeadLayout.share` makes, so that the two can never disagree.
     """
     whole = layout.dense_at(capacities)
-    tokens: Ints = np.floor(budget * whole).astype(np.int64) + 1
-    while (over := tokens / whole > budget).any():
-        tokens = tokens - over
-    return tokens
+    most: Ints = np.floor(budget * whole).astype(np.int64) + 1
+    while (over := most / whole > budget).any():
+        most = most - over
+    return most
 
 
-def undominated(sizes: Ints, losses: Floats, *, whole_layers: bool) -> Bools:
+def undominated(memory: Ints, losses: Floats, *, whole_layers: bool) -> Bools:
     """Which choices can be in a best plan, `[layers, kv_heads, rules]`.
 
-    A choice goes when another rule of the same head holds no more at any length and loses no more
+    A choice goes when another rule of the same head takes no more at any length and loses no more
     in any objective. Where a layer may use only a few rules (`whole_layers`), one head's better
     rule may not be affordable, so a rule goes only when one other beats it for the whole layer.
     """
@@ -248,10 +300,10 @@ def undominated(sizes: Ints, losses: Floats, *, whole_layers: bool) -> Bools:
     for layer in range(layers):
         if whole_layers:
             together = losses[layer].transpose(1, 0, 2).reshape(rules, -1)
-            keep[layer] = _best(np.hstack([sizes[layer], together]))
+            keep[layer] = _best(np.hstack([memory[layer], together]))
         else:
             for head in range(heads):
-                keep[layer, head] = _best(np.hstack([sizes[layer], losses[layer, head]]))
+                keep[layer, head] = _best(np.hstack([memory[layer], losses[layer, head]]))
     return keep
 
 
@@ -271,11 +323,12 @@ def _round_up(density: float) -> float:
 
 def _check_table(objective: Objective, layout: HeadLayout) -> None:
     expected = table_shape(layout, objective.length)
-    if objective.table.shape != expected:
-        raise ValueError(
-            f"the loss table of {objective.name} must have shape {expected} "
-            f"[layers, kv_heads, spans], got {objective.table.shape}"
-        )
+    for table in (objective.table, *objective.rounding.values()):
+        if table.shape != expected:
+            raise ValueError(
+                f"the loss table of {objective.name} must have shape {expected} "
+                f"[layers, kv_heads, spans], got {table.shape}"
+            )
 
 
 def _rule_losses(objective: Objective, problem: Problem) -> Floats:
@@ -286,7 +339,10 @@ def _rule_losses(objective: Objective, problem: Problem) -> Floats:
         [_entry(int(size), objective.length, window, layout.block) for size in row]
         for row, window in zip(sizes, layout.windows, strict=True)
     ]
-    losses: Floats = np.take_along_axis(objective.table, np.array(index)[:, None, :], axis=2)
+    of_width = {bits: objective.losses(bits) for bits in {rule.bits for rule in problem.rules}}
+    tables = np.stack([of_width[rule.bits] for rule in problem.rules], axis=2)
+    entries = np.array(index)[:, None, :, None]
+    losses: Floats = np.take_along_axis(tables, entries, axis=3)[..., 0]
     if not np.isfinite(losses).all():
         layer, head, rule = np.argwhere(~np.isfinite(losses))[0]
         raise ValueError(
@@ -298,7 +354,11 @@ def _rule_losses(objective: Objective, problem: Problem) -> Floats:
 
 def _plan_loss(plan: Plan, objective: Objective) -> float:
     entries = span_entries(plan, objective.length)[..., None]
-    return float(np.take_along_axis(objective.table, entries, axis=-1).sum())
+    found = np.take_along_axis(objective.table, entries, axis=-1)
+    for bits, more in objective.rounding.items():
+        there = [[rule.bits == bits for rule in layer] for layer in plan.rules]
+        found += np.take_along_axis(more, entries, axis=-1) * np.array(there)[..., None]
+    return float(found.sum())
 
 
 def _entry(size: int, length: int, window: int | None, block: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from moac_runtime.package.span import DENSE, Rule, span_tokens
@@ -41,6 +42,11 @@ def candidate_rules(
         if len(rules) >= at_least or step == block:
             return rules
         step = max(step // 2 // block, 1) * block
+
+
+def with_widths(rules: Sequence[Rule], widths: Sequence[int | None]) -> tuple[Rule, ...]:
+    """Every rule in every width."""
+    return tuple(replace(rule, bits=bits) for rule in rules for bits in widths)
 
 
 def _grid(shortest: int, longest: int, *, step: int) -> list[Rule]:

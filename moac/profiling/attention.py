@@ -16,17 +16,26 @@ in: the same formula, with those weights and the mass taken in counted negative.
 
 A learned logit beside the scores is one key more that no span drops, whose value is nought: it has
 its share of every softmax, and of `l_i`, and no other part in any of these sums.
+
+Holding keys and values in fewer bits moves them by what rounding does, `Q(K) - K` and
+`Q(V) - V`, and the loss to the first order by
+
+    sum_ij dS_ij scale (q_i . (Q(K_j) - K_j)) + A_ij (dO_i . (Q(V_j) - V_j)),
+
+which is added up by distance too: a span is charged for the keys that it holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moac_kernels.reference import rounded_heads
 
 TILE_ELEMENTS = 1 << 21
 _FORWARD_ROWS = 256
@@ -41,14 +50,19 @@ class InfluenceRecorder:
     `s * block` tokens, `sink` of them pinned; spans at or under the sink are infinite.
     `windows[layer]` is the checkpoint's own sliding window in tokens, or None. `held[layer]`: the
     tokens that each KV head holds, a multiple of `block`, in the plan around which is measured;
-    None is the dense model.
+    None is the dense model. `widths`: those that keys and values are rounded to for a table
+    `[kv_heads, spans]` each in `rounding[layer]`; `key_orders[layer]`: how a package orders the
+    numbers of a key.
     """
 
     sink: int
     block: int
     windows: tuple[int | None, ...]
     held: Sequence[Sequence[int]] | None = None
+    widths: Sequence[int] = ()
+    key_orders: Sequence[Sequence[int]] | None = None
     tables: dict[int, Tensor] = field(default_factory=dict)
+    rounding: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sink % self.block:
@@ -58,6 +72,15 @@ class InfluenceRecorder:
         """What the heads of `layer` see while the influence is measured."""
         held = None if self.held is None else tuple(n - self.sink for n in self.held[layer])
         return _Reach(self.sink, self.windows[layer], held)
+
+    def errors(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What rounding `k` and `v` `[B, K, T, D]` to each width moves them by."""
+        order = None if self.key_orders is None else self.key_orders[layer]
+        every = [[bits] * k.shape[1] for bits in self.widths]
+        return [
+            (rounded_heads(k, bits, order) - k.float(), rounded_heads(v, bits) - v.float())
+            for bits in every
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +173,16 @@ class _InfluenceAttention(torch.autograd.Function):
         reach = recorder.reach(ctx.layer)
         grads = _Backward(q, k, v, out, grad_out, ctx.scoring, reach)
         spans = _SpanSums(k.shape[1], k.shape[2], reach, recorder.block, q.device)
+        errors = [grads.turned(*pair) for pair in recorder.errors(ctx.layer, k, v)]
+        rounding = [spans.zeros() for _ in errors]
         for start in range(0, q.shape[2], grads.tile_rows(recorder.block)):
-            spans.add(*grads.tile(start, recorder.block))
+            tile = grads.tile(start, recorder.block)
+            spans.add(tile.weights, tile.flows, tile.left)
+            for total, pair in zip(rounding, errors, strict=True):
+                spans.add_held(total, grads.moved(tile, *pair))
         recorder.tables[ctx.layer] = spans.total
+        if rounding:
+            recorder.rounding[ctx.layer] = torch.stack(rounding)
         return grads.dq.view_as(q), grads.dk, grads.dv, None, None, None
 
 
@@ -228,6 +258,20 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | Non
     return weights[..., :-1].contiguous(), weights[..., -1:]
 
 
+class _Tile(NamedTuple):
+    """Rows `start` to `stop - 1`: weights A and flows A (G - dO . O), `[K, G, R, keys]`, newest
+    key first. `left` `[K, G, R, 1]`: around a plan the mass that the spans leave of A. `slope`:
+    how fast scores grow with what is capped, None where nothing is.
+    """
+
+    start: int
+    stop: int
+    weights: Tensor
+    flows: Tensor
+    left: Tensor | None
+    slope: Tensor | None
+
+
 class _Backward:
     """Attention's backward pass, a tile of query rows against all their keys at a time.
 
@@ -267,11 +311,28 @@ class _Backward:
         per_row = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         return max(1, TILE_ELEMENTS // per_row // block) * block
 
-    def tile(self, start: int, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights A and flows A (G - dO . O) of one tile, `[K, G, R, keys]`, newest key first.
+    def turned(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors of keys and values `[B, K, T, D]` as tiles take them, newest first."""
+        shape = self.keys.shape
+        own, others = (x.reshape(shape).flip(1).to(self.q.dtype) for x in (keys, values))
+        return own, others
 
-        Around a plan also the mass `[K, G, R, 1]` that the spans leave of A.
-        """
+    def moved(self, tile: _Tile, keys: Tensor, values: Tensor) -> Tensor:
+        """How the loss moves with errors of keys and values, pair by pair, `[K, G, R, keys]`."""
+        groups, share, length, dim = self.q.shape
+        rows, newest = tile.stop - tile.start, length - tile.stop
+        flat = (groups, share * rows, dim)
+        q = self.q[:, :, tile.start : tile.stop].reshape(flat)
+        grad_out = self.grad_out[:, :, tile.start : tile.stop].reshape(flat)
+        scores = (q @ keys[:, newest:].mT).float().view_as(tile.flows).mul_(self.scoring.scale)
+        if tile.slope is not None:
+            scores = scores * tile.slope
+        moved = scores * tile.flows
+        moved += (grad_out @ values[:, newest:].mT).float().view_as(moved) * tile.weights
+        return moved if tile.left is None else moved / tile.left
+
+    def tile(self, start: int, block: int) -> _Tile:
+        """One tile, and the gradients that it adds."""
         groups, share, length, dim = self.q.shape
         stop = min(start + self.tile_rows(block), length)
         rows = stop - start
@@ -300,7 +361,7 @@ class _Backward:
         self.dq[:, :, start:stop] = dq if left is None else dq / left
         self._add(self.dk, (flat_flows.mT @ q).mul_(self.scoring.scale), stop)
         self._add(self.dv, flat_weights.mT @ grad_out, stop)
-        return weights, flows, left
+        return _Tile(start, stop, weights, flows, left, slope)
 
     def _dropped(self, recent: Tensor, rows: int, keys: int) -> Tensor:
         """Keys that the spans leave out, `[K, 1, R, keys]`."""
@@ -347,6 +408,20 @@ class _SpanSums:
         first = self.sink // self.block + 1
         count = min(change.shape[-1] - 1, self.total.shape[1] - first)
         self.total[:, first : first + count] += change[:, 1 : 1 + count]
+
+    def zeros(self) -> Tensor:
+        """A table of no effect, `[kv_heads, spans]`."""
+        return torch.zeros_like(self.total)
+
+    def add_held(self, total: Tensor, moved: Tensor) -> None:
+        """Add to `total` what every span holds of the effects `moved` `[K, G, R, keys]`."""
+        far = self._beyond(moved).sum((1, 2), dtype=torch.float64)
+        far = far.view(-1, self.kv_heads, far.shape[-1]).sum(0)
+        whole = moved.sum((1, 2, 3), dtype=torch.float64).view(-1, self.kv_heads).sum(0)
+        first = self.sink // self.block + 1
+        count = min(far.shape[-1] - 1, total.shape[1] - first)
+        total[:, first:] += whole[:, None]
+        total[:, first : first + count] -= far[:, 1 : 1 + count]
 
     def _around(self, mass: Tensor, flow: Tensor) -> Tensor:
         """What each span loses against all keys, seen from the present spans."""

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from moac.checkpoint.families import FAMILIES
 from moac.profiling.attention import InfluenceRecorder, influence_attention
-from moac_kernels.reference import layer_mask, masked_attention
+from moac_kernels.reference import layer_mask, masked_attention, rounded_heads
 from moac_runtime.errors import MoacError
 from moac_runtime.package.span import HeadSpan, visible
 
@@ -26,6 +26,7 @@ INFLUENCE = "moac_influence"  # measures what spans would cost, on the way back
 REFERENCE = "moac_reference"  # runs a plan by the oracle, dense masks in float32: for checking
 
 _QUERY_ROWS = 256
+_REORDERED = 4e-6  # of the largest number: several times what float32 sums of another order do
 # What transformers hands to attention of some models, and what changes the outcome.
 _CHANGING = ("head_mask",)
 
@@ -109,12 +110,20 @@ def _reference(
     scaling: float,
     *,
     moac_spans: Sequence[Sequence[HeadSpan]],
+    moac_key_orders: Sequence[Sequence[int]] | None = None,
+    moac_disturbed: torch.Generator | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     _check_options(options)
-    heads = moac_spans[int(module.layer_idx)]  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    heads = moac_spans[layer]
+    bits = [head.bits for head in heads]
+    if moac_disturbed is not None:
+        key, value = (_disturbed(x, moac_disturbed) for x in (key, value))
+    key = rounded_heads(key, bits, None if moac_key_orders is None else moac_key_orders[layer])
+    value = rounded_heads(value, bits)
     place = torch.arange(query.shape[2], device=query.device)
     parts = []
     for rows in place.split(_QUERY_ROWS):
@@ -122,6 +131,12 @@ def _reference(
         seen = query[:, :, rows], key, value, mask
         parts.append(masked_attention(*seen, scaling, softcap, sinks=s_aux))
     return torch.cat(parts, dim=2).to(query.dtype).transpose(1, 2), None
+
+
+def _disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """`x` as sums of another order might give it, so that some numbers round to the next code."""
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    return x + noise * x.abs().amax(-1, keepdim=True) * _REORDERED
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moac.calibration.samples import CalibrationSample
+from moac.checkpoint.key_order import key_orders
 from moac.planning.problem import HeadLayout
 from moac.profiling.attention import TILE_ELEMENTS, InfluenceRecorder
 from moac.profiling.hooks import INFLUENCE, attention
@@ -31,6 +32,8 @@ def sample_influence(
     sample: CalibrationSample,
     layout: HeadLayout,
     plan: Plan | None = None,
+    *,
+    widths: Sequence[int] = (),
 ) -> Tensor:
     """First-order change of one sample's loss, `[layers, kv_heads, spans]` float32.
 
@@ -38,6 +41,9 @@ def sample_influence(
     or under the sink are infinite. Measured around the dense model, or around `plan`: there a
     span's entry is what it loses against a head that sees everything, all other heads at their
     spans of the plan.
+
+    With `widths` the table is `[1 + widths, layers, kv_heads, spans]`: after the spans' own
+    influence that of holding the keys and values of a span in so many bits.
     """
     held = None
     if plan is not None:
@@ -45,7 +51,9 @@ def sample_influence(
         full = sample.length + layout.sink
         spans = plan.spans(sample.length)
         held = [[head.size if head.sink else full for head in layer] for layer in spans]
-    recorder = InfluenceRecorder(layout.sink, layout.block, layout.windows, held)
+    recorder = InfluenceRecorder(
+        layout.sink, layout.block, layout.windows, held, widths, key_orders(spec)
+    )
     with attention(model, INFLUENCE), _recomputing(model, spec, sample):
         ids = torch.tensor([sample.token_ids], device=model.device)
         # The weights stay without gradients: only activations carry them.
@@ -55,7 +63,12 @@ def sample_influence(
     table = torch.stack([recorder.tables[i].float().cpu() for i in range(spec.num_layers)])
     missing = -(-sample.length // layout.block) + 1 - table.shape[-1]
     padded: Tensor = F.pad(table, (0, missing))  # past the sample's own end nothing is masked
-    return padded
+    if not widths:
+        return padded
+    rounding = torch.stack([recorder.rounding[i].float().cpu() for i in range(spec.num_layers)], 1)
+    # past the sample's own end nothing more is held
+    wider = rounding[..., -1:].expand(*rounding.shape[:-1], missing)
+    return torch.cat([padded[None], torch.cat([rounding, wider], dim=-1)])
 
 
 def _profiled_loss(sample: CalibrationSample, logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from moac_runtime.errors import plain_line
 
 _MIB = 1 << 20
 _NOTHING = "-"
+_FULL = 16  # more bits than any width that a rule names
 
 
 def diff_text(found: Mapping[str, Any]) -> str:
@@ -28,6 +29,12 @@ def _sides(found: Mapping[str, Any]) -> str:
     ]
     if found["same_spans"]:
         lines.append("every span is the same at every planned length")
+    if found["widths"]:
+        narrower = sum((b or _FULL) < (a or _FULL) for _, _, a, b in found["widths"])
+        lines.append(
+            f"{len(found['widths'])} KV heads hold keys and values in another width, {narrower} "
+            "of them in fewer bits in b"
+        )
     return "\n".join(lines)
 
 

@@ -12,8 +12,8 @@ from moac.show.file_diff import file_diff, package_facts
 from moac.show.inspection import chosen_plan, planned_lengths
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
-from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.integrity import MANIFEST, sha256
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.plan import Plan
 
@@ -29,10 +29,10 @@ class Side:
     """One of the two. `lengths`: the planned ones, in tokens. `losses`: by the kind of plan
     (`chosen`, `uniform`, `dense`), then by domain, in nats at `unseen` tokens.
 
-    `token_bytes`: KV bytes of one token in one KV head; None where a plan stands alone, which
-    does not tell the model. `facts`: settings and provenance by name. `files`: SHA-256 by name,
-    `build`: what `build.json` tells, and `told`: what files follow from besides; of a plan alone,
-    and where there is none, all three are empty.
+    `kv`: a key of the package, for its bytes; None where a plan stands alone, which does not tell
+    the model. `facts`: settings and provenance by name. `files`: SHA-256 by name, `build`: what
+    `build.json` tells, and `told`: what files follow from besides; of a plan alone, and where
+    there is none, all three are empty.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Side:
     lengths: tuple[int, ...]
     unseen: int | None
     losses: Mapping[str, Mapping[str, float]]
-    token_bytes: int | None
+    kv: KvShape | None
     facts: Mapping[str, Any]
     files: Mapping[str, str]
     build: Mapping[str, Any]
@@ -65,8 +65,9 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
 
     `spans` give for each length `heads`, `differ`, `longer` and `shorter` in b (heads), `layers`
     (heads that differ, by layer) and `changes` (`[layer, kv_head, span in a, span in b]`).
-    `files`: see `file_diff`, None beside a plan alone; `builds`: when, on what and in how many
-    seconds each was made, which no file follows from but by the order of sums.
+    `widths`: `[layer, kv_head, bits in a, bits in b]` of heads whose widths differ, None for the
+    package's dtype. `files`: see `file_diff`, None beside a plan alone; `builds`: when, on what
+    and in how many seconds each was made, which no file follows from but by the order of sums.
     `losses_comparable`: whether both measured the dense model alike, so on equal samples. Raises
     UsageError where the plans are of different shape or name no length.
     """
@@ -84,6 +85,7 @@ def diff(a: Side, b: Side) -> dict[str, Any]:
         "same_spans": all(found["differ"] == 0 for found in spans.values()),
         "lengths": lengths,
         "spans": spans,
+        "widths": _widths(a.plan, b.plan),
         "density": {str(n): _pair(a.plan.density(n), b.plan.density(n)) for n in lengths},
         "kv_bytes": {str(n): _pair(_bytes(a, n), _bytes(b, n)) for n in lengths},
         "losses": {
@@ -107,7 +109,7 @@ def _side(path: Path, kind: str, record: dict[str, Any], artifact: Artifact | No
             lengths=_lengths(record),
             unseen=None if record.get("unseen") is None else int(record["unseen"]),
             losses=_losses(record),
-            token_bytes=None if artifact is None else _token_bytes(artifact),
+            kv=None if artifact is None else artifact.kv,
             facts=_facts(plan, record, artifact),
             files={} if artifact is None else _hashes(artifact),
             build={} if artifact is None else _build(artifact),
@@ -139,10 +141,6 @@ def _losses(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for row in record.get("measured_loss", ())
         if row["plan"] in names
     }
-
-
-def _token_bytes(artifact: Artifact) -> int:
-    return artifact.spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
 
 
 def _facts(plan: Plan, record: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
@@ -217,13 +215,22 @@ def _spans(a: Plan, b: Plan, length: int) -> dict[str, Any]:
     }
 
 
+def _widths(a: Plan, b: Plan) -> list[list[int | None]]:
+    return [
+        [layer, head, one.bits, other.bits]
+        for layer, rows in enumerate(zip(a.rules, b.rules, strict=True))
+        for head, (one, other) in enumerate(zip(*rows, strict=True))
+        if one.bits != other.bits
+    ]
+
+
 def _pair(a: float | None, b: float | None) -> dict[str, float | None]:
     return {"a": a, "b": b, "change": None if a is None or b is None else b - a}
 
 
 def _bytes(side: Side, length: int) -> int | None:
     """KV bytes held of one sequence, as far as the side tells."""
-    return None if side.token_bytes is None else side.plan.held_tokens(length) * side.token_bytes
+    return None if side.kv is None else side.plan.held_bytes(length, side.kv)
 
 
 def _comparable(a: Side, b: Side) -> bool:

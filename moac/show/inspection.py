@@ -12,7 +12,6 @@ from moac.packaging.kernels import packaged_kernels
 from moac.planning.capacities import largest_record
 from moac_runtime.backends.cpu.opening import host_obstacle
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
-from moac_runtime.package.dtypes import DTYPE_BYTES
 
 
 def inspect_package(path: Path) -> dict[str, Any]:
@@ -25,13 +24,16 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
 
     `density`, `kv_bytes` and `spans` are by planned length (a string, as JSON keys are); `rules`
     `[layers][kv_heads]` are `[alpha, beta]` pairs and `spans` tokens, both in checkpoint order.
-    `largest_density`: of all sessions from the shortest planned length to the capacity.
+    A rule with a width is `[alpha, beta, bits]`; `widths` tells the bits of every head, None for
+    the package's dtype, and `byte_share` what `kv_bytes` come to. `largest_density` and
+    `largest_byte_share`: of all sessions from the shortest planned length to the capacity.
     `build`: when it was made, on what and in how long, None where `build.json` is not there.
     `cpu_note`: why the native CPU kernels do not run on this host, None where they do.
     """
     record = load_plan_record(artifact)
     lengths = planned_lengths(record)
     plan = artifact.plan
+    sessions = range(lengths[0], max(lengths[-1], artifact.capacity) + 1)
     return {
         "path": str(artifact.root),
         "model": {
@@ -53,9 +55,11 @@ def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
         "min_span": plan.min_span,
         "rules": plan.to_json()["rules"],
         "density": {str(n): plan.density(n) for n in lengths},
-        "largest_density": largest_record(
-            plan, range(lengths[0], max(lengths[-1], artifact.capacity) + 1)
-        ),
+        "largest_density": largest_record(plan, sessions),
+        "byte_share": {str(n): plan.byte_share(n, artifact.kv) for n in lengths},
+        "largest_byte_share": largest_record(plan, sessions, artifact.kv),
+        "widths": [[rule.bits for rule in layer] for layer in plan.rules],
+        "kv_format": artifact.kv_format,
         "kv_bytes": {str(n): kv_bytes(artifact, n) for n in lengths},
         "spans": {
             str(n): [[head.size for head in layer] for layer in plan.spans(n)] for n in lengths
@@ -86,9 +90,7 @@ def chosen_plan(record: Mapping[str, Any]) -> str:
 def kv_bytes(artifact: Artifact, length: int) -> dict[str, int]:
     """Bytes of one sequence's keys and values at a capacity of `length`: held, and those that the
     model holds by itself."""
-    spec = artifact.spec
-    token = spec.kv_token_bytes(DTYPE_BYTES[artifact.dtype])
     return {
-        "held": artifact.plan.held_tokens(length) * token,
-        "dense": spec.dense_tokens(length) * token,
+        "held": artifact.plan.held_bytes(length, artifact.kv),
+        "dense": artifact.plan.dense_bytes(length, artifact.kv),
     }

@@ -10,6 +10,7 @@ from moac.origin import told_model, told_plan
 from moac.show.inspection import chosen_plan, inspect_package, planned_lengths
 from moac.show.terminal_map import Look, span_map
 from moac_runtime.errors import plain_line
+from moac_runtime.package.kv_format import KV_BITS
 
 if TYPE_CHECKING:
     from moac.pipeline.compiler import CompileResult
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from moac.pipeline.planner import PlanResult
 
 _MIB = 1 << 20
+_HEADED = {"density": "density", "byte_share": "bytes"}
 _LITTLE = (
     0.01  # nats a token: a hundredth of perplexity, which few samples do not tell from chance
 )
@@ -44,10 +46,11 @@ def plan_summary(result: PlanResult) -> str:
     """The plan's figures, what was measured and predicted."""
     record = result.record
     lengths = planned_lengths(record)
-    rows = [(f"{n} tokens", f"{record['density'][str(n)]:.4f}") for n in lengths]
+    kinds = [kind for kind in ("density", "byte_share") if kind in record]
+    rows = [(f"{n} tokens", *(f"{record[kind][str(n)]:.4f}" for kind in kinds)) for n in lengths]
     parts = [
         _validation_table(record),
-        table(("capacity", "density"), rows),
+        table(("capacity", *(_HEADED[kind] for kind in kinds)), rows),
         "\n".join(f"{name:<9} {text}" for name, text in goal_facts(record)),
         f"time      {result.seconds:.0f} s",
         f"memory    {result.peak_memory_bytes / 2**30:.2f} GiB at most",
@@ -62,7 +65,8 @@ def goal_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     if "max_loss" in record:
         facts = [("budget", f"{record['budget']:.4f}, the least with at most "
                   f"{record['max_loss']:g} nats a token predicted to be lost")]  # fmt: skip
-    facts += held_facts(record["largest_density"], record)
+    largest = record.get("largest_byte_share", record["largest_density"])
+    facts += held_facts(largest, record)
     if "kv_cap" in record:
         cap = record["kv_cap"]
         facts.append(
@@ -97,8 +101,9 @@ def uniform_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def held_facts(largest: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The most that any session holds, and from where on nothing else is known."""
     profiled = record["lengths"][-1]
+    share = largest.get("share", largest.get("density"))
     facts = [
-        ("held", f"at most {largest['density']:.4f} of it from {largest['shortest']} to "
+        ("held", f"at most {share:.4f} of it from {largest['shortest']} to "
          f"{largest['longest']} tokens, at {largest['length']}")
     ]  # fmt: skip
     if largest["longest"] > profiled:
@@ -159,7 +164,8 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"{found['budget']:g}, sink {found['sink']}, block {found['block']}, "
             f"smallest span {found['min_span']}",
         ),
-        *held_facts(found["largest_density"], found["planning"]),
+        *held_facts(found["largest_byte_share"], found["planning"]),
+        *_widths(found),
         *uniform_facts(found["planning"]),
         *([("plan", taken)] if (taken := told_plan(provenance)) else []),
         *_effort(found["planning"]),
@@ -184,6 +190,18 @@ def _when(build: Mapping[str, Any] | None) -> str:
         f"; on {build['created']} in {seconds:.0f} s, with {build['threads']} threads of "
         f"{build['processor']}"
     )
+
+
+def _widths(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many KV heads hold keys and values in fewer bits than the package's dtype."""
+    held = [bits for layer in found["widths"] for bits in layer]
+    counts = {bits: held.count(bits) for bits in KV_BITS if bits in held}
+    if not counts:
+        return []
+    told = ", ".join(f"{count} in {bits} bits" for bits, count in counts.items())
+    rest = held.count(None)
+    also = f", {rest} in {found['dtype']}" if rest else ""
+    return [("widths", f"of {len(held)} KV heads {told}{also}")]
 
 
 def _effort(planning: dict[str, Any]) -> list[tuple[str, str]]:
@@ -257,10 +275,13 @@ def _validation_table(record: dict[str, Any]) -> str:
 
 
 def _density_table(found: dict[str, Any]) -> str:
+    rounds = any(bits is not None for layer in found["widths"] for bits in layer)
+    kinds = ("density", "byte_share") if rounds else ("density",)
     rows = [
-        (f"{n} tokens", f"{found['density'][str(n)]:.4f}",
+        (f"{n} tokens", *(f"{found[kind][str(n)]:.4f}" for kind in kinds),
          f"{found['kv_bytes'][str(n)]['held'] / _MIB:.2f} MiB",
          f"{found['kv_bytes'][str(n)]['dense'] / _MIB:.2f} MiB")
         for n in found["lengths"]
     ]  # fmt: skip
-    return table(("capacity", "density", "KV held", "KV dense"), rows)
+    header = ("capacity", *(_HEADED[kind] for kind in kinds), "KV held", "KV dense")
+    return table(header, rows)

@@ -92,7 +92,20 @@ def span_map(found: Mapping[str, Any], look: Look) -> str:
         for layer in range(len(rules)):
             panels = (_panel(found["spans"][str(n)][layer], n, grid, look) for n in strip)
             lines.append(f"layer {layer}".ljust(grid.label) + "".join(panels))
+    lines += _width_lines(found, grid)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _width_lines(found: Mapping[str, Any], grid: _Grid) -> Iterator[str]:
+    """A row for each layer, of each KV head the bits of its keys and values; none where all are
+    of the package's dtype."""
+    widths: Sequence[Sequence[int | None]] = found["widths"]
+    if all(bits is None for layer in widths for bits in layer):
+        return
+    yield from ("", f"widths of KV heads, in bits; - is {found['dtype']}")
+    for layer, row in enumerate(widths):
+        told = " ".join("-" if bits is None else str(bits) for bits in row)
+        yield f"layer {layer}".ljust(grid.label) + " " * _GAP + told
 
 
 def _title(grid: _Grid) -> str:

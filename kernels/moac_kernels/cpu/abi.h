@@ -15,6 +15,8 @@ enum WeightFormat : int64_t {
 // How the keys and values of a cache lie in memory.
 enum CacheFormat : int64_t {
   CACHE_PLAIN = 0,  // of the engine's type
+  CACHE_INT8 = 1,   // int8; a scale in bfloat16 for each token and head (codes.h)
+  CACHE_INT4 = 2,   // two a byte, rotated; scale and minimum in bfloat16 for each group of a token
 };
 
 // Weights [out, in], row-major. `scale`: what the format says, null where it says nothing.
@@ -62,9 +64,11 @@ struct Model {
   const Layer *layers;
 };
 
-// Keys and values [heads, size, head_dim] of one row and of adjacent KV heads of one span: `first`
-// is the first of them, `window` the checkpoint's own (0: none). The row's tokens have places:
-// positions without the `shift` that were lost from `gap` on when the cache grew.
+// Keys and values [heads, size, head_dim] of one row and of adjacent KV heads of one span and format:
+// `first` is the first of them, `window` the checkpoint's own (0: none). The row's tokens have places:
+// positions without the `shift` that were lost from `gap` on when the cache grew. Where they are
+// rounded, the numbers of all heads are followed by the scales of all, each head's padded to
+// KV_ALIGNMENT bytes.
 struct Cache {
   void *keys, *values;
   int64_t first, heads, size, sink, window, shift, gap, format;

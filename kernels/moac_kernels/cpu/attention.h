@@ -2,6 +2,7 @@
 // memory and in position. What a query cannot see is never read, but for the edges of a tile.
 #pragma once
 #include "abi.h"
+#include "codes.h"
 #include "matmul.h"
 
 constexpr int64_t FAR = INT64_C(1) << 40;
@@ -12,32 +13,34 @@ constexpr float HIDDEN = -1e30f;       // not infinite: a row may begin with key
 
 static inline int64_t tile_tokens(int64_t group) { return larger(1, TILE_QUERIES / group); }
 
-// Keys and values of `count` adjacent tokens from position `first` on, `stride` elements apart.
-// A query sees those less than `reach` before it.
-template <class T> struct Run {
-  const T *keys, *values;
-  int64_t stride, first, count, reach;
+// Keys and values of `count` adjacent tokens from position `first` on. A query sees those less than
+// `reach` before it.
+struct Run {
+  Tokens keys, values;
+  int64_t first, count, reach;
+
+  // `n` of them from the one numbered `from` on.
+  Run part(int64_t from, int64_t n) const {
+    return {keys.skip(from), values.skip(from), first + from, n, reach};
+  }
 };
 
-template <class T> struct Runs {
-  Run<T> run[MOST_RUNS];
+struct Runs {
+  Run run[MOST_RUNS];
   int count = 0;
 
-  void add(const T *keys, const T *values, int64_t stride, int64_t first, int64_t count_,
-           int64_t reach) {
-    if (count_ > 0) run[count++] = {keys, values, stride, first, count_, reach};
+  void add(Tokens keys, Tokens values, int64_t first, int64_t count_, int64_t reach) {
+    if (count_ > 0) run[count++] = {keys, values, first, count_, reach};
   }
 
   // Keep what queries at positions `from` to `to` may see.
   void clip(int64_t from, int64_t to) {
     int kept = 0;
     for (int i = 0; i < count; i++) {
-      Run<T> r = run[i];
-      int64_t low = larger(r.first, from - r.reach + 1);
-      int64_t high = smaller(r.first + r.count, to + 1), skip = low - r.first;
-      if (low < high)
-        run[kept++] = {r.keys + skip * r.stride, r.values + skip * r.stride, r.stride, low,
-                       high - low, r.reach};
+      const Run r = run[i];
+      const int64_t low = larger(r.first, from - r.reach + 1);
+      const int64_t high = smaller(r.first + r.count, to + 1);
+      if (low < high) run[kept++] = r.part(low - r.first, high - low);
     }
     count = kept;
   }
@@ -62,22 +65,24 @@ static inline int64_t slot_of(const Cache &cache, int64_t place) {
 }
 
 // `count` tokens from position `first` on, cut where the reach changes.
-template <class T>
-static void add_positions(Runs<T> &runs, const Cache &cache, const T *keys, const T *values,
-                          int64_t stride, int64_t first, int64_t count) {
-  int64_t sinks = smaller(count, larger(0, cache.sink - first));
-  runs.add(keys, values, stride, first, sinks, reach_of(cache, 0));
-  keys += sinks * stride;
-  values += sinks * stride;
-  runs.add(keys, values, stride, first + sinks, count - sinks, reach_of(cache, cache.sink));
+static inline void add_positions(Runs &runs, const Cache &cache, Tokens keys, Tokens values,
+                                 int64_t first, int64_t count) {
+  const int64_t sinks = smaller(count, larger(0, cache.sink - first));
+  runs.add(keys, values, first, sinks, reach_of(cache, 0));
+  runs.add(keys.skip(sinks), values.skip(sinks), first + sinks, count - sinks,
+           reach_of(cache, cache.sink));
+}
+
+// The slots of a head, the keys' or the values'.
+static inline Tokens slots_of(const Cache &cache, const Form &form, void *base, int64_t head) {
+  return form.slots(base, cache.heads, cache.size, head - cache.first);
 }
 
 // The tokens a row holds of one head after it was fed `length`: sinks, then the ring, oldest first.
-template <class T>
-static void add_held(Runs<T> &runs, const Cache &cache, int64_t head_dim, int64_t head,
-                     int64_t length) {
-  const int64_t base = head * cache.size * head_dim;
-  const T *keys = (const T *)cache.keys + base, *values = (const T *)cache.values + base;
+static inline void add_held(Runs &runs, const Cache &cache, const Form &form, int64_t head,
+                            int64_t length) {
+  const Tokens keys = slots_of(cache, form, cache.keys, head);
+  const Tokens values = slots_of(cache, form, cache.values, head);
   const int64_t gap = cache.gap, shift = cache.shift, places = length - shift;
   const int64_t ring = cache.size - cache.sink;
   int64_t place = 0;
@@ -87,7 +92,7 @@ static void add_held(Runs<T> &runs, const Cache &cache, int64_t head_dim, int64_
     const int64_t slot = slot_of(cache, place);
     int64_t stop = smaller(places, place < cache.sink ? cache.sink : place + cache.size - slot);
     if (place < gap) stop = smaller(stop, gap);
-    add_positions(runs, cache, keys + slot * head_dim, values + slot * head_dim, head_dim,
+    add_positions(runs, cache, keys.skip(slot), values.skip(slot),
                   place < gap ? place : place + shift, stop - place);
     place = stop;
   }
@@ -102,6 +107,21 @@ struct Partial {
 
 constexpr int64_t DECODE_BLOCK = 64;
 constexpr int MOST_GROUP = 64;
+
+// part(how many, first) for all of a group's queries, at most `most` and 4 at a time. How many is
+// known to the compiler.
+template <int N> struct Count {
+  constexpr int operator()() const { return N; }
+};
+template <int most, class Part> static inline void by_queries(int64_t group, Part part) {
+  for (int64_t g = 0; g < group;) {
+    const int64_t left = group - g;
+    if (most >= 4 && left >= 4) part(Count<most >= 4 ? 4 : 1>(), g), g += 4;
+    else if (most >= 3 && left >= 3) part(Count<most >= 3 ? 3 : 1>(), g), g += 3;
+    else if (most >= 2 && left >= 2) part(Count<most >= 2 ? 2 : 1>(), g), g += 2;
+    else part(Count<1>(), g), g += 1;
+  }
+}
 
 // out[g][d] += weights[g] . values[.][d], two tokens at a time in the dot product's pairs.
 template <int G, class A>
@@ -211,23 +231,14 @@ static void attend_one(const A *q, int64_t group, int64_t d, const T *keys, cons
   for (int64_t j = 0; j < n; j += DECODE_BLOCK) {
     const int64_t block = smaller(DECODE_BLOCK, n - j);
     const T *k = keys + j * stride, *v = values + j * stride;
-    for (int64_t g = 0; g < group;) {
-      float *s = scores + g * DECODE_BLOCK;
-      if (group - g >= 4) score<4>(q + g * d, d, k, v, stride, block, s), g += 4;
-      else if (group - g == 3) score<3>(q + g * d, d, k, v, stride, block, s), g += 3;
-      else if (group - g == 2) score<2>(q + g * d, d, k, v, stride, block, s), g += 2;
-      else score<1>(q + g * d, d, k, v, stride, block, s), g += 1;
-    }
+    by_queries<4>(group, [&](auto count, int64_t g) {
+      score<count()>(q + g * d, d, k, v, stride, block, scores + g * DECODE_BLOCK);
+    });
     for (int64_t g = 0; cap && g < group; g++) cap_scores(scores + g * DECODE_BLOCK, block, cap);
     for (int64_t g = 0; g < group; g++) soften(scores, DECODE_BLOCK, block, g, to, d, weights);
-    for (int64_t g = 0; g < group;) {
-      const A *p = weights + g * DECODE_BLOCK;
-      float *out = to.out + g * d;
-      if (group - g >= 4) weigh<4>(v, stride, block, d, p, DECODE_BLOCK, out), g += 4;
-      else if (group - g == 3) weigh<3>(v, stride, block, d, p, DECODE_BLOCK, out), g += 3;
-      else if (group - g == 2) weigh<2>(v, stride, block, d, p, DECODE_BLOCK, out), g += 2;
-      else weigh<1>(v, stride, block, d, p, DECODE_BLOCK, out), g += 1;
-    }
+    by_queries<4>(group, [&](auto count, int64_t g) {
+      weigh<count()>(v, stride, block, d, weights + g * DECODE_BLOCK, DECODE_BLOCK, to.out + g * d);
+    });
   }
 }
 
@@ -257,17 +268,41 @@ template <class A> struct TileMemory {
   float *scores;  // [rows][KEY_BLOCK]
   A *weights;     // [rows][KEY_BLOCK]
   A *pack;        // the keys, or a panel of the values
+  A *keys, *values;  // [KEY_BLOCK][D]: what rounded ones stand for
   Partial to;     // [rows], out [rows][padded D]
 };
+
+// Keys and values of adjacent tokens of one type, `stride` elements apart.
+template <class T> struct Block {
+  const T *keys, *values;
+  int64_t stride;
+};
+
+// take(block, first, count) for some tokens at a time of a run: as they lie, or what they stand for.
+template <class T, class A, class Take>
+static inline void each_block(const TileMemory<A> &at, const Form &form, const Run &run, Take take) {
+  const int64_t d = form.head_dim;
+  for (int64_t j = 0; j < run.count; j += KEY_BLOCK) {
+    const Run part = run.part(j, smaller(KEY_BLOCK, run.count - j));
+    if (form.plain()) {
+      take(Block<T>{(const T *)part.keys.numbers, (const T *)part.values.numbers,
+                    part.keys.stride / (int64_t)sizeof(T)}, part);
+    } else {
+      read_tokens(form, part.keys, part.count, at.keys);
+      read_tokens(form, part.values, part.count, at.values);
+      take(Block<A>{at.keys, at.values, d}, part);
+    }
+  }
+}
 
 // Add a block of keys to the running softmax of a tile: rows are `tokens` queries from position
 // `from` on, times `group`. `ld`: length of a row of out. `cap`: of the scores, 0 for none.
 template <class A, class T>
 static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
-                         int64_t d, int64_t ld, const Run<T> &run, float cap) {
+                         int64_t d, int64_t ld, const Block<T> &block, const Run &run, float cap) {
   const int64_t rows = tokens * group, n = run.count;
   for (int64_t c = 0; c < n; c += TILE_COLUMNS) {
-    pack_columns(run.keys + c * run.stride, run.stride, n - c, d, at.pack);
+    pack_columns(block.keys + c * block.stride, block.stride, n - c, d, at.pack);
     for (int64_t r = 0; r < rows; r += TILE_ROWS)
       tile(d / LANE<A>, at.q + r * d, d, at.pack, at.scores + r * KEY_BLOCK + c, KEY_BLOCK, false);
   }
@@ -287,7 +322,7 @@ static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group,
     }
   }
   for (int64_t i = 0; i < d; i += TILE_COLUMNS) {
-    pack_values(run.values + i, run.stride, n, d - i, at.pack);
+    pack_values(block.values + i, block.stride, n, d - i, at.pack);
     for (int64_t r = 0; r < rows; r += TILE_ROWS)
       tile((n + LANE<A> - 1) / LANE<A>, at.weights + r * KEY_BLOCK, KEY_BLOCK, at.pack,
            at.to.out + r * ld + i, ld, true);
@@ -295,22 +330,17 @@ static void attend_block(const TileMemory<A> &at, int64_t tokens, int64_t group,
 }
 
 // Attention of a tile over all runs, clipped to it already. `sinks` [group]: logits beside the scores
-// in powers of two, null for none.
-template <class A, class T>
-static void attend_tile(const TileMemory<A> &at, int64_t tokens, int64_t group, int64_t from,
-                        int64_t d, int64_t ld, const Runs<T> &runs, float cap,
-                        const float *sinks) {
+// in powers of two, null for none. T: the type of what is not rounded.
+template <class T, class A>
+static void attend_tile(const TileMemory<A> &at, const Form &form, int64_t tokens, int64_t group,
+                        int64_t from, int64_t ld, const Runs &runs, float cap, const float *sinks) {
   for (int64_t row = 0; row < tokens * group; row++) {
     at.to.peak[row] = sinks ? sinks[row % group] : HIDDEN;
     at.to.sum[row] = sinks ? 1 : 0;
     for (int64_t i = 0; i < ld; i++) at.to.out[row * ld + i] = 0;
   }
-  for (int i = 0; i < runs.count; i++) {
-    const Run<T> &run = runs.run[i];
-    for (int64_t j = 0; j < run.count; j += KEY_BLOCK)
-      attend_block(at, tokens, group, from, d, ld,
-                   Run<T>{run.keys + j * run.stride, run.values + j * run.stride, run.stride,
-                          run.first + j, smaller(KEY_BLOCK, run.count - j), run.reach},
-                   cap);
-  }
+  for (int i = 0; i < runs.count; i++)
+    each_block<T>(at, form, runs.run[i], [&](const auto &block, const Run &part) {
+      attend_block(at, tokens, group, from, form.head_dim, ld, block, part, cap);
+    });
 }

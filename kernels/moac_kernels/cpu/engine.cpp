@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "attention_codes.h"
 #include "experts.h"
 #include "packed.h"
 #include "team.h"
@@ -16,7 +17,6 @@ static void *allocate(int64_t bytes) {
   return memory;
 }
 
-constexpr int64_t MOST_HEAD_DIM = 256;
 constexpr int64_t LAYER_PHASES = 12;
 constexpr int64_t MOST_TILES = 64;   // of a task of a product
 constexpr float LOG2_E = 1.44269504f;
@@ -202,7 +202,7 @@ template <class T> struct Engine {
     const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS);
     const int64_t floats = 2 * m * TILE_COLUMNS + rows * (KEY_BLOCK + ld + 2);
     const int64_t operands = rows * (d + KEY_BLOCK) + PANEL_LANES * TILE_COLUMNS * LANE<A> +
-                             (narrow() ? TILE_COLUMNS * widest : 0);
+                             2 * KEY_BLOCK * d + (narrow() ? TILE_COLUMNS * widest : 0);
     const int64_t whole = narrow() ? Rounded::bytes(FEW_ROWS, widest) : 0;
     char *at = (char *)(desk.memory = allocate(4 * floats + sizeof(A) * operands + whole));
     if (!at) return false;
@@ -214,7 +214,9 @@ template <class T> struct Engine {
     desk.tile.pack = (A *)at;
     desk.tile.q = desk.tile.pack + PANEL_LANES * TILE_COLUMNS * LANE<A>;
     desk.tile.weights = desk.tile.q + rows * d;
-    desk.unpacked = desk.tile.weights + rows * KEY_BLOCK;
+    desk.tile.keys = desk.tile.weights + rows * KEY_BLOCK;
+    desk.tile.values = desk.tile.keys + KEY_BLOCK * d;
+    desk.unpacked = desk.tile.values + KEY_BLOCK * d;
     desk.rounded = (char *)desk.unpacked + sizeof(A) * (narrow() ? TILE_COLUMNS * widest : 0);
     desk.rounded_at = NONE;
     return true;
@@ -614,6 +616,14 @@ template <class T> struct Engine {
   // What attention's scores in powers of two are capped by, 0 for nothing.
   float cap_of(int64_t layer) const { return LOG2_E * (float)model.layers[layer].logit_cap; }
 
+  Form form_of(const Cache &cache) const { return {cache.format, model.head_dim, sizeof(T)}; }
+
+  // The keys, or the values, of a step's tokens from `first` on and of one head.
+  Tokens fresh(T *base, const Form &form, int64_t first, int64_t head) const {
+    const int64_t kv = model.kv_heads, d = model.head_dim;
+    return form.rows(base + (first * kv + head) * d, kv * d * sizeof(T));
+  }
+
   // Queries, key and value of one token and KV head; a row's single token goes straight into its
   // cache.
   void project(int64_t index, const Layer &layer, int64_t m, int64_t head) {
@@ -624,29 +634,60 @@ template <class T> struct Engine {
     const Norm norm = norm_of(layer, nullptr);
     const Moments all_q = wide ? moments(from, queries, norm) : Moments{};
     const Moments all_k = wide ? moments(from + queries, kv * d, norm) : Moments{};
-    for (int64_t g = head * group; g < (head + 1) * group; g++)
-      rotate(layer, from + g * d, head_norm(layer, layer.q_norm, g), all_q, m, scale,
-             q + m * queries + g * d);
-    T *key = k + (m * kv + head) * d, *value = v + (m * kv + head) * d;
     const Segment &s = step.segments[segment[m]];
+    const Cache &cache = cache_of(s, index, head);
+    const Form form = form_of(cache);
+    for (int64_t g = head * group; g < (head + 1) * group; g++)
+      ask(layer, form, from + g * d, head_norm(layer, layer.q_norm, g), all_q, m, scale,
+          q + m * queries + g * d);
+    Tokens key = fresh(k, form, m, head), value = fresh(v, form, m, head);
     if (s.count == 1) {
-      const Cache &cache = cache_of(s, index, head);
       const int64_t slot = slot_of(cache, s.start - cache.shift);
-      const int64_t at = (head - cache.first) * cache.size + slot;
-      key = (T *)cache.keys + at * d, value = (T *)cache.values + at * d;
+      key = slots_of(cache, form, cache.keys, head).skip(slot);
+      value = slots_of(cache, form, cache.values, head).skip(slot);
     }
-    rotate(layer, from + queries + head * d, head_norm(layer, layer.k_norm, head), all_k, m, 1.0f,
-           key);
-    for (int64_t i = 0; i < d; i += W)
-      vstore(value + i, vload(from + queries + (kv + head) * d + i));
+    hold(form, key, [&](T *to) {
+      rotate(layer, from + queries + head * d, head_norm(layer, layer.k_norm, head), all_k, m, 1.0f, to);
+    });
+    hold(form, value, [&](T *to) {
+      for (int64_t i = 0; i < d; i += W)
+        vstore(to + i, vload(from + queries + (kv + head) * d + i));
+    });
+  }
+
+  // A query [D] as `rotate` leaves it, rotated once more where the head's keys are.
+  void ask(const Layer &layer, const Form &form, const float *from, Norm norm, Moments all, int64_t m,
+           float scale, A *to) {
+    if (!form.rotated()) return rotate(layer, from, norm, all, m, scale, to);
+    float turned[MOST_HEAD_DIM];
+    rotate(layer, from, norm, all, m, scale, turned);
+    hadamard(turned, model.head_dim);
+    for (int64_t i = 0; i < model.head_dim; i += W) vstore(to + i, vload(turned + i));
+  }
+
+  // Put what make(to [D]) makes where a token of a head is held, rounded where it is.
+  template <class Make> static void hold(const Form &form, Tokens to, Make make) {
+    if (form.plain()) return make((T *)to.numbers);
+    T exact[MOST_HEAD_DIM];
+    make(exact);
+    write_token(form, exact, to);
+  }
+
+  // What attention gives a query head, [D] times `share`, rotated back where the values were.
+  void hand_over(const Form &form, const float *from, float share, A *to) const {
+    const int64_t d = model.head_dim;
+    float out[MOST_HEAD_DIM];
+    for (int64_t i = 0; i < d; i += W) vstore(out + i, vmul(vload(from + i), vset(share)));
+    if (form.rotated()) hadamard(out, d);
+    for (int64_t i = 0; i < d; i += W) vstore(to + i, vload(out + i));
   }
 
   // ---- attention ----
 
-  Runs<T> decode_runs(int64_t layer, const Segment &s, int64_t head) const {
-    Runs<T> runs;
+  Runs decode_runs(int64_t layer, const Segment &s, int64_t head) const {
+    Runs runs;
     const Cache &cache = cache_of(s, layer, head);
-    add_held(runs, cache, model.head_dim, head - cache.first, s.start + 1);
+    add_held(runs, cache, form_of(cache), head, s.start + 1);
     runs.clip(s.start, s.start);
     return runs;
   }
@@ -695,11 +736,12 @@ template <class T> struct Engine {
       const Segment &s = step.segments[i];
       for (int64_t head = 0; head < kv; head++) {
         if (s.count == 1) {
-          const Runs<T> runs = decode_runs(layer, s, head);
+          const Runs runs = decode_runs(layer, s, head);
           const int64_t size = piece_of(layer, i), pieces = (runs.tokens() + size - 1) / size;
           for (int64_t p = 0; p < pieces; p++)
             if (ours()) {
-              decode_item(runs, layer, i * kv + head, first, head, item, p, pieces, size);
+              decode_item(desk, runs, layer, form_of(cache_of(s, layer, head)), i * kv + head, first,
+                          head, item, p, pieces, size);
               if (on() == NONE) return;
             }
           item += pieces;
@@ -722,33 +764,63 @@ template <class T> struct Engine {
   }
 
   // The tokens from p * size on of all that one query token sees; the last to end adds them up.
-  void decode_item(const Runs<T> &runs, int64_t layer, int64_t pair, int64_t m, int64_t head,
-                   int64_t item, int64_t p, int64_t pieces, int64_t size) {
+  void decode_item(Desk<A> &desk, const Runs &runs, int64_t layer, const Form &form, int64_t pair,
+                   int64_t m, int64_t head, int64_t item, int64_t p, int64_t pieces, int64_t size) {
     const int64_t d = model.head_dim;
     const Partial to = partial_of(item + p);
-    const float cap = cap_of(layer);
     float logits[MOST_GROUP];
     const float *sinks = p ? nullptr : sinks_of(layer, head, logits);  // they count once
     for (int64_t g = 0; g < group; g++)
       to.peak[g] = sinks ? sinks[g] : HIDDEN, to.sum[g] = sinks ? 1 : 0;
     memset(to.out, 0, group * d * sizeof(float));
-    int64_t skip = p * size, left = size;
-    for (int i = 0; i < runs.count && left; i++) {
-      const Run<T> &run = runs.run[i];
-      const int64_t n = smaller(run.count - skip, left);
-      if (n > 0) {
-        attend_one(q + m * queries + head * group * d, group, d, run.keys + skip * run.stride,
-                   run.values + skip * run.stride, run.stride, n, to, cap);
-        left -= n;
-      }
-      skip = larger(0, skip - run.count);
-    }
+    const Attention attention = {form, q + m * queries + head * group * d, to, cap_of(layer)};
+    attend_tokens(desk, attention, runs, p * size, size);
     if (__atomic_add_fetch(&done[pair], 1, __ATOMIC_ACQ_REL) < pieces) return;
     done[pair] = 0;
-    for (int64_t g = 0; g < group; g++) combine(item, pieces, g, attended + m * queries + (head * group + g) * d);
+    for (int64_t g = 0; g < group; g++)
+      combine(form, item, pieces, g, attended + m * queries + (head * group + g) * d);
   }
 
-  void combine(int64_t item, int64_t pieces, int64_t g, A *to) {
+  // One token's queries [group][D] of a KV head, and where what they see is added up.
+  struct Attention {
+    const Form &form;
+    const A *q;
+    Partial to;
+    float cap;
+  };
+
+  // Up to `left` tokens after the first `skip` of what one query token sees.
+  void attend_tokens(Desk<A> &desk, const Attention &at, const Runs &runs, int64_t skip, int64_t left) {
+    constexpr bool whole = sizeof(T) == sizeof(bf16);  // float32 is exact
+    Asked asked;
+    if (whole && !at.form.plain()) asked.take(at.q, group, model.head_dim);
+    for (int i = 0; i < runs.count && left; i++) {
+      const int64_t n = smaller(runs.run[i].count - skip, left);
+      if (n > 0) {
+        const Run part = runs.run[i].part(skip, n);
+        if (whole && !at.form.plain()) attend_whole(asked, at, part);
+        else attend_exact(desk, at, part);
+        left -= n;
+      }
+      skip = larger(0, skip - runs.run[i].count);
+    }
+  }
+
+  void attend_whole(const Asked &asked, const Attention &at, const Run &run) const {
+    const int64_t d = model.head_dim;
+    if (at.form.format == CACHE_INT8)
+      attend_codes<int8_t>(asked, group, d, run.keys, run.values, run.count, at.to, at.cap);
+    else attend_codes<Nibbles>(asked, group, d, run.keys, run.values, run.count, at.to, at.cap);
+  }
+
+  void attend_exact(Desk<A> &desk, const Attention &at, const Run &run) const {
+    each_block<T>(desk.tile, at.form, run, [&](const auto &block, const Run &part) {
+      attend_one(at.q, group, model.head_dim, block.keys, block.values, block.stride, part.count, at.to,
+                 at.cap);
+    });
+  }
+
+  void combine(const Form &form, int64_t item, int64_t pieces, int64_t g, A *to) {
     const int64_t d = model.head_dim;
     const Partial all = partial_of(item);
     for (int64_t p = 1; p < pieces; p++) {
@@ -760,50 +832,50 @@ template <class T> struct Engine {
       all.sum[g] = all.sum[g] * old + part.sum[g] * fresh;
       all.peak[g] = peak;
     }
-    for (int64_t i = 0; i < d; i += W)
-      vstore(to + i, vmul(vload(all.out + g * d + i), vset(1 / all.sum[g])));
+    hand_over(form, all.out + g * d, 1 / all.sum[g], to);
   }
 
   // Queries t to t + tokens - 1 of a segment that stands at `first` among the step's tokens.
   void prefill_tile(Desk<A> &desk, int64_t layer, const Segment &s, int64_t first, int64_t head,
                     int64_t t, int64_t tokens) {
-    const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS), kv = model.kv_heads;
+    const int64_t d = model.head_dim, ld = padded(d, TILE_COLUMNS);
     const Cache &cache = cache_of(s, layer, head);
-    Runs<T> runs;
-    add_held(runs, cache, d, head - cache.first, s.start);
-    add_positions(runs, cache, k + (first * kv + head) * d, v + (first * kv + head) * d, kv * d,
-                  s.start, s.count);
+    const Form form = form_of(cache);
+    Runs runs;
+    add_held(runs, cache, form, head, s.start);
+    add_positions(runs, cache, fresh(k, form, first, head), fresh(v, form, first, head), s.start,
+                  s.count);
     runs.clip(s.start + t, s.start + t + tokens - 1);
     for (int64_t i = 0; i < tokens; i++)
       memcpy(desk.tile.q + i * group * d, q + (first + t + i) * queries + head * group * d,
              group * d * sizeof(A));
     float logits[MOST_GROUP];
-    attend_tile(desk.tile, tokens, group, s.start + t, d, ld, runs, cap_of(layer),
-                sinks_of(layer, head, logits));
+    attend_tile<T>(desk.tile, form, tokens, group, s.start + t, ld, runs, cap_of(layer),
+                   sinks_of(layer, head, logits));
     for (int64_t i = 0; i < tokens; i++)
       for (int64_t g = 0; g < group; g++) {
         const int64_t row = i * group + g;
-        A *to = attended + (first + t + i) * queries + (head * group + g) * d;
-        for (int64_t j = 0; j < d; j += W)
-          vstore(to + j, vmul(vload(desk.tile.to.out + row * ld + j), vset(1 / desk.tile.to.sum[row])));
+        hand_over(form, desk.tile.to.out + row * ld, 1 / desk.tile.to.sum[row],
+                  attended + (first + t + i) * queries + (head * group + g) * d);
       }
   }
 
   // Put what a segment leaves into the caches, once nobody reads them any more.
   void store(int64_t layer, const Segment &s, int64_t head) {
     if (s.count == 1) return;
-    const int64_t d = model.head_dim, kv = model.kv_heads;
     int64_t first = 0;
     for (const Segment *before = step.segments; before < &s; before++) first += before->count;
     const Cache &cache = cache_of(s, layer, head);
-    const int64_t base = (head - cache.first) * cache.size;
+    const Form form = form_of(cache);
+    const Tokens keys = slots_of(cache, form, cache.keys, head);
+    const Tokens values = slots_of(cache, form, cache.values, head);
+    const Tokens new_keys = fresh(k, form, first, head), new_values = fresh(v, form, first, head);
     const int64_t begin = s.start - cache.shift, end = begin + s.count;
     for (int64_t place = begin; place < end; place++) {
       if (place >= cache.sink) place = larger(place, end - (cache.size - cache.sink));
-      const int64_t from = ((first + place - begin) * kv + head) * d;
-      const int64_t to = (base + slot_of(cache, place)) * d;
-      memcpy((T *)cache.keys + to, k + from, d * sizeof(T));
-      memcpy((T *)cache.values + to, v + from, d * sizeof(T));
+      const int64_t slot = slot_of(cache, place);
+      form.copy(keys.skip(slot), new_keys.skip(place - begin));
+      form.copy(values.skip(slot), new_values.skip(place - begin));
     }
   }
 
@@ -1016,7 +1088,7 @@ EXPORT int64_t moac_open(const Model *model, int64_t threads, Handle **opened) {
 // A Status: whether steps can be taken over such caches. To be asked once, before the first.
 EXPORT int64_t moac_serves(const Cache *caches, int64_t count) {
   for (int64_t i = 0; i < count; i++)
-    if (caches[i].format != CACHE_PLAIN) return UNKNOWN_FORMAT;
+    if (caches[i].format < CACHE_PLAIN || caches[i].format > CACHE_INT4) return UNKNOWN_FORMAT;
   return DONE;
 }
 

@@ -6,6 +6,8 @@
 //   vweights, vlane, vdot     weights as operands, one lane of operands in every lane, their product
 //   vtranspose                W vectors as a matrix
 //   ivec, idot_block, ...     whole numbers of 8 bits, multiplied as such
+//   icodes, izip, vinorder    keys and values of 8 and 4 bits, by rows and by columns
+//   vswap                     a vector's lanes, each beside its partner
 #pragma once
 #include <stdint.h>
 
@@ -22,6 +24,11 @@ static inline float widen(bf16 x) {
 
 template <class T> struct Operand { typedef float type; };
 template <class A> constexpr int LANE = 4 / sizeof(A);
+
+// Two numbers of 4 bits, 0 to 15: the first in the low half.
+struct Nibbles {
+  uint8_t pair;
+};
 
 // Numbers of a block of whole-number activations, which share a scale.
 constexpr int64_t BLOCK = 64;

@@ -139,3 +139,61 @@ static inline vec vsecond_halves(vec x) {
   const __m256i high = _mm256_set1_epi32((int)0xffff0000);
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), high));
 }
+
+// ---- keys and values of 8 bits, or of 4, two a byte: up to 4 W numbers side by side, `count` of
+// them, a multiple of 16, and zeros after them: nothing past them is read
+static inline ivec icodes(const int8_t *p, int64_t count) {
+  return count >= 32 ? iraw(p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
+static inline ivec icodes(const Nibbles *p, int64_t count) {
+  const __m128i bytes = count >= 32 ? _mm_loadu_si128((const __m128i *)p) : _mm_loadl_epi64((const __m128i *)p);
+  const ivec wide = _mm256_cvtepu8_epi16(bytes);
+  return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+}
+static inline ivec izero() { return _mm256_setzero_si256(); }
+template <class Code> static inline ivec ioperand(ivec x, Code) { return x; }
+template <class Code> static inline ivec ibegin(int32_t, Code) { return izero(); }
+static inline ivec istep(ivec acc, const int8_t *a, ivec w, int8_t) { return istep(acc, a, w); }
+static inline ivec istep(ivec acc, const int8_t *a, ivec w, Nibbles) {  // a pair is at most 3840
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  const ivec pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(four));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+// the same of signed numbers w with four at `a` that are not below nought; a row's columns, at most
+// 32, share them
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *, ivec w) {  // at most 32258
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  const ivec pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), w);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
+  return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
+}
+static inline vec vbits(ivec x) { return _mm256_castsi256_ps(x); }
+// Four rows to their columns, four numbers a lane; vinorder puts what was added up in such lanes in
+// the order of the columns.
+static inline void izip(ivec *x) {
+  const ivec a = _mm256_unpacklo_epi8(x[0], x[1]), b = _mm256_unpackhi_epi8(x[0], x[1]);
+  const ivec c = _mm256_unpacklo_epi8(x[2], x[3]), d = _mm256_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm256_unpacklo_epi16(a, c);
+  x[1] = _mm256_unpackhi_epi16(a, c);
+  x[2] = _mm256_unpacklo_epi16(b, d);
+  x[3] = _mm256_unpackhi_epi16(b, d);
+}
+static inline void vinorder(vec *x) {
+  const vec a = x[0], b = x[1], c = x[2], d = x[3];
+  x[0] = _mm256_permute2f128_ps(a, b, 0x20);
+  x[1] = _mm256_permute2f128_ps(c, d, 0x20);
+  x[2] = _mm256_permute2f128_ps(a, b, 0x31);
+  x[3] = _mm256_permute2f128_ps(c, d, 0x31);
+}
+
+// Each lane's partner: the one whose number differs in the bit `stride`.
+template <int stride> static inline vec vswap(vec x) {
+  if constexpr (stride == 1) return _mm256_permute_ps(x, 0xb1);
+  else if constexpr (stride == 2) return _mm256_permute_ps(x, 0x4e);
+  else return _mm256_permute2f128_ps(x, x, 1);
+}

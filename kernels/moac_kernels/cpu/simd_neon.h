@@ -110,3 +110,44 @@ static inline vec vfirst_halves(vec x) {
 static inline vec vsecond_halves(vec x) {
   return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0xffff0000)));
 }
+
+// ---- keys and values of 8 bits, or of 4, two a byte: 16 numbers side by side, `count` of them
+static inline ivec icodes(const int8_t *p, int64_t) { return iraw(p); }
+static inline ivec icodes(const Nibbles *p, int64_t) {
+  const uint16x8_t wide = vmovl_u8(vld1_u8((const uint8_t *)p));
+  const uint8x16_t both = vreinterpretq_u8_u16(vorrq_u16(wide, vshlq_n_u16(wide, 4)));
+  return vreinterpretq_s32_u8(vandq_u8(both, vdupq_n_u8(15)));
+}
+static inline ivec izero() { return vdupq_n_s32(0); }
+template <class Code> static inline ivec ioperand(ivec x, Code) { return x; }
+template <class Code> static inline ivec ibegin(int32_t, Code) { return izero(); }
+template <class Code> static inline ivec istep(ivec acc, const int8_t *a, ivec w, Code) {
+  return istep(acc, a, w);
+}
+// the same of weights; a row's columns, at most 32, share them
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *, ivec w) {
+  return istep(acc, a, w);
+}
+static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
+  return vaddq_s32(vshlq_n_s32(high, 7), low);
+}
+static inline vec vbits(ivec x) { return vreinterpretq_f32_s32(x); }
+// Four rows to their columns, four numbers a lane; vinorder puts what was added up in such lanes in
+// the order of the columns.
+static inline void izip(ivec *x) {
+  const int8x16x2_t a = vzipq_s8(vreinterpretq_s8_s32(x[0]), vreinterpretq_s8_s32(x[1]));
+  const int8x16x2_t b = vzipq_s8(vreinterpretq_s8_s32(x[2]), vreinterpretq_s8_s32(x[3]));
+  const int16x8x2_t low = vzipq_s16(vreinterpretq_s16_s8(a.val[0]), vreinterpretq_s16_s8(b.val[0]));
+  const int16x8x2_t high = vzipq_s16(vreinterpretq_s16_s8(a.val[1]), vreinterpretq_s16_s8(b.val[1]));
+  x[0] = vreinterpretq_s32_s16(low.val[0]);
+  x[1] = vreinterpretq_s32_s16(low.val[1]);
+  x[2] = vreinterpretq_s32_s16(high.val[0]);
+  x[3] = vreinterpretq_s32_s16(high.val[1]);
+}
+static inline void vinorder(vec *) {}
+
+// Each lane's partner: the one whose number differs in the bit `stride`.
+template <int stride> static inline vec vswap(vec x) {
+  return stride == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+}

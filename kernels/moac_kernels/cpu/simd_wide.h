@@ -135,3 +135,61 @@ static inline vec vsecond_halves(vec x) {
   const __m512i high = _mm512_set1_epi32((int)0xffff0000);
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), high));
 }
+
+// ---- keys and values of 8 bits, or of 4, two a byte: up to 4 W numbers side by side, `count` of
+// them, a multiple of 16, and zeros after them: nothing past them is read
+static inline ivec icodes(const int8_t *p, int64_t count) {
+  return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, p);
+}
+static inline ivec icodes(const Nibbles *p, int64_t count) {
+  const __mmask32 inside = count >= 64 ? ~0u : (1u << count / 2) - 1;
+  const ivec wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(inside, p));
+  return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
+}
+static inline ivec izero() { return _mm512_setzero_si512(); }
+// as the side of a product that istep takes; those of 4 bits have no sign to be moved away
+static inline ivec ioperand(ivec x, int8_t) { return ioffset(x); }
+static inline ivec ioperand(ivec x, Nibbles) { return x; }
+static inline ivec ibegin(int32_t sum, int8_t) { return ibegin(sum); }
+static inline ivec ibegin(int32_t, Nibbles) { return izero(); }
+static inline ivec istep(ivec acc, const int8_t *a, ivec w, int8_t) { return istep(acc, a, w); }
+static inline ivec istep(ivec acc, const int8_t *a, ivec w, Nibbles) { return istep(acc, a, w); }
+// the same of signed numbers w with four at `a` that are not below nought; `halves`: those are for the
+// first half of a row's columns, and those at `b` for the rest
+template <bool halves>
+static inline ivec iweigh(ivec acc, const int8_t *a, const int8_t *b, ivec w) {
+  int32_t first, rest;
+  __builtin_memcpy(&first, a, 4);
+  __builtin_memcpy(&rest, b, 4);
+  const ivec whole = _mm512_set1_epi32(first);
+  return _mm512_dpbusd_epi32(acc, halves ? _mm512_mask_set1_epi32(whole, 0xff00, rest) : whole, w);
+}
+static inline ivec ijoin(ivec high, ivec low) {  // 128 high + low
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
+}
+static inline vec vbits(ivec x) { return _mm512_castsi512_ps(x); }
+// Four rows to their columns, four numbers a lane; vinorder puts what was added up in such lanes in
+// the order of the columns.
+static inline void izip(ivec *x) {
+  const ivec a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+  const ivec c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi16(a, c);
+  x[1] = _mm512_unpackhi_epi16(a, c);
+  x[2] = _mm512_unpacklo_epi16(b, d);
+  x[3] = _mm512_unpackhi_epi16(b, d);
+}
+static inline void vinorder(vec *x) {
+  const vec a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[0], x[1], 0xee);
+  const vec c = _mm512_shuffle_f32x4(x[2], x[3], 0x44), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+  x[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
+  x[2] = _mm512_shuffle_f32x4(b, d, 0x88);
+  x[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
+// Each lane's partner: the one whose number differs in the bit `stride`.
+template <int stride> static inline vec vswap(vec x) {
+  if constexpr (stride == 1) return _mm512_permute_ps(x, 0xb1);
+  else if constexpr (stride == 2) return _mm512_permute_ps(x, 0x4e);
+  else return _mm512_shuffle_f32x4(x, x, stride == 4 ? 0xb1 : 0x4e);
+}

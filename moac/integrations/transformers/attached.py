@@ -12,6 +12,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from moac.checkpoint.families import model_spec
+from moac.checkpoint.key_order import key_orders
 from moac.integrations.transformers.attention import NAME, STEP, register, unregister
 from moac.integrations.transformers.cache import PlanLayer, held_rows, plan_rows
 from moac.integrations.transformers.forward import Fed, Opened, PlanRows
@@ -36,7 +37,9 @@ class Attached:
         self.plan, self.capacity = plan, capacity
         runs = [head_runs(heads) for heads in plan.spans(capacity)]
         self._model, self._base = model, model.base_model
-        self._opened = Opened(next(_numbers), spec, capacity, runs, _sink_logits(model, spec))
+        self._opened = Opened(
+            next(_numbers), spec, capacity, runs, _sink_logits(model, spec), key_orders(spec)
+        )
         self._signature = inspect.signature(self._base.forward)
         self._own_attention = model.config._attn_implementation
         register(self._opened.number)

@@ -26,7 +26,8 @@ class Opened:
 
     `number`: which attached plan it is. `runs[layer]`: its heads, in the checkpoint's order, in
     runs of equal spans at `capacity` tokens. `sink_logits[layer]`: `[H]`, None where a layer
-    learned none.
+    learned none. `key_orders[layer]`: how a package orders the numbers of a key, by which 4 bits
+    rotate them.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Opened:
     capacity: int
     runs: Sequence[Sequence[HeadRun]]
     sink_logits: Sequence[Tensor | None]
+    key_orders: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +165,14 @@ class ForwardPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` `[B, H, T, D]`, `k` and `v` `[B, K, T, D]`, rotated; `[B, T, H, D]`.
 
-        What is padding comes out as noughts.
+        What is padding comes out as noughts. Raises UsageError where gradients are wanted of keys
+        and values that are rounded.
         """
+        _check_gradients(self.rows.opened.runs[layer], k, v)
         self.rows.open_layer(layer, k)
         batch, heads, count, dim = q.shape
+        if (order := self.rows.opened.key_orders[layer]) != list(range(dim)):
+            q, k = q[..., order], k[..., order]
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
         if self._real is None:
             return self._attention(layer, *flat).view(batch, count, heads, dim)
@@ -178,6 +184,15 @@ class ForwardPass:
     def finish(self) -> None:
         """Count what was fed."""
         self.rows.finish(self)
+
+
+def _check_gradients(runs: Sequence[HeadRun], *tensors: Tensor) -> None:
+    rounded = any(run.layout.head.bits is not None for run in runs)
+    if rounded and any(tensor.requires_grad for tensor in tensors):
+        raise UsageError(
+            "keys and values in 8 or 4 bits have no gradient; run the model under "
+            "torch.no_grad(), or attach a plan without widths"
+        )
 
 
 def _real_places(fed: Fed, seen: int, rows: Sequence[PlanRow]) -> list[Sequence[int]]:

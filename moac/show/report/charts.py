@@ -17,7 +17,7 @@ _ROUND = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def density_chart(curve: Series, planned: Series, budget: float) -> Markup:
-    """Density by length: `curve` at every length, `planned` where the budget is promised."""
+    """Share of bytes by length: `curve` at every one, `planned` where the budget is promised."""
     frame = Frame.of(x=(0, curve[-1][0]), y=(0, 1))
     drawing = frame.drawing(
         "Density against length", across="length in tokens", up="share of the dense KV cache"

@@ -11,6 +11,7 @@ from moac.show.report.svg import Drawing
 
 STEPS = 9  # classes s0 to s8 of the style sheet; s8 is a head that keeps everything
 
+_SHADES = {None: STEPS - 1, 8: 4, 4: 1}  # of widths, the widest darkest
 _GUTTER = 36
 _HEAD = 34
 
@@ -24,12 +25,34 @@ def heat_map(
     spans: Sequence[Sequence[int]], capacity: int, windows: Sequence[int | None]
 ) -> Markup:
     """`spans[layer][kv_head]` in tokens at `capacity`; `windows[layer]` the model's own."""
-    layers, heads = len(spans), len(spans[0])
-    across, down, numbered = _cell(layers, heads, capacity)
+    cells = [
+        [(step(span, capacity), str(span), _told(span, capacity, windows[layer])) for span in row]
+        for layer, row in enumerate(spans)
+    ]
+    return _drawn(
+        cells, f"at {wording.tokens(capacity)} tokens", "Spans", digits=len(str(capacity))
+    )
+
+
+def width_map(widths: Sequence[Sequence[int | None]], dtype: str) -> Markup:
+    """`widths[layer][kv_head]` in bits, None for the package's `dtype`."""
+    told = {
+        bits: f"keys and values in {bits or dtype}{' bits' if bits else ''}" for bits in _SHADES
+    }
+    cells = [[(_SHADES[bits], str(bits or ""), told[bits]) for bits in row] for row in widths]
+    return _drawn(cells, "in bits", "Widths", digits=1)
+
+
+def _drawn(
+    cells: Sequence[Sequence[tuple[int, str, str]]], where: str, what: str, *, digits: int
+) -> Markup:
+    """`cells[layer][kv_head]`: colour, number and what is told of it."""
+    layers, heads = len(cells), len(cells[0])
+    across, down, numbered = _cell(layers, heads, digits)
     drawing = Drawing(
         _GUTTER + heads * across + 2,
         _HEAD + layers * down + 2,
-        f"Spans of {layers} layers of {heads} KV heads at {wording.tokens(capacity)} tokens",
+        f"{what} of {layers} layers of {heads} KV heads {where}",
     )
     drawing.text("tick", _GUTTER + heads * across / 2, 12, "KV head", anchor="middle")
     drawing.text("tick", 0, 28, "layer")
@@ -38,10 +61,9 @@ def heat_map(
     for layer in _labelled(layers, down):
         middle = _HEAD + (layer + 0.5) * down + 4
         drawing.text("tick", _GUTTER - 8, middle, str(layer), anchor="end")
-    for layer, row in enumerate(spans):
-        for head, span in enumerate(row):
+    for layer, row in enumerate(cells):
+        for head, (colour, number, told) in enumerate(row):
             left, top = _GUTTER + head * across, _HEAD + layer * down
-            colour = step(span, capacity)
             drawing.add(
                 "rect",
                 f"s{colour}",
@@ -49,18 +71,18 @@ def heat_map(
                 y=top,
                 width=across - 1.5,
                 height=down - 1.5,
-                title=f"layer {layer}, KV head {head}: {_told(span, capacity, windows[layer])}",
+                title=f"layer {layer}, KV head {head}: {told}",
             )
             if numbered:
                 x, y = left + across / 2 - 0.75, top + down / 2 + 3.5
-                drawing.text(f"n{colour}", x, y, str(span), anchor="middle")
+                drawing.text(f"n{colour}", x, y, number, anchor="middle")
     return drawing.markup()
 
 
-def _cell(layers: int, heads: int, capacity: int) -> tuple[float, float, bool]:
+def _cell(layers: int, heads: int, digits: int) -> tuple[float, float, bool]:
     """Width and height of a cell in px, and whether its number has room."""
     width = 48.0 if heads <= 4 else 176 / heads
-    needed = 7.0 * len(str(capacity)) + 6
+    needed = 7.0 * digits + 6
     if layers <= 48 and heads <= 8:
         return max(width, needed), 18.0, True
     return max(width, 12.0), 12.0, False

@@ -12,7 +12,9 @@ from markupsafe import Markup
 from moac.show.report import wording
 from moac.show.report.quality_charts import Figure, Series, quality_chart
 from moac_runtime.errors import UsageError
+from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.json_text import read_json_file
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 
 OWN = "moac"
@@ -169,7 +171,10 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         evaluation = read_json_file(path)
-        measured = {int(n): share for n, share in evaluation["density"][OWN].items()}
+        measured = {
+            kind: {int(n): share for n, share in evaluation[kind][OWN].items()}
+            for kind in ("density", *({"byte_share"} & evaluation.keys()))
+        }
         source = evaluation["package"]["identity"]
         Quality.of(evaluation)
     except OSError as error:
@@ -181,7 +186,13 @@ def read_evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} is not what `moac eval PACKAGE --json` prints; give a file with that"
         ) from None
     plan = Plan.from_json({**found, "windows": found["model"]["windows"]})
-    same = all(abs(plan.density(n) - share) < 1e-9 for n, share in measured.items())
+    kv = KvShape(found["model"]["head_dim"], DTYPE_BYTES[found["dtype"]])
+    same = all(
+        abs(plan.density(n) - share) < 1e-9 for n, share in measured["density"].items()
+    ) and all(
+        abs(plan.byte_share(n, kv) - share) < 1e-9
+        for n, share in measured.get("byte_share", measured["density"]).items()
+    )
     if source != found["provenance"].get("identity") or not same:
         raise UsageError(
             f"{path} is an evaluation of another package (its model or its plan differs from "

@@ -12,8 +12,10 @@ from markupsafe import Markup
 from moac.origin import told_plan
 from moac.show.inspection import chosen_plan
 from moac.show.report import charts
-from moac.show.report.heat_map import heat_map
+from moac.show.report.heat_map import heat_map, width_map
 from moac.show.report.quality import Quality
+from moac_runtime.package.dtypes import DTYPE_BYTES
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 
 MEAN = "mean"
@@ -102,7 +104,7 @@ class Losses:
 @dataclass(frozen=True, slots=True)
 class Story:
     """One package. `found`: as `inspect_artifact` gives it. `held`: the share of the dense KV
-    cache that is held at lengths all along the way to the longest planned one.
+    cache's bytes that is held at lengths all along the way to the longest planned one.
     """
 
     found: Mapping[str, Any]
@@ -117,7 +119,8 @@ class Story:
         record = found["planning"]
         chosen = chosen_plan(record)
         lengths = _curve_lengths(found["lengths"], plan.block)
-        held = tuple((n, plan.density(n)) for n in lengths)
+        kv = KvShape(found["model"]["head_dim"], DTYPE_BYTES[found["dtype"]])
+        held = tuple((n, plan.byte_share(n, kv)) for n in lengths)
         quality = None if evaluation is None else Quality.of(evaluation)
         return cls(found, held, Losses.of(record, chosen), quality)
 
@@ -178,9 +181,16 @@ class Story:
             for n in self.found["lengths"]
         ]
 
+    def width_map(self) -> Markup | None:
+        """The widths of keys and values; None where all are of the package's dtype."""
+        widths = self.found["widths"]
+        if all(bits is None for layer in widths for bits in layer):
+            return None
+        return width_map(widths, self.found["dtype"])
+
     def density_chart(self) -> Markup:
-        """Density at every length up to the longest planned one."""
-        planned = [(n, self.found["density"][str(n)]) for n in self.found["lengths"]]
+        """The share of bytes at every length up to the longest planned one."""
+        planned = [(n, self.found["byte_share"][str(n)]) for n in self.found["lengths"]]
         return charts.density_chart(self.held, planned, self.found["budget"])
 
     def bytes_chart(self) -> Markup:

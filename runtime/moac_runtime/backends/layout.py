@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import HeadSpan
 from moac_runtime.package.spec import RopeSpec
@@ -105,6 +106,23 @@ class Layout:
                 first = stop
 
 
+class RunMemory(NamedTuple):
+    """A run's memory, in bytes: the keys' codes of all its heads, the keys' scales, then those of
+    the values; each head's codes are `codes` bytes from the next one's, its scales `scales`.
+
+    Codes of a head are `size` slots of `KvShape.code_bytes` each, its scales of `scale_bytes`.
+    Unrounded heads have no scales, and their numbers as they are for codes.
+    """
+
+    keys: int
+    key_scales: int
+    values: int
+    value_scales: int
+    size: int
+    codes: int
+    scales: int
+
+
 @dataclass(frozen=True, slots=True)
 class HeadRun:
     """Adjacent KV heads of a layer, `first` to `stop - 1` in packed order, that share a layout."""
@@ -122,6 +140,21 @@ class HeadRun:
     def slots(self) -> int:
         """Keys that the run holds, all heads together."""
         return self.num_heads * self.layout.head.size
+
+    def memory(self, kv: KvShape) -> RunMemory:
+        """Where keys and values lie in the run's memory."""
+        head = self.layout.head
+        codes, scales = kv.codes(head.size, head.bits), kv.scales(head.size, head.bits)
+        values = self.num_heads * (codes + scales)
+        return RunMemory(
+            keys=0,
+            key_scales=self.num_heads * codes,
+            values=values,
+            value_scales=values + self.num_heads * codes,
+            size=2 * values,
+            codes=codes,
+            scales=scales,
+        )
 
 
 class Growth(NamedTuple):

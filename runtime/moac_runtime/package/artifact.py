@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moac_runtime.errors import ArtifactError, CheckFailed, UsageError
+from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.held import HeldFiles
 from moac_runtime.package.integrity import (
     CODE,
@@ -26,6 +27,7 @@ from moac_runtime.package.integrity import (
     inside,
 )
 from moac_runtime.package.json_text import MOST_BYTES
+from moac_runtime.package.kv_format import PLANNED, KvShape
 from moac_runtime.package.manifest import Manifest, json_object, parse_manifest
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.signature import check_signature
@@ -47,7 +49,7 @@ class Artifact:
     """A checked package. `capacity`: most tokens a session may hold.
 
     `dtype`: of norms, biases and computing; `weight_formats`: of each kind of matrix.
-    `kv_format`: of keys and values.
+    `kv_format`: of keys and values, `dtype` or "planned".
     `head_order[layer][position]`: the checkpoint's KV head packed at that position. `plan` stays
     in checkpoint order. `files`: what the manifest lists, by path inside `root`. `digest` names
     the package. `trusted`: whether code of its own may run here. Its files are open as long as
@@ -74,6 +76,11 @@ class Artifact:
     def runs(self) -> tuple[str, ...]:
         """The targets that may run here: without trust those alone that hold no code."""
         return self.targets if self.trusted else harmless_targets(self.targets)
+
+    @property
+    def kv(self) -> KvShape:
+        """What a key of the package is, for counting bytes."""
+        return self.spec.kv_shape(DTYPE_BYTES[self.dtype])
 
     @property
     def weights(self) -> str:
@@ -170,7 +177,7 @@ class Opening:
         return Artifact(
             root=self._held.root,
             spec=manifest.model,
-            plan=_parse_plan(self._held.read(PLAN, _JSON_BYTES), manifest.model),
+            plan=_parse_plan(self._held.read(PLAN, _JSON_BYTES), manifest),
             dtype=manifest.dtype,
             kv_format=manifest.kv_format,
             weight_formats=manifest.weight_formats,
@@ -255,6 +262,11 @@ def load_plan_record(artifact: Artifact) -> dict[str, Any]:
     return artifact.json(PLAN)
 
 
+def kv_format(plan: Plan, dtype: str) -> str:
+    """What a manifest says of a plan's keys and values in a package of `dtype`."""
+    return PLANNED if plan.rounds else dtype
+
+
 def _hold(root: Path) -> HeldFiles:
     """The folder of a package, open."""
     if not root.exists():
@@ -287,8 +299,8 @@ def _unreadable(path: Path, error: OSError) -> ArtifactError:
     )
 
 
-def _parse_plan(content: bytes, spec: ModelSpec) -> Plan:
-    data = json_object(content, PLAN)
+def _parse_plan(content: bytes, manifest: Manifest) -> Plan:
+    spec, data = manifest.model, json_object(content, PLAN)
     try:
         plan = Plan.from_json(data)
     except (KeyError, TypeError, ValueError) as error:
@@ -303,5 +315,11 @@ def _parse_plan(content: bytes, spec: ModelSpec) -> Plan:
         raise ArtifactError(
             f"{PLAN} has windows {list(plan.windows)}, expected the model's "
             f"{list(spec.windows)}: {REMEDY}"
+        )
+    expected = kv_format(plan, manifest.dtype)
+    if expected != manifest.kv_format:
+        raise ArtifactError(
+            f"{MANIFEST} has kv_format = {manifest.kv_format!r}, and the rules of {PLAN} are "
+            f"{expected!r}: {REMEDY}"
         )
     return plan

@@ -17,6 +17,7 @@ from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
 from moac_runtime.package.json_text import MOST_BYTES, parse_json
+from moac_runtime.package.kv_format import PLANNED
 from moac_runtime.package.limits import MOST_CONTEXT, MOST_LAYERS, MOST_ROPES, most_of
 from moac_runtime.package.records import has_neutral, record_in, records_in
 from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec, RopeSpec
@@ -27,6 +28,9 @@ SCHEMA_VERSION = 3
 """The one that is read and written. An option left out of a spec holds its neutral value, so a
 new option needs another version only where packages use it."""
 
+WIDTHS_READER = 4
+"""The reader that packages ask for where some KV head holds its keys and values in fewer bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -34,8 +38,8 @@ class Manifest:
 
     `digest`: SHA-256 of all the others, which names the package: it holds those of its files.
 
-    `kv_format`: how keys and values are held, `dtype` so far. `weight_formats`: of each kind of
-    matrix (see `weight_formats.py`), `dtype`, "int8" or "int4".
+    `kv_format`: how keys and values are held, `dtype`, or "planned" where each rule says it.
+    `weight_formats`: of each kind of matrix (see `weight_formats.py`), `dtype`, "int8" or "int4".
     """
 
     model: ModelSpec
@@ -97,7 +101,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     return Manifest(
         model=spec,
         dtype=dtype,
-        kv_format=_choice(data, "kv_format", (dtype,)),
+        kv_format=_kv_format(data, dtype),
         weight_formats=_weight_formats(data, spec, dtype),
         capacity=_positive(data, "capacity"),
         head_order=_head_order(data, spec),
@@ -119,11 +123,11 @@ def _check_format(data: Mapping[str, Any]) -> None:
 
 
 def _check_versions(data: Mapping[str, Any]) -> None:
-    for name in ("schema_version", "minimum_reader"):
+    for name, most in (("schema_version", SCHEMA_VERSION), ("minimum_reader", WIDTHS_READER)):
         found = _positive(data, name)
-        if found > SCHEMA_VERSION:
+        if found > most:
             raise ArtifactError(
-                f"{MANIFEST} has {name} {found}, but this moac reads up to {SCHEMA_VERSION}: "
+                f"{MANIFEST} has {name} {found}, but this moac reads up to {most}: "
                 "upgrade moac (pip install --upgrade moac)"
             )
         if found < SCHEMA_VERSION:
@@ -302,6 +306,18 @@ def _choice(data: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise _wrong(key, value, f"one of {', '.join(choices)}")
     return value
+
+
+def minimum_reader(kv_format: str) -> int:
+    """The reader that a package asks for."""
+    return WIDTHS_READER if kv_format == PLANNED else SCHEMA_VERSION
+
+
+def _kv_format(data: Mapping[str, Any], dtype: str) -> str:
+    found = _choice(data, "kv_format", (dtype, PLANNED))
+    if data["minimum_reader"] != (reader := minimum_reader(found)):
+        raise _wrong("minimum_reader", data["minimum_reader"], f"{reader} for kv_format {found!r}")
+    return found
 
 
 def _head_order(data: Mapping[str, Any], spec: ModelSpec) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moac_runtime.package.kv_format import KV_BITS, KvShape
 from moac_runtime.package.limits import MOST_TOKENS
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, dense_tokens, head_span
 
@@ -38,6 +39,8 @@ class Plan:
             raise ValueError(f"block must be >= 1 and sink >= 0, got {self.block}, {self.sink}")
         if self.min_span <= self.sink:
             raise ValueError(f"min_span must exceed sink, got {self.min_span} <= {self.sink}")
+        if others := {rule.bits for layer in self.rules for rule in layer} - {None, *KV_BITS}:
+            raise ValueError(f"bits of a rule must be 8 or 4, or left out, got {others.pop()!r}")
 
     def head(self, layer: int, kv_head: int, capacity: int) -> HeadSpan:
         """The span of one KV head at `capacity` tokens."""
@@ -57,26 +60,48 @@ class Plan:
             for layer, rules in enumerate(self.rules)
         ]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether any KV head holds its keys and values in 8 or 4 bits."""
+        return any(rule.bits is not None for layer in self.rules for rule in layer)
+
     def undropping(self) -> Plan:
-        """The plan that drops nothing of the same model."""
+        """The plan that drops and rounds nothing of the same model."""
         return replace(self, rules=tuple((DENSE,) * len(layer) for layer in self.rules))
+
+    def unrounded(self) -> Plan:
+        """The plan of the same spans that rounds nothing."""
+        rules = tuple(tuple(replace(rule, bits=None) for rule in layer) for layer in self.rules)
+        return replace(self, rules=rules)
 
     def held_tokens(self, capacity: int) -> int:
         """Tokens held over all layers and KV heads at `capacity` tokens."""
         return sum(head.size for layer in self.spans(capacity) for head in layer)
 
     def density(self, capacity: int) -> float:
-        """KV tokens held, and so bytes, over those that the model holds by itself."""
+        """KV tokens held over those that the model holds by itself."""
         return self.held_tokens(capacity) / self.dense_tokens(capacity)
 
     def dense_tokens(self, capacity: int) -> int:
         """Tokens that the model holds by itself at `capacity` tokens, its own windows counted."""
         return dense_tokens(self.windows, len(self.rules[0]), capacity)
 
+    def held_bytes(self, capacity: int, kv: KvShape) -> int:
+        """Bytes of keys and values at `capacity` tokens, scales and their padding included."""
+        return sum(kv.head_bytes(head) for layer in self.spans(capacity) for head in layer)
+
+    def dense_bytes(self, capacity: int, kv: KvShape) -> int:
+        """Bytes that the model holds by itself at `capacity` tokens, in the package's dtype."""
+        return self.dense_tokens(capacity) * kv.token_bytes()
+
+    def byte_share(self, capacity: int, kv: KvShape) -> float:
+        """KV bytes held over those that the model holds by itself; no width: the density."""
+        return self.held_bytes(capacity, kv) / self.dense_bytes(capacity, kv)
+
     def to_json(self) -> dict[str, Any]:
         """The keys a reader needs; `plan.json` holds these beside the planning record."""
         return {
-            "rules": [[[rule.alpha, rule.beta] for rule in layer] for layer in self.rules],
+            "rules": [[rule_to_json(rule) for rule in layer] for layer in self.rules],
             "sink": self.sink,
             "block": self.block,
             "min_span": self.min_span,
@@ -87,7 +112,7 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_json`; other keys are ignored. Raises KeyError, TypeError, ValueError."""
         return cls(
-            rules=tuple(tuple(_rule(rule) for rule in layer) for layer in data["rules"]),
+            rules=tuple(tuple(map(rule_from_json, layer)) for layer in data["rules"]),
             sink=_tokens(data["sink"], "sink"),
             block=_tokens(data["block"], "block"),
             min_span=_tokens(data["min_span"], "min_span"),
@@ -95,13 +120,21 @@ class Plan:
         )
 
 
-def _rule(found: Any) -> Rule:
-    alpha, beta = found
+def rule_to_json(rule: Rule) -> list[int | float]:
+    """`[alpha, beta]`, and `bits` behind them where the rule names a width."""
+    return [rule.alpha, rule.beta, *(() if rule.bits is None else (rule.bits,))]
+
+
+def rule_from_json(found: Any) -> Rule:
+    """Inverse of `rule_to_json`. Raises TypeError or ValueError."""
+    alpha, beta, *bits = found
     if type(alpha) is not int or abs(alpha) > MOST_TOKENS:
         raise ValueError(f"alpha of a rule must be a whole number of tokens, got {alpha!r:.40}")
     if type(beta) not in (int, float) or not 0 <= beta <= 1:
         raise ValueError(f"beta of a rule must be a number from 0 to 1, got {beta!r:.40}")
-    return Rule(alpha, float(beta))
+    if bits and (len(bits) > 1 or type(bits[0]) is not int):
+        raise ValueError(f"a rule is [alpha, beta] or [alpha, beta, bits], got {found!r:.40}")
+    return Rule(alpha, float(beta), *bits)
 
 
 def _tokens(found: Any, name: str) -> int:

@@ -14,10 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, order=True)
 class Rule:
-    """An elastic span rule `S(N) = alpha + beta * N`; `alpha` in tokens, `beta` dimensionless."""
+    """An elastic span rule `S(N) = alpha + beta * N`; `alpha` in tokens, `beta` dimensionless.
+
+    `bits`: the width of the head's keys and values, 8 or 4; None is the package's dtype.
+    """
 
     alpha: int
     beta: float
+    bits: int | None = None
 
 
 DENSE = Rule(alpha=0, beta=1.0)
@@ -29,12 +33,14 @@ class HeadSpan:
 
     `size`: tokens held, sink included. `sink`: first tokens pinned (0 where nothing is ever
     dropped, or where the checkpoint's own sliding window alone rules). `window`: the checkpoint's
-    own sliding window in tokens, None where the layer attends fully.
+    own sliding window in tokens, None where the layer attends fully. `bits`: the width of its keys
+    and values, None for the package's dtype.
     """
 
     size: int
     sink: int
     window: int | None = None
+    bits: int | None = None
 
 
 def span_tokens(rule: Rule, capacity: int, *, block: int, min_span: int) -> int:
@@ -68,7 +74,7 @@ def head_span(
     limit = capacity if window is None else min(capacity, window)
     size = min(span_tokens(rule, capacity, block=block, min_span=min_span), limit)
     binding = window if window is not None and window < capacity else None
-    return HeadSpan(size=size, sink=0 if size == limit else sink, window=binding)
+    return HeadSpan(size, sink=0 if size == limit else sink, window=binding, bits=rule.bits)
 
 
 def visible(query: Any, key: Any, head: HeadSpan) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moac_runtime.package import records
+from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.span import dense_tokens
 
 QK_NORMS = ("head", "width")
@@ -185,6 +186,10 @@ class ModelSpec:
     def kv_token_bytes(self, itemsize: int) -> int:
         """Bytes of keys and values that one token costs one KV head."""
         return 2 * self.head_dim * itemsize
+
+    def kv_shape(self, itemsize: int) -> KvShape:
+        """A key of one head in an engine whose numbers have `itemsize` bytes."""
+        return KvShape(self.head_dim, itemsize)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON values, inverse of `from_json`; neutral options are left out."""

@@ -23,7 +23,7 @@ ABI = 5
 
 # How weights and caches lie in memory, and what the functions return, as abi.h numbers them.
 WEIGHTS_PLAIN, WEIGHTS_INT8, WEIGHTS_INT4 = 0, 1, 2
-CACHE_PLAIN = 0
+CACHE_PLAIN, CACHE_INT8, CACHE_INT4 = 0, 1, 2
 DONE, SHORT_OF_MEMORY, UNKNOWN_FORMAT = 0, 1, 2
 
 _AVX2 = frozenset(("avx2", "fma", "f16c"))

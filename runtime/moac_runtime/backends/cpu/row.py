@@ -11,43 +11,74 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from moac_runtime.backends.cpu.library import CACHE_PLAIN, CacheStruct, integers
+from moac_runtime.backends.cpu.library import (
+    CACHE_INT4,
+    CACHE_INT8,
+    CACHE_PLAIN,
+    CacheStruct,
+    integers,
+)
 from moac_runtime.backends.cpu.weights import address_of
 from moac_runtime.backends.layout import Growth, HeadRun, Stretch
+from moac_runtime.package.kv_format import KvShape
+
+_FORMATS = {None: CACHE_PLAIN, 8: CACHE_INT8, 4: CACHE_INT4}
 
 
 class Held(NamedTuple):
-    """What a row holds, apart from its memory: `parts`, for each head keys and then values."""
+    """What a row holds, apart from its memory: `parts`, of each run its keys, then its values,
+    head after head; of rounded ones the codes of all heads, then the scales of all."""
 
     layers: list[list[HeadRun]]
     parts: list[bytes]
 
 
+class _Part(NamedTuple):
+    """A run's codes, or scales, of keys or values: where they begin, and the bytes from one head
+    to the next and from one slot to the next."""
+
+    start: int
+    head: int
+    slot: int
+
+
+def _parts_of(run: HeadRun, kv: KvShape, address: int) -> list[_Part]:
+    """What a run's memory at `address` holds, in the order in which it lies."""
+    memory, bits = run.memory(kv), run.layout.head.bits
+    codes, scales = kv.code_bytes(bits), kv.scale_bytes(bits)
+    found = (
+        _Part(address + memory.keys, memory.codes, codes),
+        _Part(address + memory.key_scales, memory.scales, scales),
+        _Part(address + memory.values, memory.codes, codes),
+        _Part(address + memory.value_scales, memory.scales, scales),
+    )
+    return [part for part in found if part.slot]
+
+
 class CpuRow:
     """One row: `layers[layer]` are the runs of heads it has caches of, `memory` holds them all.
 
-    `token`: bytes of one key of one head. `frequencies` `[tables, head_dim / 2]`: of RoPE, a C
+    `kv`: bytes of one key of one head. `frequencies` `[tables, head_dim / 2]`: of RoPE, a C
     array. `caches` and `first_cache` are what a native step reads; they and the memory stay where
     they are.
     """
 
     def __init__(
-        self, layers: list[list[HeadRun]], *, capacity: int, token: int, frequencies: Any
+        self, layers: list[list[HeadRun]], *, capacity: int, kv: KvShape, frequencies: Any
     ) -> None:
         self.capacity = capacity
         self.length = 0
         self.layers = layers
         self.frequencies = frequencies
-        self._token = token
         runs = [run for layer in layers for run in layer]
-        starts = list(accumulate((2 * run.slots * token for run in runs), initial=0))
+        starts = list(accumulate((run.memory(kv).size for run in runs), initial=0))
         self.memory = mmap.mmap(-1, starts[-1])
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         base = address_of(self.memory)
-        self.caches = (CacheStruct * len(runs))(
-            *(self._cache(run, base + start) for run, start in zip(runs, starts, strict=False))
-        )
+        places = [(run, base + start) for run, start in zip(runs, starts, strict=False)]
+        self.caches = (CacheStruct * len(runs))(*(_cache(run, kv, at) for run, at in places))
+        self._parts = [_parts_of(run, kv, at) for run, at in places]
         self.first_cache = integers(accumulate(map(len, layers), initial=0))
 
     @property
@@ -83,52 +114,47 @@ class CpuRow:
     def take_grown(self, old: CpuRow, growth: Sequence[Sequence[Growth]]) -> None:
         """Hold what `old`, which grew into this row, keeps."""
         self.length = old.length
-        before = _by_layer(old.caches, old.layers)
-        for grown, sources, caches in zip(
-            growth, before, _by_layer(self.caches, self.layers), strict=True
-        ):
-            for (run, source, moved), new in zip(grown, caches, strict=True):
-                for head in range(run.first, run.stop):
-                    self._move(new, sources[source], head, moved)
-
-    def _move(self, new: Any, old: Any, head: int, moved: Sequence[Stretch]) -> None:
-        """Move one head's tokens into the first slots of its new cache."""
-        token = self._token
-        for target, source in ((new.keys, old.keys), (new.values, old.values)):
-            to = target + (head - new.first) * new.size * token
-            at = source + (head - old.first) * old.size * token
-            for stretch in moved:
-                count = stretch.size * token
-                ctypes.memmove(to, at + stretch.slot * token, count)
-                to += count
+        parts = iter(self._parts)
+        before = iter(old._parts)
+        for grown, old_runs in zip(growth, old.layers, strict=True):
+            sources = [(run.first, next(before)) for run in old_runs]
+            for run, source, moved in grown:
+                first, source_parts = sources[source]
+                for new, held in zip(next(parts), source_parts, strict=True):
+                    _move(new, held, run.num_heads, run.first - first, moved)
 
     def _filled(self) -> Iterator[tuple[int, int]]:
-        """Address and bytes of the filled slots of each head: keys, then values."""
+        """Address and bytes of the filled slots of each head, part by part."""
         runs = (run for layer in self.layers for run in layer)
-        for run, cache in zip(runs, self.caches, strict=True):
-            size = run.layout.filled(self.length) * self._token
-            for start in (cache.keys, cache.values):
+        for run, parts in zip(runs, self._parts, strict=True):
+            filled = run.layout.filled(self.length)
+            for part in parts:
                 for head in range(run.num_heads):
-                    yield start + head * run.layout.head.size * self._token, size
-
-    def _cache(self, run: HeadRun, address: int) -> CacheStruct:
-        head = run.layout.head
-        return CacheStruct(
-            keys=address,
-            values=address + run.slots * self._token,
-            first=run.first,
-            heads=run.num_heads,
-            size=head.size,
-            sink=head.sink,
-            window=head.window or 0,
-            shift=run.layout.shift,
-            gap=run.layout.gap,
-            format=CACHE_PLAIN,
-        )
+                    yield part.start + head * part.head, filled * part.slot
 
 
-def _by_layer(caches: Any, layers: Sequence[Sequence[HeadRun]]) -> Iterator[list[Any]]:
-    first = 0
-    for layer in layers:
-        yield [caches[first + index] for index in range(len(layer))]
-        first += len(layer)
+def _move(new: _Part, old: _Part, heads: int, skipped: int, moved: Sequence[Stretch]) -> None:
+    """Move the tokens of `heads` heads, after the first `skipped` of the old part, into the first
+    slots of the new one."""
+    for head in range(heads):
+        target, source = new.start + head * new.head, old.start + (skipped + head) * old.head
+        for stretch in moved:
+            size = stretch.size * new.slot
+            ctypes.memmove(target, source + stretch.slot * old.slot, size)
+            target += size
+
+
+def _cache(run: HeadRun, kv: KvShape, address: int) -> CacheStruct:
+    head, memory = run.layout.head, run.memory(kv)
+    return CacheStruct(
+        keys=address + memory.keys,
+        values=address + memory.values,
+        first=run.first,
+        heads=run.num_heads,
+        size=head.size,
+        sink=head.sink,
+        window=head.window or 0,
+        shift=run.layout.shift,
+        gap=run.layout.gap,
+        format=_FORMATS[head.bits],
+    )

@@ -22,6 +22,7 @@ from moac_runtime.backends.cuda.host import NO_GPU
 from moac_runtime.backends.cuda.launch import DriverKernels, Kernels
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.cuda.source import SourceKernels, can_build, load_source
+from moac_runtime.backends.widths import refuse_widths
 from moac_runtime.errors import MoacError
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
@@ -62,11 +63,12 @@ class CudaModel:
 def open_cuda(artifact: Artifact) -> CudaModel:
     """The package on the current CUDA device, weights and all.
 
-    Raises MoacError where there is no device or no kernel for it, or where the package is not
-    trusted, and ArtifactError for a damaged one.
+    Raises MoacError where there is no device or no kernel for it, for a plan with widths, or where
+    the package is not trusted, and ArtifactError for a damaged one.
     """
     if not artifact.trusted:
         raise MoacError(f"{UNTRUSTED}, and its CUDA kernels are that; {TRUST_IT}")
+    refuse_widths(artifact.plan, "cuda")
     device = current_device()
     kernels = open_kernels(artifact.read, read_binaries(artifact), device)
     dtype: torch.dtype = getattr(torch, artifact.dtype)

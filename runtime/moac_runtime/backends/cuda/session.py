@@ -28,6 +28,7 @@ from moac_runtime.backends.feeding import (
 from moac_runtime.backends.fixed import FixedRow, FixedRows
 from moac_runtime.backends.layout import Layout, packed_spans, rope_tables
 from moac_runtime.backends.session import Feed, Snapshot
+from moac_runtime.backends.widths import refuse_widths
 from moac_runtime.package.plan import Plan
 
 
@@ -49,6 +50,7 @@ class CudaSession(FixedRows):
         chunk: int | None = None,
     ) -> None:
         check_sizes(chunk=1 if chunk is None else chunk)
+        refuse_widths(plan, "cuda")
         super().__init__(decoder.spec.vocab_size, (decoder, plan, head_order))
         self._decoder, self._plan, self._head_order = decoder, plan, head_order
         self._asked_chunk, self._tables = chunk, tables

@@ -21,6 +21,7 @@ from moac_runtime.backends.layout import packed_spans, rope_tables
 from moac_runtime.backends.onnx.external import external_files
 from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout, frequency_inputs
 from moac_runtime.backends.session import Feed, Snapshot
+from moac_runtime.backends.widths import refuse_widths
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import default_threads
 from moac_runtime.package.artifact import Artifact
@@ -108,7 +109,11 @@ class OnnxModel:
 
 
 def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
-    """The graph of a package built for `onnx`. Raises ArtifactError."""
+    """The graph of a package built for `onnx`.
+
+    Raises ArtifactError, and MoacError for a plan with widths.
+    """
+    refuse_widths(artifact.plan, "onnx")
     data = artifact.json(ONNX_LAYOUT)
     try:
         layout = OnnxLayout.from_json(data)
@@ -165,6 +170,8 @@ class OnnxSession(FixedRows):
         chunk: int = CHUNK,
     ) -> None:
         check_sizes(chunk=chunk)
+        if plan is not None:
+            refuse_widths(plan, "onnx")
         super().__init__(graph.layout.vocab_size, (graph, plan, head_order))
         self._graph, self._plan, self._head_order = graph, plan, head_order
         self._chunk = chunk

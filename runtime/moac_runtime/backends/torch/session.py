@@ -14,6 +14,7 @@ from moac_runtime.backends.own import OwnRows
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.rounding import Parts
 from moac_runtime.backends.torch.steps import Share, StepAttention
 from moac_runtime.package.plan import Plan
 
@@ -81,7 +82,7 @@ class TorchSession(OwnRows[TorchRow]):
         held = [
             [(cache.run, *cache.filled(found.length)) for cache in layer] for layer in found.layers
         ]
-        size = sum(part.nbytes for layer in held for _, *parts in layer for part in parts)
+        size = sum(part.nbytes for layer in held for part in _parts(layer))
         return Snapshot(size, found.length, found.capacity, self._origin, held)
 
     @torch.inference_mode()
@@ -115,16 +116,15 @@ class TorchSession(OwnRows[TorchRow]):
 
     def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
         for layer in snapshot.content:
-            for _, keys, values in layer:
-                for part in (keys, values):
-                    yield part.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+            for part in _parts(layer):
+                yield part.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
     def _held_bytes(self, row: TorchRow) -> int:
         filled = (cache.filled(row.length) for layer in row.layers for cache in layer)
-        return sum(part.nbytes for parts in filled for part in parts)
+        return sum(part.nbytes for both in filled for parts in both for part in parts)
 
     @torch.inference_mode()
-    def _content(self, row: TorchRow, data: bytes) -> list[list[tuple[HeadRun, Tensor, Tensor]]]:
+    def _content(self, row: TorchRow, data: bytes) -> list[list[tuple[HeadRun, Parts, Parts]]]:
         rest = memoryview(bytearray(data))
 
         def taken(like: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ class TorchSession(OwnRows[TorchRow]):
                 return like
             return torch.frombuffer(part, dtype=like.dtype).view(like.shape).to(like.device)
 
-        def held(cache: SpanCache) -> tuple[HeadRun, Tensor, Tensor]:
+        def held(cache: SpanCache) -> tuple[HeadRun, Parts, Parts]:
             keys, values = cache.filled(row.length)
-            return cache.run, taken(keys), taken(values)
+            return cache.run, tuple(map(taken, keys)), tuple(map(taken, values))
 
         return [[held(cache) for cache in layer] for layer in row.layers]
 
@@ -173,6 +173,11 @@ class TorchSession(OwnRows[TorchRow]):
         for piece in pieces:
             rows[piece.feed].length += piece.size
         return self._decoder.logits(hidden if len(wanted) == len(fed) else hidden[wanted])
+
+
+def _parts(layer: Sequence[tuple[HeadRun, Parts, Parts]]) -> Iterator[Tensor]:
+    """The tensors that a layer of a snapshot holds: of each run keys, then values."""
+    return (part for _, keys, values in layer for part in (*keys, *values))
 
 
 def _frequencies_of(parts: Sequence[tuple[TorchRow, int]]) -> Tensor:

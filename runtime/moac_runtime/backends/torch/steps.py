@@ -24,6 +24,7 @@ from moac_runtime.backends.torch.attention import (
     query_blocks,
 )
 from moac_runtime.backends.torch.cache import SpanCache
+from moac_runtime.backends.torch.rounding import Parts
 from moac_runtime.package.spec import LayerSpec, ModelSpec
 
 # Of a cache: what is copied for less than a call of fused attention costs.
@@ -53,7 +54,7 @@ class Share:
         layout = cache.run.layout
         if layout not in self._views:
             self._views[layout] = decode_view(
-                layout, self.start, dtype=cache.keys.dtype, device=cache.keys.device
+                layout, self.start, dtype=cache.format.dtype, device=cache.device
             )
         return self._views[layout]
 
@@ -63,10 +64,9 @@ class Share:
         They are copied side by side for it, so none is larger than pays.
         """
         run, view = cache.run, self.view(cache)
-        size = 2 * run.num_heads * view.filled * cache.keys.shape[2] * cache.keys.itemsize
-        if view.mask is not None or size > JOINED_BYTES:
+        if view.mask is not None or view.filled * cache.slot_bytes() > JOINED_BYTES:
             return run.first, self.flat.start
-        return run.first, run.stop, view.filled
+        return run.first, run.stop, view.filled, run.layout.head.bits
 
     def blocks(self, cache: SpanCache, held: Sequence[int]) -> list[Block]:
         """The part's queries, and what they see of the positions `held` and of each other."""
@@ -77,8 +77,8 @@ class Share:
                 self.start,
                 self.count,
                 [*held, *range(self.start, self.start + self.count)],
-                dtype=cache.keys.dtype,
-                device=cache.keys.device,
+                dtype=cache.format.dtype,
+                device=cache.device,
             )
         return self._blocks[layout]
 
@@ -144,13 +144,14 @@ class StepAttention:
         for place, (share, cache) in zip(places, parts, strict=True):
             cache.put(share.view(cache).slot, k[place], v[place])
         share, cache = parts[0]
-        view = share.view(cache)
-        keys = _joined([cache.keys for _, cache in parts], view.filled)
-        values = _joined([cache.values for _, cache in parts], view.filled)
+        view, held = share.view(cache), cache.format
+        keys = held.decoded(_joined([cache.keys for _, cache in parts], view.filled))
+        values = held.decoded(_joined([cache.values for _, cache in parts], view.filled))
         rows = _places(places)
-        out[rows] = decode_attention(
-            q[rows], keys, values, view, kind.query_scale, kind.logit_cap, sinks
+        found = decode_attention(
+            held.turned(q[rows]), keys, values, view, kind.query_scale, kind.logit_cap, sinks
         )
+        out[rows] = held.turned(found).to(out.dtype)
 
     def _prefill(
         self,
@@ -165,24 +166,33 @@ class StepAttention:
     ) -> None:
         """Many tokens: `q` and `out` `[g, T, G, D]`, `k` and `v` `[g, T, D]`."""
         old_k, old_v, positions = cache.held(share.start)
+        held = cache.format
+        new_k, new_v = held.encoded(k), held.encoded(v)
         found = prefill_attention(
-            q.transpose(1, 2),
-            torch.cat((old_k, k), dim=1),
-            torch.cat((old_v, v), dim=1),
+            held.turned(q.transpose(1, 2)),
+            held.decoded(_followed(old_k, new_k)),
+            held.decoded(_followed(old_v, new_v)),
             share.blocks(cache, positions),
             kind.query_scale,
             kind.logit_cap,
             sinks,
         )
-        out.copy_(found.transpose(1, 2))
-        cache.write(share.start, k, v)
+        out.copy_(held.turned(found).transpose(1, 2))
+        cache.write(share.start, new_k, new_v)
 
 
-def _joined(parts: Sequence[Tensor], filled: int) -> Tensor:
-    """The first slots of caches `[g, S, D]`, `[n, g, filled, D]`; one alone is not copied."""
-    if len(parts) == 1:
-        return parts[0][None, :, :filled]
-    return torch.stack([part[:, :filled] for part in parts])
+def _followed(old: Parts, new: Parts) -> list[Tensor]:
+    """Parts `[g, n, width]` and after them others."""
+    return [torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)]
+
+
+def _joined(caches: Sequence[Parts], filled: int) -> list[Tensor]:
+    """The first slots of caches `[g, S, width]`, `[n, g, filled, width]`; one alone is not
+    copied."""
+    if len(caches) == 1:
+        return [part[None, :, :filled] for part in caches[0]]
+    alike = zip(*caches, strict=True)
+    return [torch.stack([part[:, :filled] for part in parts]) for parts in alike]
 
 
 def _places(ascending: list[int]) -> slice | list[int]:
