@@ -171,6 +171,14 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
 
 
+def read_rules(path: Path, checkpoint: Checkpoint) -> Plan:
+    """The plan at `path` for `checkpoint`, however it was found; raises as `read_plan_file`."""
+    data, _ = _read(path)
+    _check_identity(path, data, checkpoint)
+    _edited(path, data)
+    return _checked_plan(path, data, checkpoint.spec)
+
+
 def read_plan_of_shape(path: Path, spec: ModelSpec, source: str) -> tuple[Plan, dict[str, Any]]:
     """The plan at `path` and the model that it was made for, which is of the shape of `spec`.
 

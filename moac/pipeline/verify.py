@@ -94,30 +94,45 @@ def verify(
         yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
 
-def session_logits(
-    session: Session, tokens: Sequence[int], positions: Sequence[int], *, decoded: int = 0
-) -> Tensor:
-    """Logits `[len(positions), V]` of a row of just `tokens`; the last `decoded` go one by one."""
+def session_logits(session: Session, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Logits `[len(positions), V]` of a row of just `tokens`, fed at once."""
+    row = session.admit(len(tokens))
+    return torch.as_tensor(session.step([Feed(row, list(tokens), list(positions))]))
+
+
+def both_logits(
+    session: Session, tokens: Sequence[int], positions: Sequence[int], decoded: int
+) -> tuple[Tensor, Tensor]:
+    """The same by prefill and by decode: the last `decoded` tokens fed at once, and one by one.
+
+    What comes before them is read once: the row is kept there, and goes on from the copy.
+    """
     row, split = session.admit(len(tokens)), len(tokens) - decoded
-    ahead = [place for place in positions if place < split]
-    parts = [session.step([Feed(row, list(tokens[:split]), ahead)])]
-    for place in range(split, len(tokens)):
-        wanted = [0] if place in positions else []
-        parts.append(session.step([Feed(row, [tokens[place]], wanted)]))
-    return torch.cat([torch.as_tensor(part) for part in parts])
+    ahead, rest = ([p for p in positions if p < split], [p for p in positions if p >= split])
+    read = torch.as_tensor(session.step([Feed(row, list(tokens[:split]), ahead)]))
+    if not decoded:
+        return read, read
+    kept, late = session.snapshot(row), [place - split for place in rest]
+    at_once = torch.as_tensor(session.step([Feed(row, list(tokens[split:]), late)]))
+    session.release(row)
+    row = session.restore(kept)
+    single = [
+        torch.as_tensor(session.step([Feed(row, [tokens[place]], [0] if place in rest else [])]))
+        for place in range(split, len(tokens))
+    ]
+    return torch.cat([read, at_once]), torch.cat([read, *single])
 
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
     """One way to run the package. `limit`: the error its logits are allowed.
 
-    `logits(tokens, positions, decoded, plan)`: logits `[len(positions), V]`, the last `decoded`
-    tokens fed one by one, under the package's own plan where `plan` is None. `exact`: computes in
-    float32 on weights as stored.
+    `session(plan)`: a session of it, under the package's own plan or another one. `exact`:
+    computes in float32 on weights as stored.
     """
 
     name: str
-    logits: Callable[[Sequence[int], Sequence[int], int, Plan | None], Tensor]
+    session: Callable[[Plan | None], Session]
     limit: float
     exact: bool
 
@@ -141,13 +156,7 @@ def _runner(
     artifact: Artifact, backend: Backend, name: str, precision: str, *, exact: bool
 ) -> _Runner:
     """The package on a backend. `precision`: of weights and computing, which has a limit."""
-
-    def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, plan: Plan | None
-    ) -> Tensor:
-        return session_logits(backend.session(plan), tokens, positions, decoded=decoded)
-
-    return _Runner(name, logits, _limit(artifact, precision), exact)
+    return _Runner(name, backend.session, _limit(artifact, precision), exact)
 
 
 def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
@@ -225,8 +234,7 @@ def _compare(
     shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
     plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
-    prefill = runner.logits(tokens, positions, 0, None)
-    stepped = runner.logits(tokens, positions, decoded, None)
+    prefill, stepped = both_logits(runner.session(None), tokens, positions, decoded)
     yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
     yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
     if prompt.source is not None and runner.exact:
@@ -235,10 +243,10 @@ def _compare(
     if not runner.exact:
         return
     if plan.density(prompt.capacity) < 1:
-        dense = runner.logits(tokens, positions, 0, plan.undropping())
+        dense = session_logits(runner.session(plan.undropping()), tokens, positions)
         yield _more_than(f"{name}: sparse differs from dense by", dense, prompt.logits, limit)
     if plan.rounds:
-        full = runner.logits(tokens, positions, 0, plan.unrounded())
+        full = session_logits(runner.session(plan.unrounded()), tokens, positions)
         yield _more_than(f"{name}: rounded differs from full by", full, prompt.logits, limit)
 
 

@@ -20,6 +20,7 @@ from moac_runtime.host.files import read_regular
 MOST_BYTES = 16 * 2**20
 """Of one text: what it says takes at most some 40 times as much memory."""
 
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_DEPTH = 64
 _MOST_DIGITS = 40
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -31,7 +32,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """What a JSON text says, of bytes in UTF-8.
+    """What a JSON text says, of bytes in UTF-8, or in UTF-16 with its mark at the start.
 
     Raises ValueError, whose text is a phrase, for what is no JSON, for a key that stands twice in
     an object, a number that is not finite or has too many digits, half a surrogate pair, and for
@@ -57,11 +58,13 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def _decoded(data: bytes) -> str:
+    encoding = "utf-16" if data.startswith(_UTF16) else "utf-8-sig"
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
+        kind = encoding.removesuffix("-sig").upper()
         raise ValueError(
-            f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8"
+            f"byte {error.start + 1} (0x{data[error.start]:02x}) is not {kind}"
         ) from None
 
 
