@@ -241,7 +241,7 @@ def _owners(row: Any) -> list[Any]:
     if hasattr(row, "memory"):
         return [row.memory]
     caches = [cache for layer in row.layers for cache in layer]
-    return [tensor for cache in caches for tensor in (cache.keys, cache.values)]
+    return [tensor for cache in caches for tensor in (*cache.keys, *cache.values)]
 
 
 def _memory(row: Any) -> list[int]:
