@@ -9,12 +9,13 @@ MODEL := .cache/smollm2-135m-instruct
 PACKAGE := out
 # Chosen by hand: torch without a version would bring gigabytes of CUDA packages.
 TORCH := torch==2.13.0
-EVERY := dev,eval,cuda
+EVERY := dev,eval,cuda,ray
+comma := ,
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-oldest test-newest test-race test-faults lock lint \
-	format types docs models pictures dist audit sbom licences clean
+.PHONY: help quickstart test test-slow test-oldest test-newest test-race test-ray test-faults \
+	lock lint format types docs models pictures dist audit sbom licences clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
@@ -22,6 +23,7 @@ help:
 	@echo 'make test-slow    run the tests on the small model (minutes)'
 	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
 	@echo 'make test-faults  kill compiles, fill disks, flip bits (many minutes)'
+	@echo 'make test-ray     the tests of replicas, with Ray, which the others do without'
 	@echo 'make test-oldest  the tests, with the oldest versions that pyproject.toml allows'
 	@echo 'make test-newest  the tests, with the newest ones; torch stays in both'
 	@echo 'make lock         choose versions anew: constraints files, and hashes for CI'
@@ -53,6 +55,11 @@ test-race: $(INSTALLED)
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -q tests/test_long_jobs.py tests/test_byte_flips.py tests/test_reproducible.py \
 		tests/test_ship.py
+
+test-ray:
+	$(call new_environment,.venv-ray)
+	$(call install,.venv-ray/bin,constraints.txt,dev$(comma)ray)
+	.venv-ray/bin/pytest -q -m slow tests/test_replica_processes.py
 
 test-oldest:
 	$(call new_environment,.venv-oldest)
@@ -117,7 +124,7 @@ licences: $(INSTALLED) $(TOOLED)
 	$(TOOLS)/pip-licenses --python $(BIN)/python
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-tools build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-ray .venv-tools build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp makes the second run quick; it ages when what is to be installed changes.

@@ -143,7 +143,9 @@ def start(
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     for offset in range(0, len(mapped), PAGE):
-        mapped[offset]  # all of it in memory and mapped, page by page
+        # written, so that each page is this process's own: the kernel may hold a file's pages in
+        # blocks of many and count a block as touched where one page of it is
+        mapped[offset] = mapped[offset]
     base = address_of(mapped)
     addresses = {name: base + offset for name, offset, _ in places(spec)}
     engine = CpuEngine(library, spec, addresses, dtype="bfloat16", threads=threads, memory=mapped)

@@ -23,27 +23,43 @@ function resolveSpan({ alpha, beta, window }, layout, capacity) {
   return { size, sink: size === limit ? 0 : layout.sink };
 }
 
-// RoPE frequencies; only the dynamic kind depends on the capacity.
+// Frequencies of a rotary table; two kinds depend on the capacity. Fields that moac.json leaves out
+// are neutral. Where only a part of a head rotates, zeros come last.
 function frequencies(rope, headDim, capacity) {
-  const context = rope.original_context;
-  if (rope.kind !== "dynamic" || context === null || capacity <= context)
-    return Float32Array.from(rope.inv_freq);
-  const stretch = (rope.factor * capacity) / context - (rope.factor - 1);
-  const theta = rope.theta * stretch ** (headDim / (headDim - 2));
-  return Float32Array.from(rope.inv_freq, (_, i) => theta ** ((-2 * i) / headDim));
+  const { original_context: context = null, factor = 1, rotated = null } = rope;
+  const turning = rotated ?? headDim;
+  let found = rope.inv_freq;
+  if (context !== null && capacity > context) {
+    if (rope.kind === "longrope") found = rope.long_inv_freq;
+    if (rope.kind === "dynamic") {
+      const stretch = (factor * capacity) / context - (factor - 1);
+      const theta = rope.theta * stretch ** (turning / (turning - 2));
+      found = found.map((_, i) => theta ** ((-2 * i) / turning));
+    }
+  }
+  return Float32Array.from({ length: headDim / 2 }, (_, i) => found[i] ?? 0);
 }
+
+// The graph's inputs for the frequencies of every rotary table.
+const rotary = (ropes, headDim, capacity) =>
+  Object.fromEntries(
+    ropes.map((rope, table) => [
+      table ? `inv_freq.${table}` : "inv_freq",
+      new ort.Tensor("float32", frequencies(rope, headDim, capacity)),
+    ]),
+  );
 
 const integers = (values, shape = [values.length]) =>
   new ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape);
 
 // One sequence of at most `capacity` tokens, prompt and answer together.
 class Session {
-  constructor(graph, layout, rope, capacity) {
+  constructor(graph, layout, ropes, capacity) {
     const spans = layout.spans.map((span) => resolveSpan(span, layout, capacity));
     this.graph = graph;
     this.length = 0;
     this.fixed = {
-      inv_freq: new ort.Tensor("float32", frequencies(rope, layout.head_dim, capacity)),
+      ...rotary(ropes, layout.head_dim, capacity),
       sinks: integers(spans.map((span) => span.sink)),
     };
     this.caches = {};
@@ -97,14 +113,14 @@ if (prompt === undefined) {
   process.exit(2);
 }
 const layout = readJson(folder, "onnx.json");
-const { rope } = readJson(folder, "moac.json").model;
+const { ropes } = readJson(folder, "moac.json").model;
 const eos = new Set(readJson(folder, "tokenizer", "generation.json").eos_token_ids);
 const tokenizer = new Tokenizer(readJson(folder, "tokenizer", "tokenizer.json"), {});
 const graph = await ort.InferenceSession.create(join(folder, layout.model), { logSeverityLevel: 3 });
 
 const fed = tokenizer.encode(prompt).ids;
 const capacity = Math.min(fed.length + Number(limit), layout.capacity);
-const session = new Session(graph, layout, rope, capacity);
+const session = new Session(graph, layout, ropes, capacity);
 const answer = [];
 let next = argmax(await session.feed(fed));
 while (answer.push(next) < capacity - fed.length && !eos.has(next))

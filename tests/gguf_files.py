@@ -15,7 +15,15 @@ from families import CHAT_TEMPLATE, checkpoint_tensors, tiny_model, tiny_tokeniz
 from moac.checkpoint.families import Family, family_of
 from moac.checkpoint.gguf import library_names
 
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
+_EXPERT = re.compile(
+    r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\."
+    r"(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight"
+)
+_PARTS = {
+    **{f"{part}_proj": part for part in ("gate", "up", "down")},
+    **{"w1": "gate", "w3": "up", "w2": "down"},
+}
+_ALL_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -50,6 +58,8 @@ def tiny_original(family: str, **overrides: Any) -> Any:
         overrides = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], **overrides}
     if family == "qwen3_moe":  # every layer is a mixture
         overrides = {"mlp_only_layers": [], **overrides}
+    if family == "gpt_oss":  # as llama.cpp takes every file of it
+        overrides = {"swiglu_limit": 7.0, **overrides}
     if family in ("gemma2", "gemma3_text"):
         overrides = {"query_pre_attn_scalar": overrides.get("head_dim", 16), **overrides}
     return tiny_model(family, **overrides)
@@ -110,15 +120,29 @@ def with_stacks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, those of a layer's experts as one: `blk.N.ffn_gate_exps.weight` and so on."""
     found: dict[str, Any] = {}
     for name, tensor in state.items():
-        if (told := _EXPERT.match(name)) is None:
-            found[name] = tensor
-        else:
+        if told := _EXPERT.match(name):
             layer, part = told.groups()
-            found.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(tensor)
+            found.setdefault(f"blk.{layer}.ffn_{_PARTS[part]}_exps.weight", []).append(tensor)
+        elif told := _ALL_EXPERTS.match(name):
+            found |= _unstacked(*told.groups(), tensor)
+        else:
+            found[name] = tensor
     return {
         name: torch.stack(tensor) if isinstance(tensor, list) else tensor
         for name, tensor in found.items()
     }
+
+
+def _unstacked(
+    layer: str, parts: str, bias: str | None, tensor: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """gpt-oss's experts: rows and columns exchanged, gates and ups each in a tensor of its own."""
+    rows = tensor if bias else tensor.mT
+    kind = "bias" if bias else "weight"
+    if parts == "down":
+        return {f"blk.{layer}.ffn_down_exps.{kind}": rows.contiguous()}
+    each = {"gate": rows[:, ::2], "up": rows[:, 1::2]}
+    return {f"blk.{layer}.ffn_{part}_exps.{kind}": x.contiguous() for part, x in each.items()}
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -150,6 +174,7 @@ def _shape(config: Any) -> dict[str, Any]:
         "cohere2": _cohere2,
         "gemma2": _gemma2,
         "gemma3_text": _gemma3,
+        "gpt_oss": _gpt_oss,
         "granite": _granite,
         "phi3": _phi3,
         "stablelm": _stablelm,
@@ -176,6 +201,20 @@ def _gemma2(config: Any) -> dict[str, Any]:
         "attention.sliding_window": config.sliding_window,
         "attn_logit_softcapping": float(config.attn_logit_softcapping),
         "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _gpt_oss(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    scaled = rope["rope_type"] == "yarn"
+    return {
+        "expert_feed_forward_length": config.intermediate_size,
+        "attention.sliding_window": config.sliding_window,
+        "rope.scaling.type": "yarn" if scaled else None,
+        "rope.scaling.factor": float(rope["factor"]) if scaled else None,
+        "rope.scaling.original_context_length": (
+            rope["original_max_position_embeddings"] if scaled else None
+        ),
     }
 
 
@@ -242,7 +281,7 @@ def _add(writer: Any, name: str, value: Any) -> None:
 def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, kind: Any) -> None:
     from gguf import GGMLQuantizationType, quantize
 
-    if kind is None or tensor.dim() < 2:
+    if kind is None or tensor.dim() < 2 or name.endswith(".bias"):
         writer.add_tensor(name, tensor.numpy())
     elif kind is GGMLQuantizationType.F64:
         writer.add_tensor(name, tensor.double().numpy())
@@ -260,9 +299,11 @@ def _stored(name: str, tensor: torch.Tensor, config: Any, family: Family) -> tor
 
 def gguf_name(name: str, family: Family) -> str:
     """The file's name of a tensor that transformers calls `name`."""
-    theirs = {ours: short for short, ours in library_names(family.names).items()}
+    theirs = {ours: short for short, ours in library_names(family).items()}
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("blk."):
         return name
+    if kind == "sinks":
+        return f"blk.{stem.split('.')[2]}.attn_sinks.weight"
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     return f"blk.{block[1]}.{theirs[block[2]]}.{kind}" if block else f"{theirs[stem]}.{kind}"

@@ -29,7 +29,6 @@ LLAMA = KernelShape(
     intermediate_size=80,
     norm_eps=1e-5,
     activation="silu",
-    qk_norm=False,
     windowed=False,
     dtype="float32",
     plan="0123456789abcdef",

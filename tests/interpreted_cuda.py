@@ -18,6 +18,7 @@ import pytest
 import torch
 from batches import Batch
 from families import checkpoint_tensors
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moac.checkpoint.families import model_spec
@@ -29,6 +30,7 @@ from moac_runtime.backends.cuda.decoder import CudaDecoder
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.cuda.source import SourceKernels, load_source
 from moac_runtime.package.plan import Plan
+from moac_runtime.package.spec import ModelSpec
 
 PROGRAMS = 5
 CPU = torch.device("cpu")
@@ -55,14 +57,21 @@ def open_session(
 def new_session(model: PreTrainedModel, plan: Plan, *, chunk: int | None = None) -> CudaSession:
     """The same without rows."""
     spec, order, weights = model_spec(model.config), head_order(plan), checkpoint_tensors(model)
-    kernels, tables = _kernels(spec, plan)
     tensors = dict(pack_weights(weights.__getitem__, spec, order))
+    return session_of(spec, tensors, plan, chunk=chunk)
+
+
+def session_of(
+    spec: ModelSpec, tensors: dict[str, Tensor], plan: Plan, *, chunk: int | None = None
+) -> CudaSession:
+    """A session without rows on a package's weights by name."""
+    kernels, tables = _kernels(spec, plan)
     decoder = CudaDecoder(spec, tensors, kernels, dtype=torch.float32, device=CPU)
-    return CudaSession(decoder, plan, order, tables, chunk=chunk)
+    return CudaSession(decoder, plan, head_order(plan), tables, chunk=chunk)
 
 
 @cache
-def _kernels(spec: Any, plan: Plan) -> tuple[SourceKernels, Any]:
+def _kernels(spec: ModelSpec, plan: Plan) -> tuple[SourceKernels, Any]:
     root = Path(mkdtemp())
     made = write_uncompiled(root / "kernels", require_kernels(spec, plan, "float32"), block=16)
     described = {built.name: Binary.from_json(asdict(built)) for built in made}

@@ -347,7 +347,7 @@ def test_an_older_package_is_refused_with_what_to_do(package: Path, field: str) 
         ({"dtype": "int3"}, ["dtype = 'int3'", "one of float32, bfloat16, float16"]),
         ({"capacity": True}, ["capacity = True", "an integer"]),
         ({"capacity": 0}, ["capacity = 0", "a positive number"]),
-        ({"head_order": [[0, 1]]}, ["head_order = [[0, 1]]", "a permutation of [0, 1]"]),
+        ({"head_order": [[0, 1]]}, ["head_order = [[0, 1]]", "a permutation of 0 to 1"]),
         ({"head_order": [[0, 1], [1, 1]]}, ["head_order", "a permutation"]),
         ({"head_order": [[0, 1], ["0", 1]]}, ["head_order", "each item an integer"]),
         ({"targets": "torch"}, ["targets = 'torch'", "an array"]),

@@ -163,6 +163,9 @@ class Driver:
         return self._status("version"), 12080
 
 
+FOURS = {name: torch.zeros(4) for name in DECODE.arguments}
+
+
 def opened(driver: Driver, binary: Binary = DECODE) -> DriverKernels:
     choice = choose({binary.arch: {"decode": binary}, **BINARIES}, capability=(9, 0),
                     driver=12080, triton=False)  # fmt: skip
@@ -184,7 +187,9 @@ def test_a_launch_is_what_the_metadata_says() -> None:
         (b"decode_entry", "carveout", 100),
     ]
     tensors = [torch.zeros(8), torch.zeros(3, 4, dtype=torch.int32), torch.zeros(2, 2)]
-    kernels.launch("decode", (5, 2), *tensors)
+    qkv, keys, out = tensors
+    # in the order of the metadata; what a kernel does not name it does not get
+    kernels.launch("decode", (5, 2), out=out, other=torch.ones(4), keys=keys, qkv=qkv)
     # function, grid, block, bytes of shared memory, stream
     assert driver.launches == [(b"decode_entry", 5, 2, 1, 128, 1, 1, 98304, 77)]
     assert driver.parameters == [[*(tensor.data_ptr() for tensor in tensors), 0, 0]]
@@ -237,16 +242,17 @@ def test_ptx_ends_in_a_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "sentence"),
+    ("changes", "sentence"),
     [
-        ([torch.zeros(4)] * 2, "decode takes 3 tensors, got 2"),
-        ([torch.zeros(4), torch.zeros(8)[1:], torch.zeros(4)], "argument 1 of decode must be"),
-        ([torch.zeros(4, 4).t(), *[torch.zeros(4)] * 2], "argument 0 of decode must be"),
+        ({"keys": None, "qkv": None}, "decode takes qkv, keys too, which is not given"),
+        ({"keys": torch.zeros(8)[1:]}, "keys of decode must be contiguous and 16-byte aligned"),
+        ({"qkv": torch.zeros(4, 4).t()}, "qkv of decode must be contiguous"),
     ],
 )
-def test_tensors_that_a_kernel_would_misread(tensors: list[torch.Tensor], sentence: str) -> None:
+def test_tensors_that_a_kernel_would_misread(changes: dict[str, Any], sentence: str) -> None:
+    given = {name: tensor for name, tensor in {**FOURS, **changes}.items() if tensor is not None}
     with pytest.raises(ValueError, match=sentence):
-        opened(Driver()).launch("decode", (1,), *tensors)
+        opened(Driver()).launch("decode", (1,), **given)
 
 
 @pytest.mark.parametrize("refuse", ["load", "function", "attribute"])
@@ -258,7 +264,7 @@ def test_a_kernel_that_the_driver_refuses_is_one_sentence(refuse: str) -> None:
 def test_a_launch_that_fails_is_one_sentence() -> None:
     kernels = opened(Driver("launch"))
     with pytest.raises(MoacError, match="could not launch decode: 209;"):
-        kernels.launch("decode", (1,), *[torch.zeros(4)] * 3)
+        kernels.launch("decode", (1,), **FOURS)
 
 
 def test_the_drivers_version_is_asked_for() -> None:
@@ -288,7 +294,7 @@ kernels = DriverKernels(
     choice, lambda name: name.encode(), driver=driver, stream=lambda: 0x77, processors=132
 )
 tensors = [torch.zeros(8), torch.zeros(3, 4, dtype=torch.int32), torch.zeros(2, 2)]
-kernels.launch("decode", (5, 2), *tensors)
+kernels.launch("decode", (5, 2), **dict(zip(("qkv", "keys", "out"), tensors)))
 print(kernels.programs, *(tensor.data_ptr() for tensor in tensors))
 """
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from batches import WRONG_FEEDS, Batch
-from families import VOCAB, tiny_model
-from interpreted_cuda import interpreter, open_session
+from families import FAMILIES, MIXTURES, VOCAB, tiny_model
+from interpreted_cuda import interpreter, open_session, session_of
 from oracle import grown_masks, masked_logits, oracle_logits
 from oracle import open_session as open_torch_session
 from torch import Tensor
 
+from moac.checkpoint.families import model_spec
+from moac.packaging.fuse import head_order
 from moac_runtime.backends.cuda import decode as decode_module
 from moac_runtime.backends.cuda import session as session_module
 from moac_runtime.backends.cuda.decode import bucket
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.feeding import by_feed
 from moac_runtime.backends.session import Feed
+from moac_runtime.backends.torch.decoder import Decoder
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.weights import expected_tensors
 
 SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4
@@ -59,10 +65,19 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
 
 
-def family(name: str) -> None:
+# own windows that 25 tokens pass
+WINDOWS = dict.fromkeys(("gemma2", "gemma3_text", "cohere2"), 20)
+SERVED = [name for name in FAMILIES if name not in MIXTURES]
+ONE_KIND = ("mistral", "qwen2", "qwen3", "granite", "phi3", "stablelm")
+
+
+def family(name: str, rope: str = "default") -> None:
     """Chunked prefill past the smallest spans, then decode while rings wrap."""
-    plan, tokens = (MIXED if name == "llama" else ONE), text(25)
-    model = tiny_model(name, num_hidden_layers=len(plan.rules))
+    plan, tokens = (ONE if name in ONE_KIND else MIXED), text(25)
+    own = {"sliding_window": WINDOWS[name]} if name in WINDOWS else {}
+    model = tiny_model(name, rope=rope, num_hidden_layers=len(plan.rules), **own)
+    plan = replace(plan, windows=model_spec(model.config).windows)
+    assert any(plan.windows) == (name in WINDOWS)
     wanted = oracle_logits(model, tokens, plan, 48)
     session = open_session(model, plan, capacity=48, chunk=17)
     prefill = session.each([tokens[:21]])[0]
@@ -73,10 +88,40 @@ def family(name: str) -> None:
     assert session.kv_bytes() == torch_session.kv_bytes()
 
 
-# what the templates compute; the others are refused before any work (test_kernels_package.py)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+# the others are refused before any work (test_kernels_package.py)
+@pytest.mark.parametrize("name", SERVED)
 def test_every_family_equals_the_oracle(interpreted: Run, name: str) -> None:
     interpreted(family, name)
+
+
+# a factor on cos and sin of what rotates, which for phi3 is a part of each head
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_scaled_rotation_equals_the_oracle(interpreted: Run, name: str) -> None:
+    interpreted(family, name, "longrope")
+
+
+def by_both(changes: dict[str, Any]) -> None:
+    """A model of options that no family here has, against the torch backend."""
+    spec = model_spec(tiny_model("llama", num_hidden_layers=1).config)
+    spec = replace(spec, kinds=(replace(spec.kinds[0], **changes),))
+    torch.manual_seed(1)
+    weights = {name: torch.randn(shape) for name, shape in expected_tensors(spec).items()}
+    order, tokens = head_order(ONE), text(25)
+    sessions = (
+        Batch(session_of(spec, weights, ONE, chunk=17), batch=1, capacity=48),
+        Batch(TorchSession(Decoder(spec, weights), ONE, order), batch=1, capacity=48),
+    )
+    found, wanted = (
+        torch.cat([batch.each([tokens[:21]])[0], batch.by_decode([tokens[21:]])[0]])
+        for batch in sessions
+    )
+    # logits of hundreds, as weights are
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{"sink_logits": True}, {"o_bias": True, "mlp_bias": True}])
+def test_other_options_equal_the_torch_backend(interpreted: Run, changes: dict[str, Any]) -> None:
+    interpreted(by_both, changes)
 
 
 def ragged() -> None:

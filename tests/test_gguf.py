@@ -17,9 +17,18 @@ from moac_runtime.errors import CheckpointError
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "olmo2", "phi3", "cohere2"),
-    *("granite", "smollm3", "stablelm", "olmoe", "qwen3_moe"),
+    *("granite", "smollm3", "stablelm", "olmoe", "qwen3_moe", "mixtral", "gpt_oss"),
 )
 LOCAL = ["sliding_attention"]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
 TOKENS = torch.arange(3, 43)[None]
 
 
@@ -74,6 +83,11 @@ def test_every_family_is_the_original(tmp_path: Path, family: str) -> None:
         ("stablelm", {"use_qkv_bias": False, "partial_rotary_factor": 0.5}),
         ("granite", {"residual_multiplier": 1.0}),
         ("olmoe", {"num_experts_per_tok": 3}),
+        ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1}),
+        ("mixtral", {"tie_word_embeddings": True}),
+        ("gpt_oss", {"num_local_experts": 5, "intermediate_size": 32}),
+        ("gpt_oss", {"rope_parameters": YARN}),
+        ("gpt_oss", {"sliding_window": 8, "layer_types": [*LOCAL, "full_attention"]}),
         ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32}),
         ("gemma3_text", {"head_dim": 32}),
         ("gemma3_text", {"final_logit_softcapping": None}),
@@ -100,9 +114,44 @@ def test_tensors_have_the_names_that_the_format_gives_them(family: str) -> None:
     for name in with_stacks(checkpoint_tensors(tiny_original(family))):
         theirs = listed.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is not None:
-            assert gguf_name(name, kind) == theirs
+            # transformers' sinks are a tensor of no suffix; the file's converter gives them one
+            assert gguf_name(name, kind) == theirs + ".weight" * name.endswith(".sinks")
             checked += 1
     assert checked >= 10
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Blocks of 4 bits as gpt-oss is published with; the file's own library widens them alike."""
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, family="gpt_oss", stored_as=GGMLQuantizationType.MXFP4)
+    checkpoint = open_checkpoint(str(path))
+    state = checkpoint_tensors(tiny_original("gpt_oss"))
+    kind, name = GGMLQuantizationType.MXFP4, "model.layers.1.mlp.experts.gate_up_proj"
+    found, original = checkpoint.tensor(name), state[name]
+    for first in (0, 1):  # gates and ups are beside each other
+        rows = original.mT[:, first::2].contiguous().numpy()
+        wanted = torch.from_numpy(dequantize(quantize(rows, kind), kind)).reshape(rows.shape)
+        assert torch.equal(found.mT[:, first::2], wanted)
+    assert not torch.equal(found, original)
+    assert torch.equal(checkpoint.tensor(f"{name}_bias"), state[f"{name}_bias"])
+    assert checkpoint.load_model().dtype == torch.bfloat16
+
+
+def test_a_gate_without_its_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf_files
+
+    whole = gguf_files.with_stacks
+
+    def lacking(state: Any) -> Any:
+        return {n: x for n, x in whole(state).items() if n != "blk.1.ffn_up_exps.weight"}
+
+    monkeypatch.setattr(gguf_files, "with_stacks", lacking)
+    write_gguf(tmp_path / "tiny.gguf", family="gpt_oss")
+    assert "but no blk.1.ffn_up_exps.weight of that shape; convert" in refusal(
+        tmp_path / "tiny.gguf"
+    )
 
 
 def test_fields_left_out_are_what_llama_cpp_takes_them_for(tmp_path: Path) -> None:
@@ -165,6 +214,8 @@ def test_factors_of_longrope_in_another_family_are_refused(tmp_path: Path) -> No
         ("granite", {"residual_scale": -1.0}, "residual_multiplier -1.0 where a positive number"),
         ("phi3", {"rope.dimension_count": 5}, "partial_rotary_factor 0.3125 is not served"),
         ("phi3", {"rope.scaling.attn_factor": "x"}, "attn_factor = 'x' where a number was"),
+        ("mixtral", {"expert_used_count": 9}, "9 of 8 experts a token"),
+        ("gpt_oss", {"rope.scaling.type": "linear"}, "type = 'linear' is not served"),
         ("olmo2", {"rope.scaling.type": "yarn"}, "olmo2.rope.scaling.type = 'yarn' is not"),
     ],
 )
@@ -172,7 +223,8 @@ def test_a_field_of_a_family_that_is_refused(
     tmp_path: Path, family: str, fields: dict[str, Any], words: str
 ) -> None:
     overrides = {"rope": "longrope"} if "rope.scaling.attn_factor" in fields else {}
-    named = {f"{family}.{name}": value for name, value in fields.items()}
+    arch = family_of(family).gguf.architecture
+    named = {f"{arch}.{name}": value for name, value in fields.items()}
     write_gguf(tmp_path / "tiny.gguf", family=family, fields=named, overrides=overrides)
     assert words in refusal(tmp_path / "tiny.gguf")
 
@@ -272,7 +324,7 @@ def test_quantised_tensors_are_widened(tmp_path: Path, kind: str, steps: int) ->
     ("fields", "words"),
     [
         ({"llama.attention.sliding_window": 32}, "llama.attention.sliding_window = 32 is not"),
-        ({"llama.expert_count": 4}, "llama.expert_count = 4 is not served"),
+        ({"llama.expert_count": 4}, "lacks the field llama.expert_used_count"),
         ({"llama.expert_used_count": 2}, "llama.expert_used_count = 2 is not served"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn' is not served"),
         ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor = 4.0 is not served"),

@@ -28,7 +28,7 @@ ALLOWED = {
         *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
         *("numpy", "onnxruntime"),  # the onnx backend's
         "cuda",  # the cuda backend's
-        *("starlette", "uvicorn", "prometheus_client", "llguidance"),  # the server's
+        *("starlette", "uvicorn", "prometheus_client", "llguidance", "ray"),  # the server's
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }
@@ -211,7 +211,8 @@ def test_cpu_kernels_run_on_the_base_install_alone(
 ) -> None:
     _, modules = loaded(script, cpu_package, tmp_path)
     assert modules & {library for libraries in EXTRAS.values() for library in libraries} == set()
-    assert modules & {"numpy", "tokenizers", "jinja2"} == {"numpy", "tokenizers", "jinja2"}
+    assert modules & {"numpy", "tokenizers"} == {"numpy", "tokenizers"}
+    assert "jinja2" not in modules  # a process of its own has it
 
 
 @needs_compiler

@@ -63,6 +63,8 @@ class Layer:
         self.keys = torch.full((slots, self.kernels.head_dim), float("nan"), dtype=self.dtype)
         self.values = self.keys.clone()
         self.spans = span_table(self.heads, self.batch)
+        # of a few: some weigh more than all keys together
+        self.sinks = 3 * torch.randn(self.kernels.num_heads).to(self.dtype)
         self.history = [[] for _ in range(self.batch)]
 
     def lengths(self) -> list[int]:
@@ -96,7 +98,7 @@ class Layer:
         cache = [self.keys, self.values, self.spans]
         self.run(
             self.kernels, "prefill", "prefill", [len(tiles) * group],
-            [qkv, *cache, rows, tiles, out],
+            [qkv, *cache, rows, tiles, self.sinks, out],
             PAST=any(starts), BLOCK_M=self.block_m, BLOCK_N=self.block_n,
         )  # fmt: skip
         self.run(
@@ -136,7 +138,7 @@ class Layer:
         )  # fmt: skip
         self.run(
             self.kernels, "decode", "combine", [self.batch * self.kernels.num_heads],
-            [partial, weight, work.parts, out],
+            [partial, weight, work.parts, self.sinks, out],
         )  # fmt: skip
         self.check([part if on else part[:0] for part, on in zip(out.split(1), fed, strict=True)])
         assert not out[[not on for on in fed]].any()
@@ -155,8 +157,11 @@ class Layer:
                 lambda query, key, head: visible(query, key, self.heads[head]),
                 place[-len(part) :], place, len(self.heads),
             )  # fmt: skip
-            scale = self.kernels.head_dim**-0.5
-            wanted = masked_attention(q[:, :, -len(part) :], k, v, mask, scale)
+            scale = self.kernels.query_scale or self.kernels.head_dim**-0.5
+            wanted = masked_attention(
+                q[:, :, -len(part) :], k, v, mask, scale, self.kernels.score_cap,
+                sinks=self.sinks if self.kernels.sink_logits else None,
+            )  # fmt: skip
             difference = (part.transpose(0, 1).float() - wanted[0]).abs().max()
             assert difference < LIMITS[self.dtype], f"row {row}: {difference}"
 
@@ -228,6 +233,35 @@ def test_own_windows_of_the_checkpoint(
         layer.decode([True, True])
 
 
+OPTIONS = {
+    "scale": {"query_scale": 0.7},
+    "cap": {"query_scale": 0.9, "score_cap": 2.0},  # of scores that it bends to the end
+    "sink_logits": {"sink_logits": True},
+    "all": {"query_scale": 0.5, "score_cap": 3.0, "sink_logits": True, "windowed": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_attention(interpreter: Interpreter, name: str, dtype: str) -> None:
+    torch.manual_seed(6)
+    kernels = shape(2, 2, 16, dtype=dtype, **OPTIONS[name])
+    window = 30 if kernels.windowed else None
+    heads = (HeadSpan(size=21, sink=5, window=window), HeadSpan(window or 64, 0, window))
+    layer = Layer(interpreter, kernels, heads, 2, dtype=getattr(torch, dtype))
+    layer.prefill([19, 1])  # a row of one token, whose softmax has that key and the logit alone
+    layer.prefill([15, 20])
+    for fed in ([True, True], [True, False], [True, True]):
+        layer.decode(fed)
+
+
+def test_a_cap_far_below_the_scores_overflows_nothing(interpreter: Interpreter) -> None:
+    torch.manual_seed(7)
+    layer = Layer(interpreter, shape(1, 2, 16, query_scale=1e4, score_cap=0.5), SPANS[:1], 1)
+    layer.prefill([18])
+    layer.decode([True])
+
+
 @pytest.mark.parametrize("windowed", [False, True])
 def test_tokens_that_growth_lost(interpreter: Interpreter, windowed: bool) -> None:
     torch.manual_seed(5)
@@ -267,6 +301,8 @@ def play(interpreter: Interpreter, data: st.DataObject, *, longest: int) -> None
     kernels = shape(
         kv_heads, data.draw(st.sampled_from([1, 2, 3]), "group"), 16,
         windowed=heads[0].window is not None,
+        score_cap=data.draw(st.sampled_from([None, 1.5]), "cap"),
+        sink_logits=data.draw(st.booleans(), "sink logits"),
     )  # fmt: skip
     layer = Layer(
         interpreter, kernels, heads, batch,

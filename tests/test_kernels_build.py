@@ -18,7 +18,7 @@ from interpreted import shape
 import moac_kernels
 from moac_kernels.assembler import tool
 from moac_kernels.build import PORTABLE, Built, build_kernels, write_sources
-from moac_kernels.catalog import KERNELS, SOURCES
+from moac_kernels.catalog import SOURCES, kernels_of
 from moac_kernels.render import render
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import ARCHS, SHARED_LIMITS
@@ -34,7 +34,6 @@ LLAMA_8B = KernelShape(
     intermediate_size=14336,
     norm_eps=1e-5,
     activation="silu",
-    qk_norm=False,
     windowed=False,
     dtype="bfloat16",
     plan="0123456789abcdef",
@@ -49,9 +48,18 @@ UNLIKE = replace(
     head_dim=48,
     norm_eps=1e-6,
     activation="gelu_tanh",
-    qk_norm=True,
     windowed=True,
     dtype="float16",
+    qk_norm="head",
+    query_scale=0.0625,
+    score_cap=50.0,
+    sink_logits=True,
+    norm_plus_one=True,
+    norm_centred=True,
+    norm_bias=True,
+    post_norm=True,
+    plain_sums=True,
+    residual_scale=0.22,
 )
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTCHMMA")
 COPY_16_BYTES = re.compile(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|UTMALDG")
@@ -153,13 +161,70 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         assert b"/tmp" not in (first / path).read_bytes(), path
 
 
+# The heads and widths of models that have each option; gpt-oss but for its experts.
+GEMMA2_9B = replace(
+    LLAMA_8B,
+    num_heads=16,
+    head_dim=256,
+    hidden_size=3584,
+    activation="gelu_tanh",
+    windowed=True,
+    query_scale=0.0625,
+    score_cap=50.0,
+    norm_plus_one=True,
+    post_norm=True,
+)
+GEMMA3_27B = replace(
+    GEMMA2_9B,
+    num_heads=32,
+    num_kv_heads=16,
+    head_dim=128,
+    hidden_size=5376,
+    query_scale=168**-0.5,
+    score_cap=None,
+    qk_norm="head",
+)
+OLMO2_32B = replace(
+    LLAMA_8B, num_heads=40, hidden_size=5120, qk_norm="width", post_norm=True, plain_sums=True
+)
+COHERE2_7B = replace(LLAMA_8B, norm_centred=True, plain_sums=True, windowed=True)
+STABLELM_3B = replace(VICUNA_7B, head_dim=80, hidden_size=2560, norm_centred=True, norm_bias=True)
+GRANITE_8B = replace(LLAMA_8B, query_scale=0.0078125, residual_scale=0.22)
+GPT_OSS = replace(
+    LLAMA_8B, num_heads=64, head_dim=64, hidden_size=2880, sink_logits=True, windowed=True
+)
+BUILT = {
+    "smollm2": SMOLLM2,
+    "vicuna-7b": VICUNA_7B,
+    "llama-3-8b": LLAMA_8B,
+    "gemma-2-9b": GEMMA2_9B,
+    "gemma-3-27b": GEMMA3_27B,
+    "olmo-2-32b": OLMO2_32B,
+    "cohere2-7b": COHERE2_7B,
+    "stablelm-3b": STABLELM_3B,
+    "granite-8b": GRANITE_8B,
+    "gpt-oss": GPT_OSS,
+}
+
+
+def test_every_kernel_of_every_option_builds_lean(tmp_path: Path) -> None:
+    """One architecture of each small kernel; attention's take long (see below)."""
+    long = ("decode", "prefill", "prefill_past", "kv_write", "combine", "rope_decode", "act_mul")
+    for name in ("olmo-2-32b", "stablelm-3b", "gemma-3-27b"):
+        folder, shape = tmp_path / name / "kernels", BUILT[name]
+        names = [kernel.name for kernel in kernels_of(shape) if kernel.name not in long]
+        made = build_kernels(folder, shape, [90], names=names)
+        assert {built.name for built in made} == set(names)
+        for built in made:
+            check(folder, built)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["smollm2", "vicuna-7b", "llama-3-8b"])
+@pytest.mark.parametrize("model", BUILT)
 def test_every_kernel_builds_lean_on_every_architecture(model: str, tmp_path: Path) -> None:
-    folder = tmp_path / "kernels"
-    shapes = {"smollm2": SMOLLM2, "vicuna-7b": VICUNA_7B, "llama-3-8b": LLAMA_8B}
-    made = build_kernels(folder, shapes[model], ARCHS)
-    assert len(made) == len(KERNELS) * (len(ARCHS) + 1)
+    folder, shape = tmp_path / "kernels", BUILT[model]
+    made = build_kernels(folder, shape, ARCHS)
+    assert len(made) == len(kernels_of(shape)) * (len(ARCHS) + 1)
     for built in made:
         check(folder, built)
 
@@ -168,10 +233,10 @@ def test_every_kernel_builds_lean_on_every_architecture(model: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "kernels",
     [
-        shape(8, 4, 80, dtype="bfloat16", qk_norm=True, windowed=True, activation="gelu"),
-        shape(32, 1, 96, dtype="float16", qk_norm=True),
+        shape(8, 4, 80, dtype="bfloat16", qk_norm="head", windowed=True, activation="gelu"),
+        shape(32, 1, 96, dtype="float16", qk_norm="head"),
         shape(1, 16, 256, dtype="bfloat16", windowed=True),
-        replace(LLAMA_8B, windowed=True, qk_norm=True),
+        replace(LLAMA_8B, windowed=True, qk_norm="head"),
     ],
     ids=["80", "96", "256", "windowed"],
 )

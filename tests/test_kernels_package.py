@@ -19,10 +19,15 @@ from tiny import CONTEXT, Compiled, moac_command, options, plan_options, request
 from moac import compile_model
 from moac.packaging.kernels import cuda_archs, plan_digest, require_kernels
 from moac.show.inspection import inspect_package
-from moac_kernels.catalog import KERNELS
+from moac_kernels.catalog import kernels_of
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import open_artifact
-from moac_runtime.package.spec import NormSpec, RopeSpec
+from moac_runtime.package.spec import ExpertsSpec, NormSpec, RopeSpec
+
+LLAMA_KERNELS = (
+    *("decode", "combine", "prefill", "prefill_past", "rope", "rope_decode", "kv_write"),
+    *("rms_norm", "add_rms_norm", "act_mul"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def test_inspect_lists_every_kernel(package: Path, capsys: pytest.CaptureFixture
     assert found["targets"] == ["torch", "cuda:90"]
     listed = {(kernel["name"], kernel["arch"]) for kernel in found["kernels"]}
     archs = ("sm_90", "compute_80")
-    assert listed == {(kernel.name, arch) for kernel in KERNELS for arch in archs}
+    assert listed == {(name, arch) for name in LLAMA_KERNELS for arch in archs}
     files = open_artifact(package).files
     for kernel in found["kernels"]:
         assert set(kernel) == {"name", "arch", "registers", "shared", "spills", "cubin", "ptx"}
@@ -104,7 +109,7 @@ def test_kernels_open_with_triton_blocked(package: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     machine_code, ptx, tables = done.stdout.splitlines()
-    count = len(KERNELS)
+    count = len(LLAMA_KERNELS)
     assert machine_code.startswith(f"cubin sm_90 {count} True ")
     assert ptx.startswith(f"ptx compute_80 {count} False ")
     assert tables == "16"
@@ -233,25 +238,19 @@ def one_layer(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ropes": PLAIN.ropes * 2}, "several rotary tables"),
-        (one_layer(rope=None), "layers without rotary embedding"),
-        (one_layer(norm=replace(NORM, plus_one=True)), "norms by 1 \\+ weight"),
-        ({"norm": replace(NORM, plus_one=True)}, "norms by 1 \\+ weight"),
-        ({"norm": NormSpec(1e-6)}, "norms of different epsilons"),
-        (one_layer(pre_norm=False), "layers without norms before them"),
-        (one_layer(post_norm=True), "norms after a sublayer"),
-        (one_layer(query_scale=1.0), "a query scale other than head_dim"),
-        (one_layer(logit_cap=50.0), "a cap on attention's scores"),
-        (one_layer(intermediate_size=64), "layers of different MLPs"),
-        (one_layer(qk_norm="head"), "layers of different MLPs or query and key norms"),
-        (
-            {"kinds": (replace(PLAIN.kinds[0], qk_norm="width"),)},
-            "norms of queries and keys across all heads",
-        ),
-        ({"embedding_scale": 2.0}, "an embedding scale"),
-        ({"residual_scale": 0.5}, "a residual scale"),
-        ({"logit_scale": 0.5}, "a logit scale"),
-        ({"logit_cap": 30.0}, "a cap on logits"),
+        (one_layer(experts=ExpertsSpec(count=4, chosen=2)), "mixtures of experts"),
+        (one_layer(mlp_limit=7.0), "MLPs with a limit, a slope or 1 \\+ up"),
+        (one_layer(activation_slope=1.7), "MLPs with a limit"),
+        (one_layer(up_plus_one=True), "MLPs with a limit"),
+        (one_layer(norm=replace(NORM, plus_one=True)), "norms of several kinds"),
+        ({"norm": NormSpec(1e-6)}, "norms of several kinds"),
+        (one_layer(intermediate_size=64), "layers of different MLP widths"),
+        (one_layer(activation="relu"), "layers of different activations"),
+        (one_layer(qk_norm="head"), "layers of different norms of queries and keys"),
+        (one_layer(query_scale=1.0), "layers of different query scales"),
+        (one_layer(logit_cap=50.0), "layers of different caps on scores"),
+        (one_layer(sink_logits=True), "layers of different learned logits in the softmax"),
+        (one_layer(post_norm=True), "layers of different norms after a sublayer"),
     ],
 )
 def test_what_the_templates_lack_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
@@ -260,16 +259,34 @@ def test_what_the_templates_lack_is_refused_by_name(changes: dict[str, Any], wor
         require_kernels(replace(PLAIN, **changes), None, "float32")
 
 
+def test_what_some_layers_have_and_others_not_is_served() -> None:
+    norm = replace(NORM, plus_one=True)
+    (first, _), _ = one_layer().values()
+    layers = (
+        replace(first, norm=norm, rope=1, window=32, post_norm=True),
+        replace(first, norm=norm, rope=None, parallel=True, pre_norm=False, post_norm=True),
+    )
+    changes: dict[str, Any] = {"embedding_scale": 2.0, "residual_scale": 0.5, "logit_cap": 30.0}
+    spec = replace(PLAIN, ropes=PLAIN.ropes * 2, norm=norm, kinds=layers, layers=(0, 1), **changes)
+    shape = require_kernels(spec, None, "float32")
+    assert (shape.windowed, shape.norm_plus_one, shape.post_norm) == (True, True, True)
+    assert (shape.plain_sums, shape.residual_scale) == (True, 0.5)
+    names = {kernel.name for kernel in kernels_of(shape)}
+    assert names >= {"rms_norm", "add_rms_norm", "add"}
+    assert not names & {"layer_norm", "add_layer_norm", "qk_norm"}
+    assert {k.name for k in kernels_of(require_kernels(PLAIN, None, "float32"))} == names - {"add"}
+
+
 def test_a_model_that_kernels_lack_is_refused_before_any_work(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = tmp_path / "work"
-    for target, words in (
-        ("torch,cuda:90", "the templates lack several rotary tables); leave cuda out of --target"),
-        ("torch,onnx", "the ONNX graph has no second rotary table"),
+    for family, target, words in (
+        ("mixtral", "cuda:90", "the templates lack mixtures of experts); leave cuda out of"),
+        ("mixtral", "onnx", "the ONNX graph has no mixture of experts"),
     ):
-        asked = (*plan_options(), "--target", target, "--work-dir", work)
-        source = tiny_checkpoint("gemma3_text", max_position_embeddings=CONTEXT)
+        asked = (*plan_options(), "--target", f"torch,{target}", "--work-dir", work)
+        source = tiny_checkpoint(family, max_position_embeddings=CONTEXT)
         assert moac_command("compile", source, "-o", tmp_path / "out", *asked) == 2
         assert words in capsys.readouterr().err
     assert not work.exists()

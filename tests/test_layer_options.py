@@ -207,7 +207,7 @@ def graph_session(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> 
     write_onnx(folder, spec=spec, plan=plan, head_order=head_order(plan), **choices)
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
     return open_graph(
-        OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes[0], threads=1), capacity=LENGTH
+        OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes, threads=1), capacity=LENGTH
     )
 
 

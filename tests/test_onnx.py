@@ -70,7 +70,7 @@ def export(
     choices = {"dtype": dtype, "capacity": 512, "weights": "shared", **changes}
     write_onnx(folder, spec=spec, plan=plan, head_order=order, **choices)
     layout = OnnxLayout.from_json(json.loads((folder / ONNX_LAYOUT).read_text()))
-    return OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes[0], threads=1)
+    return OnnxGraph(folder / ONNX_MODEL, layout, spec.ropes, threads=1)
 
 
 def open_session(graph: OnnxGraph, *, capacity: int, batch: int = 1, chunk: int = CHUNK) -> Batch:
@@ -92,6 +92,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "granite": {},
     "gemma2": {},
+    "gemma3_text": {},
     "olmo2": {},
     "phi3": {"rope": "longrope"},
     "cohere2": {},
@@ -165,7 +166,7 @@ def test_padded_rows_of_one_step_are_as_alone(tmp_path: Path) -> None:
         last = [row * width + max(count - 1, 0) for row, count in enumerate(counts)]
         feeds = {
             **{"tokens": tokens, "past_lengths": lengths, "counts": np.array(counts)},
-            **{"wanted": np.array(last), "inv_freq": session._frequencies},
+            **{"wanted": np.array(last), **session._frequencies},
             **{"sinks": np.array([head.sink for head in session._spans]), **caches},
         }
         names = [output.name for output in graph._session.get_outputs()]

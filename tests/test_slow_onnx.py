@@ -131,8 +131,28 @@ def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_javascript_client_gives_the_same_tokens(javascript: Path, onnx_package: Path) -> None:
+    assert_same_tokens(javascript, onnx_package)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("gemma3_text", {}), ("phi3", {"rope": "longrope"}), ("llama", {"rope": "dynamic"})],
+)
+def test_the_javascript_client_rotates_as_every_kind_does(
+    javascript: Path, tiny_checkpoint: Any, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    """Two tables, factors of long contexts, a part of a head, frequencies of the capacity."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family, **options)))
+    spec = checkpoint.spec
+    rules = ((Rule(16, 0.0),) * spec.num_kv_heads,) * spec.num_layers
+    plan = Plan(rules, sink=4, block=4, min_span=8, windows=spec.windows)
+    assert_same_tokens(javascript, write_package(checkpoint, plan, tmp_path / "out"))
+
+
+def assert_same_tokens(javascript: Path, package: Path) -> None:
+    """Of the client in JavaScript and of the runtime."""
     done = subprocess.run(
-        ["node", CLIENT.name, onnx_package, PROMPT, "24"],
+        ["node", CLIENT.name, package, PROMPT, "24"],
         cwd=javascript,
         capture_output=True,
         text=True,
@@ -140,7 +160,7 @@ def test_the_javascript_client_gives_the_same_tokens(javascript: Path, onnx_pack
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    (wanted,) = moac_runtime.load(onnx_package).generate(
+    (wanted,) = moac_runtime.load(package, backend="onnx").generate(
         PROMPT, raw=True, max_tokens=24, temperature=0
     )
     assert len(found["prompt_ids"]) == wanted.prompt_tokens

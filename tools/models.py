@@ -30,7 +30,9 @@ largest that the plan makes past its spans, which the other figures would show i
 
 """
 MIDDLE = """
-The options of each model beside those of the plainest decoder, and the backends that refuse it:
+The options of each model beside those of the plainest decoder, and the backends that refuse it.
+The kernels of `cuda` are run beside transformers in Triton's interpreter, on the models that it
+does not refuse (`tests/test_cuda_session.py`):
 
 """
 

@@ -114,21 +114,27 @@ def _decode_seconds(bench: _Bench, heads: Sequence[HeadSpan], batch: int, tokens
     work = tables.decode_work(spans, [tokens - 1] * batch, programs=kernels.programs)
     room = tables.most_items(batch, shape.num_kv_heads, kernels.programs)
     device = bench.setting.device
-    found = (
-        torch.empty(room, shape.group, shape.head_dim, device=device),
-        torch.empty(room, shape.group, device=device),
-    )
-    positions = bench.table(torch.full((batch,), tokens - 1, dtype=torch.int32))
-    steering = [bench.table(part) for part in (spans, work.items, work.programs, work.parts)]
+    found = {
+        "partial": torch.empty(room, shape.group, shape.head_dim, device=device),
+        "weight": torch.empty(room, shape.group, device=device),
+    }
+    steering = {
+        "positions": bench.table(torch.full((batch,), tokens - 1, dtype=torch.int32)),
+        "spans": bench.table(spans),
+        "items": bench.table(work.items),
+        "programs": bench.table(work.programs),
+        "parts": bench.table(work.parts),
+        "sink_logits": bench.random(shape.num_heads),
+    }
     qkv = bench.random(batch, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     out = bench.random(batch, shape.num_heads, shape.head_dim)
     grid = (kernels.programs,)
 
     def calls() -> None:
         for keys, values in caches:
-            told = (qkv, keys, values, *steering[:3], positions)
-            kernels.launch("decode", grid, *told, *found)
-            kernels.launch("combine", (batch * shape.num_heads,), *found, steering[3], out)
+            told = {"qkv": qkv, "keys": keys, "values": values, **steering, **found}
+            kernels.launch("decode", grid, **told)
+            kernels.launch("combine", (batch * shape.num_heads,), **told, out=out)
 
     return seconds(bench.setting, calls, calls=turns)
 
@@ -169,14 +175,20 @@ def _prefill_seconds(bench: _Bench, heads: Sequence[HeadSpan], tokens: int) -> t
     block_m = kernels.constant("prefill", "BLOCK_M")
     tiles = tables.prefill_tiles(spans, rows, block_m=block_m)
     slots = tables.cache_slots(heads, 1)
-    held = (bench.random(slots, shape.head_dim), bench.random(slots, shape.head_dim))
-    qkv = bench.random(tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    out = bench.random(tokens, shape.num_heads, shape.head_dim)
-    steering = [bench.table(part) for part in (spans, rows, tiles)]
+    told = {
+        "qkv": bench.random(tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim),
+        "keys": bench.random(slots, shape.head_dim),
+        "values": bench.random(slots, shape.head_dim),
+        "spans": bench.table(spans),
+        "rows": bench.table(rows),
+        "tiles": bench.table(tiles),
+        "sink_logits": bench.random(shape.num_heads),
+        "out": bench.random(tokens, shape.num_heads, shape.head_dim),
+    }
     grid = (len(tiles) * shape.group,)
 
     def call() -> None:
-        kernels.launch("prefill", grid, qkv, *held, *steering, out)
+        kernels.launch("prefill", grid, **told)
 
     visited = sum(_visited(head, tokens, block_m) for head in heads)
     return seconds(bench.setting, call), visited

@@ -37,19 +37,20 @@ _SMALLEST = KernelShape(
     intermediate_size=128,
     norm_eps=1e-5,
     activation="silu",
-    qk_norm=False,
     windowed=False,
     dtype="float16",
     plan="",
 )
-# KV heads, group, head dim, dtype, own window
+# KV heads, group, head dim, dtype, own window, cap on scores, learned logits in the softmax
 _OTHERS = (
-    (8, 4, 128, "bfloat16", False),
-    (3, 3, 64, "bfloat16", False),
-    (4, 1, 128, "float16", True),
-    (2, 8, 96, "bfloat16", True),
-    (2, 2, 80, "float16", False),
-    (1, 16, 256, "bfloat16", False),
+    (8, 4, 128, "bfloat16", False, None, False),
+    (3, 3, 64, "bfloat16", False, None, False),
+    (4, 1, 128, "float16", True, None, True),
+    (2, 8, 96, "bfloat16", True, None, False),
+    (2, 2, 80, "float16", False, None, False),
+    (1, 16, 256, "bfloat16", False, None, False),
+    (4, 2, 256, "bfloat16", True, 2.0, False),
+    (8, 8, 64, "bfloat16", True, None, True),
 )
 LAYER_KERNELS = ("decode", "combine", "prefill", "prefill_past", "rope_decode", "kv_write")
 
@@ -68,8 +69,10 @@ def case_shapes(setting: Setting) -> list[KernelShape]:
             head_dim=head_dim,
             dtype=dtype,
             windowed=windowed,
+            score_cap=cap,
+            sink_logits=sinks,
         )
-        for kv_heads, group, head_dim, dtype, windowed in _OTHERS
+        for kv_heads, group, head_dim, dtype, windowed, cap, sinks in _OTHERS
     ]
     return [_SMALLEST, *others][: setting.cases]
 
@@ -136,6 +139,19 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 48},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
+    "granite": {"residual_multiplier": 0.7, "attention_multiplier": 0.4, "logits_scaling": 2.0},
+    "gemma2": {
+        "head_dim": 32,
+        "sliding_window": 48,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.75, "pad_token_id": 0},
+    "cohere2": {"sliding_window": 48, "logit_scale": 0.5, "layer_norm_eps": 1e-5},
+    "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
 }
 
 

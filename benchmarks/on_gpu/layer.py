@@ -41,6 +41,7 @@ class Layer:
         self._keys = torch.full((slots, shape.head_dim), torch.nan, dtype=self._dtype)
         self._keys = self._keys.to(device)
         self._values = self._keys.clone()
+        self._sinks = 2 * torch.randn(shape.num_heads).to(device, self._dtype)
         self._spans = tables.span_table(heads, batch)
         self._history: list[list[Tensor]] = [[] for _ in range(batch)]
         self.worst = 0.0
@@ -59,11 +60,12 @@ class Layer:
         block = self._kernels.constant(name, "BLOCK_M")
         tiles = self._tables.prefill_tiles(self._spans, rows, block_m=block)
         out = qkv.new_full((len(qkv), self._shape.num_heads, self._shape.head_dim), 7.0)
-        held = (self._keys, self._values, *self._on_device(self._spans, rows))
+        given = self._given(
+            spans=self._spans, rows=rows, tiles=tiles, token_rows=self._tables.token_rows(rows)
+        )
         grid = (len(tiles) * self._shape.group,)
-        self._kernels.launch(name, grid, qkv, *held, *self._on_device(tiles), out)
-        token_rows = self._on_device(self._tables.token_rows(rows))
-        self._kernels.launch("kv_write", (len(qkv),), qkv, *held, *token_rows)
+        self._kernels.launch(name, grid, qkv=qkv, **given, out=out)
+        self._kernels.launch("kv_write", (len(qkv),), qkv=qkv, **given)
         self._check(out.split(list(counts)))
 
     def decode(self, ahead: int) -> None:
@@ -71,26 +73,29 @@ class Layer:
         shape, kernels, batch = self._shape, self._kernels, len(self._history)
         qkv = self._tokens([1] * batch)
         now = [length - 1 for length in self.lengths()]
-        positions, spans = self._on_device(torch.tensor(now, dtype=torch.int32), self._spans)
-        one = torch.ones(batch, shape.head_dim // 2, device=self._device)
-        norm = torch.ones(shape.head_dim, dtype=self._dtype, device=self._device)
-        held = (self._keys, self._values, spans)
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        blocks = ceil_div(heads, kernels.constant("rope_decode", "HEAD_TILE"))
-        turn = (one, torch.zeros_like(one), norm, norm)  # no rotation
-        kernels.launch("rope_decode", (batch, blocks), qkv, *turn, *held, positions)
         horizon = [position + ahead for position in now]
         work = self._tables.decode_work(self._spans, horizon, programs=kernels.programs)
-        items, programs, parts = self._on_device(work.items, work.programs, work.parts)
+        given = self._given(
+            positions=torch.tensor(now, dtype=torch.int32),
+            spans=self._spans,
+            items=work.items,
+            programs=work.programs,
+            parts=work.parts,
+        )
+        one = torch.ones(batch, shape.head_dim // 2, device=self._device)
+        norm = torch.ones(shape.head_dim, dtype=self._dtype, device=self._device)
+        turn = {"cos": one, "sin": torch.zeros_like(one), "q_norm": norm, "k_norm": norm}
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        blocks = ceil_div(heads, kernels.constant("rope_decode", "HEAD_TILE"))
+        kernels.launch("rope_decode", (batch, blocks), qkv=qkv, **turn, **given)
         room = self._tables.most_items(batch, shape.num_kv_heads, kernels.programs)
-        found = [
-            torch.full(size, torch.nan, device=self._device)
-            for size in ((room, shape.group, shape.head_dim), (room, shape.group))
-        ]
-        grid = (kernels.programs,)
-        kernels.launch("decode", grid, qkv, *held, items, programs, positions, *found)
+        sizes = {"partial": (room, shape.group, shape.head_dim), "weight": (room, shape.group)}
+        given |= {
+            name: torch.full(size, torch.nan, device=self._device) for name, size in sizes.items()
+        }
+        kernels.launch("decode", (kernels.programs,), qkv=qkv, **given)
         out = qkv.new_full((batch, shape.num_heads, shape.head_dim), 7.0)
-        kernels.launch("combine", (batch * shape.num_heads,), *found, parts, out)
+        kernels.launch("combine", (batch * shape.num_heads,), **given, out=out)
         self._check(out.split(1))
 
     def _tokens(self, counts: Sequence[int]) -> Tensor:
@@ -100,8 +105,11 @@ class Layer:
             self._history[row].append(part.clone())
         return qkv
 
-    def _on_device(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self._device) for tensor in tensors]
+    def _given(self, **tables: Tensor) -> dict[str, Tensor]:
+        """What kernels take by name: tables, on the device, and what the layer has."""
+        placed = {name: table.to(self._device) for name, table in tables.items()}
+        own = {"keys": self._keys, "values": self._values, "sink_logits": self._sinks}
+        return {**placed, **own}
 
     def _check(self, found: Sequence[Tensor]) -> None:
         for row, part in enumerate(found):
@@ -117,7 +125,9 @@ class Layer:
                 place,
                 kv_heads,
             )
-            scale = self._shape.head_dim**-0.5
-            wanted = masked_attention(q[:, :, -len(part) :], k, v, mask, scale)[0]
+            shape, scale = self._shape, self._shape.head_dim**-0.5
+            cap, sinks = shape.score_cap, self._sinks if shape.sink_logits else None
+            wanted = masked_attention(q[:, :, -len(part) :], k, v, mask, scale, cap, sinks=sinks)
+            wanted = wanted[0]
             error = (part.transpose(0, 1).float() - wanted).abs().nan_to_num(torch.inf).max()
             self.worst = max(self.worst, float(error) / LIMITS[self._dtype])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moac_kernels.assembler import resources, tool
-from moac_kernels.catalog import KERNELS, SOURCES, Kernel
+from moac_kernels.catalog import SOURCES, Kernel, kernels_of
 from moac_kernels.render import render
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS, Tile, tiles
@@ -91,7 +91,7 @@ def build_kernels(
     write_sources(folder, shape)
     archs = [(f"sm_{capability}", capability) for capability in capabilities]
     archs.append((PORTABLE, 80))
-    kernels = [kernel for kernel in KERNELS if not names or kernel.name in names]
+    kernels = [kernel for kernel in kernels_of(shape) if not names or kernel.name in names]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         made = [pool.submit(_build_arch, folder, shape, *arch, kernels) for arch in archs]
         return [built for group in made for built in group.result()]
@@ -127,7 +127,7 @@ def _job(
         "source": str(folder / f"{kernel.source}.py"),
         "entry": kernel.entry,
         "signature": kernel.signature(shape),
-        "constants": tile.constants,
+        "constants": {**kernel.fixed, **tile.constants},
         "capability": capability,
         "options": options,
         "stem": str(folder / arch / kernel.name),
@@ -188,7 +188,7 @@ def _finish(
         source=f"kernels/{kernel.source}.py",
         arguments=[[name, kind] for name, kind in signature.items()],
         null_arguments=facts["arguments"] - len(signature),
-        constants=tile.constants,
+        constants={**kernel.fixed, **tile.constants},
         num_warps=facts["num_warps"],
         num_stages=tile.num_stages,
         max_registers=tile.max_registers,

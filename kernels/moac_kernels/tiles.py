@@ -34,18 +34,22 @@ class Tile:
 def tiles(shape: KernelShape, shared_limit: int) -> dict[str, Tile]:
     """The tile of every kernel, by name, where a block may use `shared_limit` bytes."""
     small = shared_limit <= _SMALL
-    head_tile = Tile({"HEAD_TILE": 8}, 4, 1)
-    norm = Tile({}, 4 if shape.hidden_size <= 2048 else 8, 1)
+    head_tile, prefill = Tile({"HEAD_TILE": 8}, 4, 1), _prefill(shape, small)
+    norm = Tile({}, _warps(shape.hidden_size), 1)
     return {
         "decode": _decode(shape, small),
         "combine": Tile({}, 4, 1),
-        "prefill": _prefill(shape, small, past=False),
-        "prefill_past": _prefill(shape, small, past=True),
+        "prefill": prefill,
+        "prefill_past": prefill,
         "rope": head_tile,
         "rope_decode": head_tile,
+        "qk_norm": Tile({}, _warps(shape.num_heads * shape.head_dim), 1),
         "kv_write": Tile({"KV_TILE": padded(shape.num_kv_heads)}, 4, 1),
         "rms_norm": norm,
+        "layer_norm": norm,
         "add_rms_norm": norm,
+        "add_layer_norm": norm,
+        "add": norm,
         "act_mul": Tile({"BLOCK": 1024}, 4, 1),
     }
 
@@ -56,14 +60,19 @@ def _decode(shape: KernelShape, small: bool) -> Tile:
     return Tile({"BLOCK_N": max(16, min(tokens, 128))}, 4, 3)
 
 
-def _prefill(shape: KernelShape, small: bool, *, past: bool) -> Tile:
+def _warps(width: int) -> int:
+    """Of a program that holds a row of `width` numbers."""
+    return 4 if width <= 2048 else 8
+
+
+def _prefill(shape: KernelShape, small: bool) -> Tile:
     if shape.itemsize == 4:  # for tests: no tensor cores, so the tile must be small
-        return Tile({"PAST": past, "BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
+        return Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
     wide = shape.dim_tile > 128
     if small:
         warps, stages = (8, 1) if wide else (4, 2)
-        constants = {"PAST": past, "BLOCK_M": 64, "BLOCK_N": 32}
+        constants = {"BLOCK_M": 64, "BLOCK_N": 32}
         return Tile(constants, warps, stages, max_registers=224)
     block_m = 64 if wide else 128
     block_n = 32 if wide else 64
-    return Tile({"PAST": past, "BLOCK_M": block_m, "BLOCK_N": block_n}, 8, 2)
+    return Tile({"BLOCK_M": block_m, "BLOCK_N": block_n}, 8, 2)

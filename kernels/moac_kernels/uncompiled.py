@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moac_kernels.build import PORTABLE, Built, write_sources
-from moac_kernels.catalog import KERNELS, Kernel
+from moac_kernels.catalog import Kernel, kernels_of
 from moac_kernels.shape import KernelShape
 from moac_kernels.tiles import SHARED_LIMITS, Tile, tiles
 
@@ -26,7 +26,7 @@ def write_uncompiled(folder: Path, shape: KernelShape, *, block: int | None = No
     target = folder / PORTABLE
     target.mkdir(exist_ok=True)
     chosen = tiles(shape, min(SHARED_LIMITS.values()))
-    made = [_described(shape, kernel, chosen[kernel.name], block) for kernel in KERNELS]
+    made = [_described(shape, kernel, chosen[kernel.name], block) for kernel in kernels_of(shape)]
     for built in made:
         text = json.dumps(asdict(built), indent=2, sort_keys=True)
         (target / f"{built.name}.json").write_text(f"{text}\n", encoding="utf-8")
@@ -43,7 +43,7 @@ def _described(shape: KernelShape, kernel: Kernel, tile: Tile, block: int | None
         source=f"kernels/{kernel.source}.py",
         arguments=[[name, kind] for name, kind in kernel.signature(shape).items()],
         null_arguments=0,
-        constants={**tile.constants, **small},
+        constants={**kernel.fixed, **tile.constants, **small},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=tile.max_registers,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moac.checkpoint.template import render_chat, special_tokens
 from moac_runtime.errors import CheckpointError, MoacError, UsageError
 from moac_runtime.text.messages import Message, text_of
 from moac_runtime.text.tokenizer import Tokenizer
@@ -13,7 +14,6 @@ from moac_runtime.text.tokenizer import Tokenizer
 _ANSWER = "MOACANSWER"
 _PLAIN_OPENING = "{text}\nAnswer:"
 _PLAIN_TURN = "\n\nQuestion: {text}\nAnswer:"
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +84,17 @@ class PromptFormat:
 
     def _packaged(self) -> Tokenizer:
         """The tokenizer as the package will hold it."""
-        names = {name: getattr(self.tokenizer, name) for name in _NAMES}
         end = self.tokenizer.eos_token_id
         return Tokenizer(
             backend=self.tokenizer.backend_tokenizer,
             eos_token_ids=frozenset(() if end is None else (end,)),
-            special_tokens={name: token for name, token in names.items() if token},
+            special_tokens=special_tokens(self.tokenizer),
             chat_template=self.tokenizer.get_chat_template(),
         )
 
     def render(self, messages: Sequence[Message]) -> str:
         """The template's text for `messages`, generation prompt included."""
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        return text
+        return render_chat(self.tokenizer, messages)
 
     def encode(self, text: str, *, opens: bool = False) -> list[int]:
         """Token ids of `text`; `opens` adds what the tokenizer puts before a plain sequence."""

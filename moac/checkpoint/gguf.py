@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moac.checkpoint.families import Names, family_of, model_spec
+from moac.checkpoint.families import Family, Names, family_of, model_spec
 from moac.checkpoint.families.options import refuse
 from moac.checkpoint.gguf_config import check_fields, gguf_config, token_id
 from moac.checkpoint.gguf_fields import Fields
+from moac.checkpoint.gguf_header import check_header
 from moac.checkpoint.gguf_tokenizer import check_tokenizer_fields
 from moac.checkpoint.library import attention_of, model_of
 from moac.checkpoint.tensors import Shape, expected_tensors
@@ -43,8 +44,9 @@ class GgufFile:
         return gguf_config(self.fields, self.shapes)
 
 
-def library_names(names: Names) -> dict[str, str]:
+def library_names(family: Family) -> dict[str, str]:
     """The library's names of a family's modules by those that llama.cpp gives them."""
+    names = family.names
     qkv, gate_up = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")
     found = {
         "token_embd": names.embed,
@@ -52,7 +54,7 @@ def library_names(names: Names) -> dict[str, str]:
         "output": names.lm_head,
         "attn_norm": names.attn_norm,
         "post_attention_norm": names.attn_post_norm,
-        "ffn_norm": names.mlp_norm,
+        family.gguf.mlp_norm: names.mlp_norm,
         "post_ffw_norm": names.mlp_post_norm,
         **dict(zip(qkv if len(names.qkv) > 1 else ("attn_qkv",), names.qkv, strict=True)),
         "attn_output": names.o,
@@ -67,18 +69,32 @@ def library_names(names: Names) -> dict[str, str]:
     return {theirs: ours for theirs, ours in found.items() if ours}
 
 
-def _expert_names(names: Names) -> dict[str, str]:
-    """The library's names of each expert's modules by those that llama.cpp gives all of them."""
-    if names.transposed_experts:
-        return {}
-    gate, up = names.expert_gate_up
-    return {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": names.expert_down}
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What of the library's tensor `name` a tensor of the file is. `index`: the expert that it is
+    of all those in the file's. `place`: which of `parts` it is, of experts that the library has in
+    one tensor, rows and columns exchanged and the parts' rows beside each other."""
+
+    name: str
+    index: int | None = None
+    place: int | None = None
+    parts: int = 1
+
+    def shape(self, held: Shape) -> Shape:
+        """Of the library's tensor, from that of the file's."""
+        if self.index is not None:
+            return held[1:]
+        if self.place is None:
+            return held
+        count, rows, *columns = held
+        return (count, *columns, rows * self.parts)
 
 
 def open_gguf(path: Path) -> GgufFile:
     """Read the header. Raises CheckpointError for a damaged file or something not served."""
     _check_start(path)
     try:
+        check_header(path)
         reader = _reader(path)
         values = {name: value.contents() for name, value in reader.fields.items()}
         found = {tensor.name: _shape(tensor) for tensor in reader.tensors}
@@ -91,11 +107,13 @@ def open_gguf(path: Path) -> GgufFile:
     family = check_fields(Fields(path, values))
     if not family.gguf.factors:
         factors = {}
-    fields, names = Fields(path, values | factors), family.names
+    fields = Fields(path, values | factors)
     shapes: dict[str, Shape] = {}
     for name, shape in found.items():
-        held = {} if name in factors else _hf_names(name, shape, names)
-        shapes |= {part: shape if at is None else shape[1:] for part, at in held.items()}
+        held = [] if name in factors else _pieces(name, shape, family)
+        # the first part of several stands for all: whether the others are there is seen below
+        shapes |= {piece.name: piece.shape(shape) for piece in held if not piece.place}
+    _check_parts(path, found, family)
     check_tokenizer_fields(fields)
     _check_kinds(kinds)
     return GgufFile(path, fields, shapes, _dtype(set(kinds)))
@@ -127,15 +145,47 @@ def _shape(tensor: Any) -> Shape:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _hf_names(name: str, shape: Shape, names: Names) -> dict[str, int | None]:
-    """The library's names of what lies in a tensor of the file, and where in it: all, or a row."""
-    parts, known, experts = name.split("."), library_names(names), _expert_names(names)
+def _pieces(name: str, shape: Shape, family: Family) -> list[_Piece]:
+    """What a tensor of the file holds of the library's tensors."""
+    names, known, parts = family.names, library_names(family), name.split(".")
     prefix = f"{names.layers}.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
     stem, kind = parts[-2:] if len(parts) > 1 else (name, "")
-    if stem in experts:
-        theirs = f"{prefix}{experts[stem]}.{kind}"
-        return {theirs.format(index): index for index in range(shape[0])}
-    return {f"{prefix}{known[stem]}.{kind}" if stem in known else name: None}
+    if stem == "attn_sinks" and prefix:
+        return [_Piece(f"{prefix}{names.sinks}")]
+    if stem in _EXPERTS and prefix and names.router:
+        return _expert_pieces(prefix, stem, kind, shape, names)
+    return [_Piece(f"{prefix}{known[stem]}.{kind}" if stem in known else name)]
+
+
+_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+def _expert_pieces(prefix: str, stem: str, kind: str, shape: Shape, names: Names) -> list[_Piece]:
+    """Each expert's own tensor, or a part of one of all of them."""
+    place = _EXPERTS.index(stem)
+    if names.transposed_experts:
+        both, down = names.expert_gate_up[0], names.expert_down
+        ending = "_bias" if kind == "bias" else ""
+        if stem == _EXPERTS[-1]:
+            return [_Piece(f"{prefix}{down}{ending}", place=0)]
+        return [_Piece(f"{prefix}{both}{ending}", place=place, parts=2)]
+    theirs = f"{prefix}{(*names.expert_gate_up, names.expert_down)[place]}.{kind}"
+    return [_Piece(theirs.format(index), index) for index in range(shape[0])]
+
+
+def _check_parts(path: Path, found: Mapping[str, Shape], family: Family) -> None:
+    """Raises CheckpointError where a gate lacks its up or is not of one shape with it."""
+    if not family.names.transposed_experts:
+        return
+    gate, up, _ = _EXPERTS
+    for name, shape in found.items():
+        for one, other in ((gate, up), (up, gate)):
+            partner = name.replace(f".{one}.", f".{other}.")
+            if partner != name and found.get(partner) != shape:
+                raise CheckpointError(
+                    f"{path} holds {name} with shape {list(shape)}, but no {partner} of that "
+                    "shape; convert the original checkpoint again"
+                )
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -184,24 +234,22 @@ class GgufWeights:
     def tensor(self, name: str) -> Tensor:
         """One tensor in float32. Raises CheckpointError for an unknown name."""
         import torch
-        from gguf import dequantize
 
         if name not in self.names():
             raise CheckpointError(f"the checkpoint holds no tensor named {name}")
         if not self._stored:
-            reader = _reader(self.path)
-            names = family_of(self.spec.family).names
-            for found in reader.tensors:
-                for part, index in _hf_names(found.name, _shape(found), names).items():
-                    self._stored[part] = found, index
-        stored, index = self._stored[name]
-        shape, data = _shape(stored), stored.data
-        if index is not None:
-            shape, data = shape[1:], data[index]
-        values = torch.from_numpy(dequantize(data, stored.tensor_type).copy())
+            for found in _reader(self.path).tensors:
+                for piece in _pieces(found.name, _shape(found), family_of(self.spec.family)):
+                    self._stored.setdefault(piece.name, {})[piece.place or 0] = piece, found
+        held = self._stored[name]
+        parts = [_floats(*held[place]) for place in sorted(held)]
+        values = parts[0]
+        if held[0][0].place is not None:
+            values = torch.stack(parts, dim=2).flatten(1, 2)
+            values = values.mT.contiguous() if values.dim() == 3 else values
         if family_of(self.spec.family).gguf.norms_plus_one and name.endswith("norm.weight"):
             values -= 1
-        return self._in_halves(name, values.reshape(shape))
+        return self._in_halves(name, values)
 
     def _in_halves(self, name: str, values: Tensor) -> Tensor:
         """Rows of queries and keys as transformers rotates them.
@@ -217,3 +265,14 @@ class GgufWeights:
         half = self.spec.head_dim // 2
         pairs = values.reshape(own, half, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape)
+
+
+def _floats(piece: _Piece, found: Any) -> Tensor:
+    """A tensor of the file, or the expert of it that is meant, in float32."""
+    import torch
+    from gguf import dequantize
+
+    shape, data = _shape(found), found.data
+    if piece.index is not None:
+        shape, data = shape[1:], data[piece.index]
+    return torch.from_numpy(dequantize(data, found.tensor_type).copy()).reshape(shape)

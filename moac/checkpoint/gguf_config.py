@@ -10,6 +10,7 @@ from typing import Any
 
 from moac.checkpoint.families import Family, gguf_family, parse_config
 from moac.checkpoint.families.options import refuse
+from moac.checkpoint.families.reading import MOST_LAYERS, MOST_SIZE
 from moac.checkpoint.gguf_fields import Fields
 from moac_runtime.errors import CheckpointError
 
@@ -46,8 +47,7 @@ def check_fields(fields: Fields) -> Family:
     kind = fields.text("general.type", "model")
     if kind != "model":
         raise refuse("GGUF file of type", kind, "a model; give the model's own file")
-    arch = fields.text("general.architecture")
-    family = gguf_family(arch)
+    family, arch = _family(fields), fields.text("general.architecture")
     parts = fields.whole("split.count", 0)
     if parts > 1:
         raise CheckpointError(
@@ -73,8 +73,7 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
         raise refuse(
             "the scaling of RoPE by", "rope_freqs.weight", f"a GGUF file without it; {_ORIGINAL}"
         )
-    arch = fields.text("general.architecture")
-    family = gguf_family(arch)
+    family, arch = _family(fields), fields.text("general.architecture")
     names = family.names
     first = f"{names.layers}.0"
     values = {
@@ -94,6 +93,11 @@ def gguf_config(fields: Fields, tensors: Collection[str]) -> Any:
     }
     more = family.gguf.config(fields, values)
     return parse_config({**values, **more}, f"the header of {fields.path}")
+
+
+def _family(fields: Fields) -> Family:
+    arch = fields.text("general.architecture")
+    return gguf_family(arch, fields.whole(f"{arch}.expert_count", 0))
 
 
 def _sizes(fields: Fields, arch: str, family: Family) -> dict[str, int]:
@@ -118,6 +122,9 @@ def _size(fields: Fields, name: str, *default: int) -> int:
     size: int = fields.whole(name, *default)
     if size < 1:
         raise fields.wrong(name, "a positive number")
+    most = MOST_LAYERS if name.endswith(".block_count") else MOST_SIZE
+    if size > most:
+        raise fields.wrong(name, f"at most {most}")
     return size
 
 

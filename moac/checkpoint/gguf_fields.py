@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,14 @@ class Fields:
                 f"{self.path} lacks the field {name}; convert the original checkpoint again"
             )
         right = value is default or isinstance(value, kind)
-        if not right or (isinstance(value, bool) and kind is not bool):
+        if not right or (isinstance(value, bool) and kind is not bool) or not _finite([value]):
             raise self.wrong(name, expected)
         return value
 
     def _list(self, name: str, kind: Any, expected: str, default: Any) -> Any:
         values = self._get(name, list, expected, default)
-        if values is not default and not all(isinstance(value, kind) for value in values):
+        right = values is default or all(isinstance(value, kind) for value in values)
+        if not right or not _finite(values or []):
             raise self.wrong(name, expected)
         return values
 
@@ -72,3 +74,7 @@ class Fields:
             f"{self.path} holds {name} = {self.values[name]!r:.60} where {expected} was expected; "
             "convert the original checkpoint again"
         )
+
+
+def _finite(values: Iterable[Any]) -> bool:
+    return all(math.isfinite(value) for value in values if isinstance(value, float))

@@ -31,6 +31,8 @@ _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
 _MATCHED = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}  # in text; whether special
 
+_MOST_CUTS = 10**8  # characters to look up; a large vocabulary has a tenth of them
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -231,6 +233,8 @@ def _scored_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     scores = vocabulary.scores
     if scores is None or len({scores[i] for i in pieces.values()}) == 1:
         scores = [-i for i in range(len(vocabulary.tokens))]
+    if sum(len(token) ** 2 for token in pieces) > _MOST_CUTS:
+        raise ValueError("its tokens are too long to be put together of two")
     found = [
         (scores[i], cut, len(token) - cut, token)
         for token, i in pieces.items()

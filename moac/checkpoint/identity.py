@@ -20,6 +20,7 @@ from typing import Any
 from moac_runtime.errors import CheckpointError
 from moac_runtime.package.records import to_json
 from moac_runtime.package.spec import ModelSpec, RopeSpec
+from moac_runtime.package.tensor_header import header_bytes, parse_header
 
 _SCHEME = "moac model 2"
 _CHUNK = 1 << 20
@@ -85,6 +86,8 @@ def _digests(read: Any, path: Path) -> Mapping[str, str]:
     try:
         stat = path.stat()
         found: Mapping[str, str] = read(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}); check the disk and the file's "
@@ -97,15 +100,13 @@ def _digests(read: Any, path: Path) -> Mapping[str, str]:
 @cache
 def _safetensors_digests(path: Path, size: int, modified: int, inode: int) -> Mapping[str, str]:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        length = header_bytes(file.read(8))
+        header = parse_header(file.read(length))
     return _hashed(
         path,
         (
-            _Stored(name, told["dtype"], tuple(told["shape"]), 8 + length + first, last - first)
-            for name, told in header.items()
-            for first, last in [told["data_offsets"]]
+            _Stored(name, t.stored, t.shape, 8 + length + t.first, t.stop - t.first)
+            for name, t in header.items()
         ),
     )
 

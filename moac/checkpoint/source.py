@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from moac.checkpoint.stand_ins import check_file
 from moac_runtime.errors import CheckpointError, UsageError
+from moac_runtime.package.json_text import read_json_file
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SETTINGS = ["*.json", "*.jinja", "*.model", "merges.txt"]
@@ -105,8 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file is anything else."""
     check_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}); restore it from the original checkpoint"
         ) from None

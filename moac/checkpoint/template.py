@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from moac_runtime.errors import MoacError
+from moac_runtime.text.messages import Message
+from moac_runtime.text.template import ChatTemplate
 
 _USER, _ANSWER = "MOACUSER", "MOACANSWER"
 _LATER = "MOACLATER"
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """A conversation as a package of this transformers tokenizer will write it, within limits.
+
+    Raises MoacError where the template refuses it or is stopped.
+    """
+    return ChatTemplate(tokenizer.get_chat_template()).render(
+        messages, add_generation_prompt=True, special_tokens=special_tokens(tokenizer)
+    )
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """The tokens that a template knows by name."""
+    names = {name: getattr(tokenizer, name) for name in _NAMES}
+    return {name: token for name, token in names.items() if token}
 
 
 def template_fault(tokenizer: Any, vocab_size: int) -> str | None:
@@ -31,9 +53,9 @@ def template_fault(tokenizer: Any, vocab_size: int) -> str | None:
 
 def _fault(tokenizer: Any, talk: list[dict[str, str]], vocab_size: int) -> str | None:
     try:
-        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it may raise anything
-        return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        text = render_chat(tokenizer, talk)
+    except MoacError as error:
+        return str(error).partition(";")[0]
     place = 0
     for message in talk:
         place = text.find(message["content"], place)

@@ -14,10 +14,13 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="everything as JSON")
 def inspect_command(package: Path, as_json: bool) -> None:
     """Show PACKAGE: its plan, density and KV bytes at each length, kernels, provenance."""
+    from moac.show.damage import telling_damage
     from moac.show.inspection import inspect_package
     from moac.show.summary import inspection_text
     from moac.show.terminal_map import Look
 
-    found = inspect_package(package)
-    look = Look.of(sys.stdout)
-    click.echo(json.dumps(found, indent=2) if as_json else inspection_text(found, look))
+    with telling_damage(package):
+        found = inspect_package(package)
+        look = Look.of(sys.stdout)
+        text = json.dumps(found, indent=2) if as_json else inspection_text(found, look)
+    click.echo(text)

@@ -31,6 +31,7 @@ def report_command(package: Path, results: Path | None, output: Path) -> None:
 
     The page inside PACKAGE stays as it is: its hash stands in the manifest.
     """
+    from moac.show.damage import telling_damage
     from moac.show.inspection import inspect_package
     from moac.show.report import read_evaluation, render_report
 
@@ -39,9 +40,10 @@ def report_command(package: Path, results: Path | None, output: Path) -> None:
             f"{output} is inside the package {package}, whose files are hashed; give -o a path "
             "outside of it"
         )
-    found = inspect_package(package)
-    evaluation = None if results is None else read_evaluation(results, found)
-    page = render_report(found, evaluation)
+    with telling_damage(package):
+        found = inspect_package(package)
+        evaluation = None if results is None else read_evaluation(results, found)
+        page = render_report(found, evaluation)
     try:
         output.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:

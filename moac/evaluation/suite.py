@@ -31,10 +31,9 @@ from moac.evaluation.text import MOST_TOKENS, kind_tokens, most_windows, windows
 from moac.evaluation.tokenizer import in_transformers, read_tokenizer
 from moac.evaluation.wordings import WordingKind
 from moac.origin import check_source
-from moac.pipeline.plan_file import read_plan_file
+from moac.pipeline.plan_file import read_rules
 from moac.progress.cost import Costs
 from moac.progress.progress import notes, passed, stage, step
-from moac.request import CompileRequest
 from moac.show.inspection import planned_lengths
 from moac.store.work_dir import default_work_dir
 from moac.store.workspace import Workspace
@@ -158,8 +157,7 @@ def _plans(
     made = {OWN: baselines[OWN]}
     for name in against:
         if is_plan_file(name):
-            found = read_plan_file(Path(name), checkpoint, CompileRequest())
-            made[Path(name).stem] = always(found.plan)
+            made[Path(name).stem] = always(read_rules(Path(name), checkpoint))
         else:
             made[name] = baselines[name]
     return made

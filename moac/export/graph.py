@@ -15,7 +15,7 @@ from onnx import GraphProto, TensorProto
 
 from moac.export.builder import ELEMENTS, Builder
 from moac.export.step import Step
-from moac_runtime.backends.onnx.layout import CacheLayout, OnnxLayout
+from moac_runtime.backends.onnx.layout import CacheLayout, OnnxLayout, frequency_inputs
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.spec import ModelSpec, NormSpec
 
@@ -76,7 +76,8 @@ class _Graph:
         b.input("past_lengths", INT64, ["batch"])
         b.input("counts", INT64, ["batch"])
         b.input("wanted", INT64, ["wanted"])
-        b.input("inv_freq", FLOAT, [self._spec.head_dim // 2])
+        for name in frequency_inputs(len(self._spec.ropes)):
+            b.input(name, FLOAT, [self._spec.head_dim // 2])
         b.input("sinks", INT64, [len(self._layout.spans)])
         for cache in self._layout.caches:
             for part in ("key", "value"):
@@ -109,7 +110,7 @@ class _Graph:
         qkv = b.op("Transpose", qkv, perm=[0, 2, 1, 3])
         qk, v = b.ops("Split", qkv, b.ints(heads + kv_heads, kv_heads), outputs=2, axis=1)
         qk = self._qk_norm(layer, qk) if own.qk_norm == "head" else qk
-        qk = qk if own.rope is None else self._rotated(qk)
+        qk = qk if own.rope is None else self._rotated(qk, own.rope)
         q, k = b.ops("Split", qk, b.ints(heads, kv_heads), outputs=2, axis=1)
         q = b.op("Mul", q, b.number(own.query_scale, self._kind))
         caches = self._layout.of_layer(layer)
@@ -135,12 +136,12 @@ class _Graph:
         sizes = self._b.ints(*(cache.num_heads * share for cache in caches))
         return self._b.ops("Split", x, sizes, outputs=len(caches), axis=1)
 
-    def _rotated(self, x: str) -> str:
-        b, step = self._b, self._step
+    def _rotated(self, x: str, table: int) -> str:
+        b, (cos, sin) = self._b, self._step.rotations[table]
         half = self._spec.head_dim // 2
         low, high = b.ops("Split", x, b.ints(half, half), outputs=2, axis=-1)
-        turned = b.op("Mul", b.op("Concat", high, low, axis=-1), step.sin)
-        return b.op("Add", b.op("Mul", x, step.cos), turned)
+        turned = b.op("Mul", b.op("Concat", high, low, axis=-1), sin)
+        return b.op("Add", b.op("Mul", x, cos), turned)
 
     def _qk_norm(self, layer: int, qk: str) -> str:
         b, spec = self._b, self._spec

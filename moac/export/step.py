@@ -12,8 +12,8 @@ from onnx import TensorProto
 
 from moac.export.builder import Builder
 from moac_runtime.backends.layout import rope_scalings
-from moac_runtime.backends.onnx.layout import OnnxLayout
-from moac_runtime.package.spec import ModelSpec
+from moac_runtime.backends.onnx.layout import OnnxLayout, frequency_inputs
+from moac_runtime.package.spec import ModelSpec, RopeSpec
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
@@ -22,8 +22,9 @@ _FOREVER = 2**30
 
 
 class Step:
-    """Values of one step over the graph's inputs. `cos`, `sin`: `[B, 1, T, D]`, the sines' first
-    half negated, so that the halves are swapped and not negated.
+    """Values of one step over the graph's inputs. `rotations`: of each rotary table, the cosines
+    and sines `[B, 1, T, D]`, the sines' first half negated, so that the halves are swapped and not
+    negated.
     """
 
     def __init__(self, b: Builder, spec: ModelSpec, layout: OnnxLayout, kind: int) -> None:
@@ -32,7 +33,10 @@ class Step:
         self._layout = layout
         with b.scope("step"):
             self._measure()
-            self.cos, self.sin = self._rotation(kind)
+            inputs = frequency_inputs(len(spec.ropes))
+            self.rotations = [
+                self._rotation(*table, kind) for table in zip(spec.ropes, inputs, strict=True)
+            ]
             self._place()
             self._masks = self._make_masks()
 
@@ -97,11 +101,10 @@ class Step:
         scalar = b.op("Cast", b.op("Squeeze", stop), to=INT32)
         return b.op("Range", b.number(0, INT32), scalar, b.number(1, INT32))
 
-    def _rotation(self, kind: int) -> tuple[str, str]:
-        (rope,) = self._spec.ropes
+    def _rotation(self, rope: RopeSpec, frequencies: str, kind: int) -> tuple[str, str]:
         b = self._b
         position = b.op("Cast", b.op("Unsqueeze", self._positions, b.ints(1, 3)), to=FLOAT)
-        angle = b.op("Mul", position, "inv_freq")
+        angle = b.op("Mul", position, frequencies)
         cos, sin = b.op("Cos", angle), b.op("Sin", angle)
         if rope.scaling != 1:
             factors = np.array(rope_scalings(rope, self._spec.head_dim), dtype=np.float32)

@@ -31,8 +31,6 @@ def require_onnx(spec: ModelSpec) -> None:
 
 def graph_obstacle(spec: ModelSpec) -> str | None:
     """Why the graph does not compute a model, None where it does."""
-    if len(spec.ropes) > 1:
-        return "the ONNX graph has no second rotary table: inv_freq is one input"
     if any(layer.experts is not None for layer in spec.kinds):
         return "the ONNX graph has no mixture of experts: no operator reads the chosen ones alone"
     if any(layer.sink_logits for layer in spec.kinds):

@@ -18,7 +18,7 @@ from moac_runtime.host.extras import missing
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.spec import ModelSpec, NormSpec
+from moac_runtime.package.spec import ModelSpec
 
 CUDA_TARGETS = ("cuda", *(f"cuda:{arch}" for arch in ARCHS))
 _LISTED = ("name", "arch", "registers", "shared", "spills", "cubin", "ptx")
@@ -56,62 +56,57 @@ def _shape(spec: ModelSpec, plan: Plan | None, dtype: str) -> KernelShape:
     """Raises ValueError where no kernel serves the model."""
     if (lacking := _lacking(spec)) is not None:
         raise ValueError(f"the templates lack {lacking}")
-    layer = spec.kinds[0]
+    layer, norm = spec.kinds[0], spec.norm
     return KernelShape(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         hidden_size=spec.hidden_size,
         intermediate_size=layer.intermediate_size,
-        norm_eps=layer.norm.eps,
+        norm_eps=norm.eps,
         activation=ACTIVATIONS[layer.activation].triton or layer.activation,
-        qk_norm=layer.qk_norm is not None,
         windowed=any(window is not None for window in spec.windows),
         dtype=dtype,
         plan="" if plan is None else plan_digest(plan),
+        qk_norm=layer.qk_norm,
+        query_scale=layer.query_scale,
+        score_cap=layer.logit_cap,
+        sink_logits=layer.sink_logits,
+        norm_plus_one=norm.plus_one,
+        norm_centred=norm.centred,
+        norm_bias=norm.bias,
+        post_norm=layer.post_norm,
+        plain_sums=any(layer.parallel or not layer.pre_norm for layer in spec.kinds),
+        residual_scale=spec.residual_scale,
     )
+
+
+_ALIKE = {
+    "intermediate_size": "MLP widths",
+    "activation": "activations",
+    "qk_norm": "norms of queries and keys",
+    "query_scale": "query scales",
+    "logit_cap": "caps on scores",
+    "sink_logits": "learned logits in the softmax",
+    "post_norm": "norms after a sublayer",
+}
+"""What all layers of a model have alike, since one kernel serves them all."""
 
 
 def _lacking(spec: ModelSpec) -> str | None:
     """The first option of the model that no template computes."""
-    layers, whole = spec.kinds, spec.head_dim**-0.5
-    first = layers[0]
+    layers = spec.kinds
     lacking = {
-        "several rotary tables": len(spec.ropes) != 1,
-        "layers without rotary embedding": any(layer.rope is None for layer in layers),
-        "a scaled rotary embedding of a part of a head": any(
-            rope.rotated is not None and rope.scaling != 1 for rope in spec.ropes
-        ),
-        "norms by 1 + weight": any(norm.plus_one for norm in _norms(spec)),
-        "layer norms": any(norm.centred for norm in _norms(spec)),
-        "parallel attention and MLP": any(layer.parallel for layer in layers),
-        "norms of different epsilons": len({norm.eps for norm in _norms(spec)}) > 1,
-        "layers without norms before them": not all(layer.pre_norm for layer in layers),
-        "norms after a sublayer": any(layer.post_norm for layer in layers),
-        "norms of queries and keys across all heads": first.qk_norm == "width",
-        "a query scale other than head_dim ** -0.5": any(x.query_scale != whole for x in layers),
-        "a cap on attention's scores": any(layer.logit_cap is not None for layer in layers),
         "mixtures of experts": any(layer.experts is not None for layer in layers),
-        "learned logits in attention's softmax": any(layer.sink_logits for layer in layers),
         "MLPs with a limit, a slope or 1 + up": any(
             layer.mlp_limit is not None or layer.activation_slope != 1 or layer.up_plus_one
             for layer in layers
         ),
-        "layers of different MLPs or query and key norms": any(
-            (x.intermediate_size, x.activation, x.qk_norm)
-            != (first.intermediate_size, first.activation, first.qk_norm)
-            for x in layers
-        ),
-        "an embedding scale": spec.embedding_scale != 1,
-        "a residual scale": spec.residual_scale != 1,
-        "a logit scale": spec.logit_scale != 1,
-        "a cap on logits": spec.logit_cap is not None,
+        "norms of several kinds": len({spec.norm, *(layer.norm for layer in layers)}) > 1,
     }
+    for field, words in _ALIKE.items():
+        lacking[f"layers of different {words}"] = len({getattr(x, field) for x in layers}) > 1
     return next((name for name, found in lacking.items() if found), None)
-
-
-def _norms(spec: ModelSpec) -> list[NormSpec]:
-    return [spec.norm, *(layer.norm for layer in spec.kinds)]
 
 
 def plan_digest(plan: Plan) -> str:

@@ -20,6 +20,9 @@ from moac.planning import HeadLayout
 from moac.request import CompileRequest
 from moac.store.rename import move_new
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.host.files import read_regular
+from moac_runtime.package.json_text import MOST_BYTES, parse_json
+from moac_runtime.package.limits import MOST_CONTEXT
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.spec import ModelSpec
 
@@ -27,6 +30,7 @@ SHAPE = ("family", "num_layers", "num_kv_heads", "head_dim")
 """What of a model's spec a plan must fit, whichever model of that shape it was made for."""
 
 _SEAL = "sha256"
+_CAP = ("max_bytes", "batch", "length", "token_bytes")
 _REMEDY = "give a plan.json that `moac plan` or `moac compile` wrote"
 
 
@@ -48,7 +52,7 @@ class PlanFile:
         record = self.record
         lengths = Lengths(
             profiled=tuple(record["lengths"]),
-            extrapolated=record["extrapolated"],
+            extrapolated=record.get("extrapolated"),
             unseen=record["unseen"],
             upto=upto,
             capped=record.get("kv_cap", {}).get("length"),
@@ -159,7 +163,16 @@ def read_plan_file(path: Path, checkpoint: Checkpoint, request: CompileRequest) 
     edited = _edited(path, data)
     plan = _checked_plan(path, data, checkpoint.spec)
     record = {name: value for name, value in data.items() if name not in plan.to_json()}
+    _check_record(path, record)
     return PlanFile(path, plan, _with_cap(path, record, plan, checkpoint, request), digest, edited)
+
+
+def read_rules(path: Path, checkpoint: Checkpoint) -> Plan:
+    """The plan at `path` for `checkpoint`, however it was found; raises as `read_plan_file`."""
+    data, _ = _read(path)
+    _check_identity(path, data, checkpoint)
+    _edited(path, data)
+    return _checked_plan(path, data, checkpoint.spec)
 
 
 def read_plan_of_shape(path: Path, spec: ModelSpec, source: str) -> tuple[Plan, dict[str, Any]]:
@@ -193,6 +206,28 @@ def read_untouched(path: Path) -> dict[str, Any]:
     return data
 
 
+def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises ArtifactError where the record does not hold what a package is made from."""
+    lengths, cap = record.get("lengths"), record.get("kv_cap", {})
+    right = {
+        "lengths": isinstance(lengths, list) and bool(lengths) and all(map(_is_length, lengths)),
+        "extrapolated": record.get("extrapolated") is None or _is_length(record["extrapolated"]),
+        "unseen": _is_length(record.get("unseen")),
+        "budget": type(record.get("budget")) in (int, float),
+        "kv_cap": isinstance(cap, dict)
+        and all(type(cap.get(name)) is int for name in _CAP if cap),
+    }
+    wrong = next((name for name, holds in right.items() if not holds), None)
+    if wrong is not None:
+        raise ArtifactError(
+            f"{path} holds {wrong} = {record.get(wrong)!r:.60}, which is none of a plan: {_REMEDY}"
+        )
+
+
+def _is_length(found: object) -> bool:
+    return type(found) is int and 1 <= found <= MOST_CONTEXT
+
+
 def _with_cap(
     path: Path,
     record: dict[str, Any],
@@ -219,21 +254,17 @@ def _with_cap(
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        raw = path.read_bytes()
-        data = json.loads(raw, parse_constant=_refuse_constant)
+        raw = read_regular(path, MOST_BYTES)
+        data = parse_json(raw)
     except OSError as error:
         raise ArtifactError(
             f"the plan {path} cannot be read ({error.strerror}): {_REMEDY}"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArtifactError(f"the plan {path} is not JSON ({error}): {_REMEDY}") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds no JSON object, expected a plan: {_REMEDY}")
     return data, hashlib.sha256(raw).hexdigest()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_shape(

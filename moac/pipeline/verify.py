@@ -21,6 +21,7 @@ from moac_runtime.host.cores import set_torch_threads
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import GoldenPrompt, load_golden
 from moac_runtime.package.integrity import MANIFEST
+from moac_runtime.package.plan import Plan
 from moac_runtime.package.weights import packed_weights
 
 if TYPE_CHECKING:
@@ -93,30 +94,45 @@ def verify(
         yield from _source_checks(artifact, checkpoint, lengths or SOURCE_LENGTHS)
 
 
-def session_logits(
-    session: Session, tokens: Sequence[int], positions: Sequence[int], *, decoded: int = 0
-) -> Tensor:
-    """Logits `[len(positions), V]` of a row of just `tokens`; the last `decoded` go one by one."""
+def session_logits(session: Session, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Logits `[len(positions), V]` of a row of just `tokens`, fed at once."""
+    row = session.admit(len(tokens))
+    return torch.as_tensor(session.step([Feed(row, list(tokens), list(positions))]))
+
+
+def both_logits(
+    session: Session, tokens: Sequence[int], positions: Sequence[int], decoded: int
+) -> tuple[Tensor, Tensor]:
+    """The same by prefill and by decode: the last `decoded` tokens fed at once, and one by one.
+
+    What comes before them is read once: the row is kept there, and goes on from the copy.
+    """
     row, split = session.admit(len(tokens)), len(tokens) - decoded
-    ahead = [place for place in positions if place < split]
-    parts = [session.step([Feed(row, list(tokens[:split]), ahead)])]
-    for place in range(split, len(tokens)):
-        wanted = [0] if place in positions else []
-        parts.append(session.step([Feed(row, [tokens[place]], wanted)]))
-    return torch.cat([torch.as_tensor(part) for part in parts])
+    ahead, rest = ([p for p in positions if p < split], [p for p in positions if p >= split])
+    read = torch.as_tensor(session.step([Feed(row, list(tokens[:split]), ahead)]))
+    if not decoded:
+        return read, read
+    kept, late = session.snapshot(row), [place - split for place in rest]
+    at_once = torch.as_tensor(session.step([Feed(row, list(tokens[split:]), late)]))
+    session.release(row)
+    row = session.restore(kept)
+    single = [
+        torch.as_tensor(session.step([Feed(row, [tokens[place]], [0] if place in rest else [])]))
+        for place in range(split, len(tokens))
+    ]
+    return torch.cat([read, at_once]), torch.cat([read, *single])
 
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
     """One way to run the package. `limit`: the error its logits are allowed.
 
-    `logits(tokens, positions, decoded, dense)`: logits `[len(positions), V]`, the last `decoded`
-    tokens fed one by one, `dense` with nothing dropped. `exact`: computes in float32 on weights
-    as stored.
+    `session(plan)`: a session of it, under the package's own plan or another one. `exact`:
+    computes in float32 on weights as stored.
     """
 
     name: str
-    logits: Callable[[Sequence[int], Sequence[int], int, bool], Tensor]
+    session: Callable[[Plan | None], Session]
     limit: float
     exact: bool
 
@@ -140,14 +156,7 @@ def _runner(
     artifact: Artifact, backend: Backend, name: str, precision: str, *, exact: bool
 ) -> _Runner:
     """The package on a backend. `precision`: of weights and computing, which has a limit."""
-
-    def logits(
-        tokens: Sequence[int], positions: Sequence[int], decoded: int, dense: bool
-    ) -> Tensor:
-        session = backend.session(artifact.plan.undropping() if dense else None)
-        return session_logits(session, tokens, positions, decoded=decoded)
-
-    return _Runner(name, logits, _limit(artifact, precision), exact)
+    return _Runner(name, backend.session, _limit(artifact, precision), exact)
 
 
 def _torch_runner(artifact: Artifact, dtype: str) -> _Runner:
@@ -224,15 +233,15 @@ def _compare(
     """Prefill and decode against the expected logits, and that a sparse plan shows."""
     tokens, positions = prompt.tokens.tolist(), prompt.positions.tolist()
     plan, decoded = artifact.plan, min(_DECODED, len(tokens) - 1)
-    prefill = runner.logits(tokens, positions, 0, False)
-    stepped = runner.logits(tokens, positions, decoded, False)
+    prefill, stepped = both_logits(runner.session(None), tokens, positions, decoded)
     yield _at_most(f"{name}: prefill", _distance(prefill, prompt.logits), limit)
     yield _at_most(f"{name}: decode", _distance(stepped, prompt.logits), limit)
     if prompt.source is not None and runner.exact:
         lost = _distance(prefill, prompt.source)
         yield _at_most(f"{name}: from unrounded weights", lost, _limit(artifact, QUANTISED))
     if plan.density(prompt.capacity) < 1 and runner.exact:
-        change = _distance(runner.logits(tokens, positions, 0, True), prompt.logits)
+        dense = session_logits(runner.session(plan.undropping()), tokens, positions)
+        change = _distance(dense, prompt.logits)
         yield Check(f"{name}: sparse differs from dense by", change > limit, change, limit)
 
 

@@ -15,6 +15,8 @@ from moac.planning.problem import HeadLayout, Ints, allowed_at
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 
+_AT_ONCE = 2**20  # capacities: some arrays of 8 MiB
+
 
 def sizes_at(
     rule: Rule, capacities: Ints, *, block: int, min_span: int, window: int | None = None
@@ -44,6 +46,11 @@ def largest_density(plan: Plan, capacities: range) -> tuple[float, int]:
     """The greatest density over all of `capacities`, and the first of them that has it."""
     if not capacities or capacities[0] < 1:
         raise ValueError(f"capacities must be some from 1 up, got {capacities}")
+    parts = (capacities[first : first + _AT_ONCE] for first in range(0, len(capacities), _AT_ONCE))
+    return max((_largest(plan, part) for part in parts), key=lambda found: found[0])
+
+
+def _largest(plan: Plan, capacities: range) -> tuple[float, int]:
     every = np.array(capacities, dtype=np.int64)
     densities = held_at(plan, every) / HeadLayout.of(plan).dense_at(every)
     place = int(densities.argmax())

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from moac.pipeline.planner import PlanResult
 
 _MIB = 1 << 20
+_LITTLE = (
+    0.01  # nats a token: a hundredth of perplexity, which few samples do not tell from chance
+)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -69,7 +72,22 @@ def goal_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
             ("predicted", f"{found['loss']:.4f} nats a token above dense at {found['length']} "
              f"tokens, {found['level']:.0%} interval {low:.4f} to {high:.4f}")
         )  # fmt: skip
-    return facts
+    return facts + uniform_facts(record)
+
+
+def uniform_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where one span for all heads, of the same memory, lost less than the plan."""
+    rows = {row["plan"]: row["losses"] for row in record["measured_loss"]}
+    own, uniform = rows.get(chosen_plan(record), {}), rows.get("uniform", {})
+    more = {kind: loss - uniform.get(kind, loss) for kind, loss in own.items()}
+    worse = {kind: lost for kind, lost in more.items() if lost > _LITTLE}
+    if not worse:
+        return []
+    told = " and ".join(f"{lost:.3f} of {kind}" for kind, lost in worse.items())
+    return [
+        ("weak", f"one span for all heads loses less here, by {told}: compare them with moac eval "
+         "before you rely on the plan for it, or give a larger --budget")
+    ]  # fmt: skip
 
 
 def held_facts(largest: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -138,6 +156,7 @@ def inspection_text(found: dict[str, Any], look: Look) -> str:
             f"smallest span {found['min_span']}",
         ),
         *held_facts(found["largest_density"], found["planning"]),
+        *uniform_facts(found["planning"]),
         *([("plan", taken)] if (taken := told_plan(provenance)) else []),
         *_effort(found["planning"]),
         *_prompts(found["planning"]),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+
 
 class MoacError(Exception):
     """The work could not be done (exit code 1). The message is the sentence the user reads."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The sentence on one line: names from files may hold what moves a terminal's cursor."""
+        return super().__str__().translate(_CONTROL)
 
 
 class UsageError(MoacError):

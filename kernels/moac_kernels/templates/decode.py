@@ -18,11 +18,23 @@ GROUP_TILE = tl.constexpr(16)  # GROUP, padded to what a tensor core takes
 HEAD_DIM = tl.constexpr(128)  # elements of a head
 DIM_TILE = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
 TOKEN = tl.constexpr(6144)  # elements of a token's queries, keys and values
-SCALE = tl.constexpr(0.1275174)  # HEAD_DIM ** -0.5 * log2(e)
+SCALE = tl.constexpr(0.1275174)  # factor on scores, times log2(e)
+CAP = tl.constexpr(0.0)  # scores stay within it, times log2(e); 0 is no cap
 WINDOWED = tl.constexpr(False)  # whether the checkpoint has sliding windows of its own
+SINK_LOGITS = tl.constexpr(False)  # whether a learned logit of each head shares in the softmax
 PARTS = tl.constexpr(32)  # partial results combined at a time
 
 LOWEST = tl.constexpr(-1e30)  # finite, so that a tile in which nothing is seen does no harm
+
+
+@triton.jit
+def _scores(q, k):
+    """Scores of queries and keys in base 2, `CAP tanh(score / CAP)` where there is a cap."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    if CAP > 0:
+        # tanh(y) is 1 - 2 / (exp(2 y) + 1), which stays finite; 2.885390 is 2 log2(e)
+        scores = CAP - 2 * CAP / (tl.exp2(scores * (2.8853900817779268 / CAP)) + 1.0)
+    return scores
 
 
 @triton.jit
@@ -70,7 +82,7 @@ def decode(qkv, keys, values, spans, items, programs, positions, partial, weight
             offset = slot[:, None] * HEAD_DIM + dim[None, :]
             held = (slot[:, None] < stop) & (dim[None, :] < HEAD_DIM)
             k = tl.load(keys + base + offset, mask=held, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+            scores = _scores(q, k)
             seen = slot < stop
             if WINDOWED:
                 held_place = tl.where(slot + lap > place, slot + lap - (size - sink), slot + lap)
@@ -98,7 +110,7 @@ def decode(qkv, keys, values, spans, items, programs, positions, partial, weight
 
 
 @triton.jit
-def combine(partial, weight, parts, out):
+def combine(partial, weight, parts, sink_logits, out):
     """Add up the items `parts[i]` to `parts[i + 1] - 1` of row and KV head `i`, for one query
     head; `out` `[B, heads, HEAD_DIM]`, zeros where nothing was seen."""
     index = tl.program_id(0) // GROUP
@@ -107,6 +119,10 @@ def combine(partial, weight, parts, out):
     acc = tl.zeros([DIM_TILE], tl.float32)
     top = LOWEST
     total = 0.0
+    if SINK_LOGITS:  # a part of its own, with a value of nought
+        head = index % KV_HEADS * GROUP + member
+        top = tl.maximum(top, tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634)
+        total = 1.0
     stop = tl.load(parts + index + 1)
     for begin in range(tl.load(parts + index), stop, PARTS):
         part = begin + tl.arange(0, PARTS)

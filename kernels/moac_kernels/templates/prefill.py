@@ -19,8 +19,10 @@ GROUP = tl.constexpr(4)  # query heads of a KV head
 HEAD_DIM = tl.constexpr(128)  # elements of a head
 DIM_TILE = tl.constexpr(128)  # HEAD_DIM, padded to a power of two
 TOKEN = tl.constexpr(6144)  # elements of a token's queries, keys and values
-SCALE = tl.constexpr(0.1275174)  # HEAD_DIM ** -0.5 * log2(e)
+SCALE = tl.constexpr(0.1275174)  # factor on scores, times log2(e)
+CAP = tl.constexpr(0.0)  # scores stay within it, times log2(e); 0 is no cap
 WINDOWED = tl.constexpr(False)  # whether the checkpoint has sliding windows of its own
+SINK_LOGITS = tl.constexpr(False)  # whether a learned logit of each head shares in the softmax
 
 LOWEST = tl.constexpr(-1e30)  # finite, so that a tile in which nothing is seen does no harm
 
@@ -36,6 +38,16 @@ def _load(source, place, stop, since, lap, sink, ring, CACHED: tl.constexpr):
         line = (place - since) * TOKEN
     held = (place[:, None] < stop) & (dim[None, :] < HEAD_DIM)
     return tl.load(source + line[:, None] + dim[None, :], mask=held, other=0.0)
+
+
+@triton.jit
+def _scores(q, k):
+    """Scores of queries and keys in base 2, `CAP tanh(score / CAP)` where there is a cap."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    if CAP > 0:
+        # tanh(y) is 1 - 2 / (exp(2 y) + 1), which stays finite; 2.885390 is 2 log2(e)
+        scores = CAP - 2 * CAP / (tl.exp2(scores * (2.8853900817779268 / CAP)) + 1.0)
+    return scores
 
 
 @triton.jit
@@ -68,7 +80,7 @@ def _attend(acc, top, total, q, query, keys, values, since, until, from_query, s
         first = tl.where(step < pinned, since + step * BLOCK_N, middle + (step - pinned) * BLOCK_N)
         place = first + tl.arange(0, BLOCK_N)
         k = _load(keys, place, until, since, lap, sink, ring, CACHED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        scores = _scores(q, k)
         v = _load(values, place, until, since, lap, sink, ring, CACHED)
         acc, top, total = _add(acc, top, total, scores, v)
 
@@ -83,7 +95,7 @@ def _attend(acc, top, total, q, query, keys, values, since, until, from_query, s
         stop = tl.where(turn < 0, sinks, until)
         place = first + tl.arange(0, BLOCK_N)
         k = _load(keys, place, stop, since, lap, sink, ring, CACHED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        scores = _scores(q, k)
         distance = query[:, None] - place[None, :]
         seen = (distance >= 0) & ((place[None, :] < sink) | (distance < ring))
         seen = seen & (place[None, :] < stop)
@@ -97,7 +109,7 @@ def _attend(acc, top, total, q, query, keys, values, since, until, from_query, s
 
 
 @triton.jit
-def prefill(qkv, keys, values, spans, rows, tiles, out,
+def prefill(qkv, keys, values, spans, rows, tiles, sink_logits, out,
             PAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Attend for one tile of queries; `out` `[M, heads, HEAD_DIM]`. `PAST`: whether any row has
     earlier tokens."""
@@ -140,6 +152,9 @@ def prefill(qkv, keys, values, spans, rows, tiles, out,
     acc = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if SINK_LOGITS:  # a key that was seen before all others, with a value of nought
+        top = tl.maximum(top, tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634)
+        total += 1.0
     if PAST:
         base = tl.load(span).to(tl.int64) * HEAD_DIM
         acc, top, total = _attend(

@@ -2,7 +2,8 @@
 
 Decode does all of it in one launch: `rope_decode` rotates the queries in place, and each key and
 value goes straight to its slot. Prefill rotates queries and keys in place (`rope`), attends, and
-then stores what the spans keep (`kv_write`): the queries still see what is overwritten.
+then stores what the spans keep (`kv_write`): the queries still see what is overwritten. Before
+either, queries and keys may be normalised across all heads of a token (`qk_norm`).
 
 Floor: one read and one write of a token's `TOKEN` elements.
 """
@@ -16,8 +17,44 @@ HEAD_DIM = tl.constexpr(128)  # elements of a head
 HALF = tl.constexpr(64)  # HEAD_DIM / 2
 HALF_TILE = tl.constexpr(64)  # HALF, padded to a power of two
 TOKEN = tl.constexpr(6144)  # elements of a token's queries, keys and values
-QK_NORM = tl.constexpr(False)  # whether queries and keys are normalised
+WIDTH_TILE = tl.constexpr(4096)  # HEADS * HEAD_DIM, padded to a power of two
+QK_NORM = tl.constexpr(False)  # whether each query and key head is normalised
 NORM_EPS = tl.constexpr(1e-05)  # added to the mean square
+NORM_PLUS_ONE = tl.constexpr(False)  # whether norms multiply by 1 + weight
+NORM_CENTRED = tl.constexpr(False)  # whether norms take the mean away: layer norms
+
+
+@triton.jit
+def _weighted(x, weight, dtype: tl.constexpr):
+    """`x` in float32 times a norm's weight; a plain weight meets it in the model's own dtype."""
+    if NORM_PLUS_ONE:
+        x = x * (1.0 + weight.to(tl.float32))
+    elif NORM_CENTRED:
+        x = x * weight.to(tl.float32)
+    else:
+        x = x.to(dtype).to(tl.float32) * weight.to(tl.float32)
+    return x
+
+
+@triton.jit
+def qk_norm(qkv, q_norm, k_norm):
+    """Normalise the queries (program 0 of a token) or the keys (1) across all their heads."""
+    token = tl.program_id(0).to(tl.int64)
+    keys = tl.program_id(1)
+    width = tl.where(keys == 0, HEADS, KV_HEADS) * HEAD_DIM
+    column = tl.arange(0, WIDTH_TILE)
+    inner = column < width
+    offset = token * TOKEN + keys * (HEADS * HEAD_DIM) + column
+    x = tl.load(qkv + offset, mask=inner, other=0.0).to(tl.float32)
+    if NORM_CENTRED:
+        x = tl.where(inner, x - tl.sum(x, 0) / width, 0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / width + NORM_EPS)
+    norm = q_norm
+    if keys == 1:
+        norm = k_norm
+    weight = tl.load(norm + column, mask=inner, other=0.0)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    tl.store(qkv + offset, _weighted(x, weight, dtype).to(dtype), mask=inner)
 
 
 @triton.jit
@@ -26,18 +63,20 @@ def _rotated(low, high, head, cos, sin, q_norm, k_norm, token):
     half = tl.arange(0, HALF_TILE)
     inner = half < HALF
     if QK_NORM:
-        dtype = q_norm.dtype.element_ty
+        dtype: tl.constexpr = q_norm.dtype.element_ty
+        if NORM_CENTRED:
+            mean = ((tl.sum(low, 1) + tl.sum(high, 1)) / HEAD_DIM)[:, None]
+            low = tl.where(inner[None, :], low - mean, 0.0)
+            high = tl.where(inner[None, :], high - mean, 0.0)
         square = tl.sum(low * low, 1) + tl.sum(high * high, 1)
         scale = tl.rsqrt(square / HEAD_DIM + NORM_EPS)[:, None]
-        low = (low * scale).to(dtype).to(tl.float32)
-        high = (high * scale).to(dtype).to(tl.float32)
         query = (head < HEADS)[:, None]
-        q_low = tl.load(q_norm + half, mask=inner, other=0.0).to(tl.float32)[None, :]
-        k_low = tl.load(k_norm + half, mask=inner, other=0.0).to(tl.float32)[None, :]
-        q_high = tl.load(q_norm + HALF + half, mask=inner, other=0.0).to(tl.float32)[None, :]
-        k_high = tl.load(k_norm + HALF + half, mask=inner, other=0.0).to(tl.float32)[None, :]
-        low = low * tl.where(query, q_low, k_low)
-        high = high * tl.where(query, q_high, k_high)
+        q_low = tl.load(q_norm + half, mask=inner, other=0.0)[None, :]
+        k_low = tl.load(k_norm + half, mask=inner, other=0.0)[None, :]
+        q_high = tl.load(q_norm + HALF + half, mask=inner, other=0.0)[None, :]
+        k_high = tl.load(k_norm + HALF + half, mask=inner, other=0.0)[None, :]
+        low = _weighted(low * scale, tl.where(query, q_low, k_low), dtype)
+        high = _weighted(high * scale, tl.where(query, q_high, k_high), dtype)
     c = tl.load(cos + token * HALF + half, mask=inner, other=0.0)[None, :]
     s = tl.load(sin + token * HALF + half, mask=inner, other=0.0)[None, :]
     return low * c - high * s, high * c + low * s

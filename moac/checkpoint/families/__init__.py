@@ -12,6 +12,7 @@ from typing import Any
 
 from moac.checkpoint.families import options, reading, unserved
 from moac.checkpoint.families.family import Family, Gguf, Names
+from moac_runtime.package.limits import MOST_CONTEXT
 from moac_runtime.package.spec import ModelSpec
 
 __all__ = [
@@ -35,7 +36,14 @@ def _declared() -> Iterator[Family]:
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _declared()}
-_GGUF = {own.gguf.architecture: own for own in FAMILIES.values() if own.gguf.architecture}
+_GGUF, _GGUF_MIXTURES = (
+    {
+        own.gguf.architecture: own
+        for own in FAMILIES.values()
+        if own.gguf.architecture and own.gguf.mixture == mixture
+    }
+    for mixture in (False, True)
+)
 
 
 def family_of(model_type: object) -> Family:
@@ -46,8 +54,13 @@ def family_of(model_type: object) -> Family:
     return family
 
 
-def gguf_family(architecture: str) -> Family:
-    """The family that llama.cpp calls `architecture`. Raises CheckpointError for no such one."""
+def gguf_family(architecture: str, experts: int = 0) -> Family:
+    """The family of llama.cpp's files of an `architecture` with so many `experts`.
+
+    Raises CheckpointError where none is served.
+    """
+    if experts and architecture in _GGUF_MIXTURES:
+        return _GGUF_MIXTURES[architecture]
     if architecture not in _GGUF:
         unserved.check_architecture(architecture)
         raise options.refuse("GGUF architecture", architecture, ", ".join(_GGUF))
@@ -70,4 +83,7 @@ def model_spec(config: Any) -> ModelSpec:
     family = family_of(config.model_type)
     options.check_config_file(config.to_dict(), family)
     reading.check_sizes(config, family.epsilon)
-    return family.spec(config)
+    spec = family.spec(config)
+    if spec.context > MOST_CONTEXT:
+        raise options.refuse("a context of", spec.context, f"at most {MOST_CONTEXT} tokens")
+    return spec

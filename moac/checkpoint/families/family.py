@@ -60,10 +60,14 @@ class Gguf:
     calls a norm's weight is one more than the library's. `config`: from the header and the config
     of its usual fields, the values that the family has besides or instead; `fields`: those it
     reads, after `ARCHITECTURE.`. `factors`: whether tensors hold LongRoPE's factors; these are
-    among the fields then, by their names.
+    among the fields then, by their names. `mixture`: whether of the files of that architecture
+    those are meant that have experts, and another family has the others. `mlp_norm`: what it calls
+    the norm before the MLP.
     """
 
     architecture: str | None = None
+    mixture: bool = False
+    mlp_norm: str = "ffn_norm"
     pairs: bool = False
     norms_plus_one: bool = False
     fields: frozenset[str] = frozenset()

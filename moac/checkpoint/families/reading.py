@@ -13,15 +13,19 @@ from moac_runtime.errors import CheckpointError
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 # The largest value of each that is read as meant; beyond it a config is damaged.
+MOST_LAYERS = 10_000
+MOST_SIZE = 2**31
 _SIZES = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 2**31,
-    "intermediate_size": 2**31,
-    "num_attention_heads": 2**31,
-    "num_key_value_heads": 2**31,
-    "vocab_size": 2**31,
-    "max_position_embeddings": 2**31,
+    "num_hidden_layers": MOST_LAYERS,
+    "hidden_size": MOST_SIZE,
+    "intermediate_size": MOST_SIZE,
+    "num_attention_heads": MOST_SIZE,
+    "num_key_value_heads": MOST_SIZE,
+    "vocab_size": MOST_SIZE,
+    "max_position_embeddings": MOST_SIZE,
 }
+# Of some the library makes a list, a value each, before anybody could look at them.
+_MOST = {**_SIZES, "num_labels": MOST_LAYERS}
 _MOST_EXPERTS = 4096
 _HEAD_DIM = "an even head size from 2 to 1024"
 
@@ -30,6 +34,7 @@ def parsed(values: Mapping[str, Any], where: str) -> Any:
     """The transformers config of a raw config.json that is served. Raises CheckpointError."""
     from transformers import CONFIG_MAPPING
 
+    _check_numbers(values, where)
     try:
         with quiet_library():
             return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
@@ -38,6 +43,17 @@ def parsed(values: Mapping[str, Any], where: str) -> Any:
             f"{where} is not a valid {values['model_type']} config ({_one_line(error)}); "
             "restore it from the original checkpoint"
         ) from None
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for a size that none has, before the library counts up to it."""
+    for name, most in _MOST.items():
+        value = values.get(name)
+        if isinstance(value, (int, float)) and abs(value) > most:
+            raise CheckpointError(
+                f"{where} says {name} {value!r:.40} where at most {most} was expected; restore it "
+                "from the original checkpoint"
+            )
 
 
 def decoder(

@@ -12,6 +12,7 @@ from moac_runtime.engine.capacity import Path
 from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.kept import Kept
 from moac_runtime.errors import ArtifactError, MoacError, UsageError
+from moac_runtime.package.json_text import parse_json
 
 if TYPE_CHECKING:
     from moac_runtime.engine.model import Model
@@ -69,7 +70,7 @@ def read_chat(
             tokens = tuple(int(token) for token in opened.get_tensor("tokens"))
             data = opened.get_tensor("kv").tobytes()
         messages = _messages(metadata["messages"])
-        path = tuple((int(size), int(length)) for size, length in json.loads(metadata["path"]))
+        path = tuple((int(size), int(length)) for size, length in parse_json(metadata["path"]))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{file} is no chat that was saved whole ({error}): {_REMEDY}"
@@ -83,7 +84,7 @@ def read_chat(
 
 def _messages(text: str) -> list[dict[str, Any]]:
     """Raises ValueError for what is no conversation."""
-    found = json.loads(text)
+    found = parse_json(text)
     if not isinstance(found, list) or not all(
         isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one
         for one in found

@@ -15,6 +15,8 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
+from moac_runtime.package.json_text import read_json_file
+from moac_runtime.package.limits import MOST_CONTEXT, MOST_LAYERS, MOST_ROPES, most_of
 from moac_runtime.package.records import has_neutral, record_in, records_in
 from moac_runtime.package.spec import QK_NORMS, LayerSpec, ModelSpec, NormSpec, RopeSpec
 from moac_runtime.package.weight_formats import formats_of, matrix_kinds
@@ -55,13 +57,13 @@ def manifest_digest(data: Mapping[str, Any]) -> str:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a package. Raises ArtifactError."""
     try:
-        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        data = read_json_file(path)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read ({error.strerror}), expected a readable file: "
             "check its permissions or copy the package again"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArtifactError(f"{name} is not JSON ({error}), expected JSON: {REMEDY}") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{name} holds {_kind(data)}, expected a JSON object: {REMEDY}")
@@ -87,10 +89,6 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
         provenance=_field(data, "provenance", dict[str, Any]),
         verification=_field(data, "verification", dict[str, Any]),
     )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_format(data: Mapping[str, Any]) -> None:
@@ -133,11 +131,15 @@ def _parse_spec(data: dict[str, Any]) -> ModelSpec:
     _check_sizes("model", spec)
     if spec.num_heads % spec.num_kv_heads:
         raise _wrong("model.num_heads", spec.num_heads, f"a multiple of {spec.num_kv_heads}")
+    if spec.num_layers > MOST_LAYERS:
+        raise _wrong("model.layers", spec.num_layers, f"at most {MOST_LAYERS} of them")
     kinds = range(len(spec.kinds))
     if not spec.layers or any(kind not in kinds for kind in spec.layers):
         raise _wrong("model.layers", list(spec.layers), f"indices into {len(kinds)} kinds")
     if not spec.ropes:
         raise _wrong("model.ropes", [], "at least one rotary table")
+    if len(spec.ropes) > MOST_ROPES:
+        raise _wrong("model.ropes", len(spec.ropes), f"at most {MOST_ROPES} rotary tables")
     for index, layer in enumerate(spec.kinds):
         _check_layer(f"model.kinds[{index}]", layer, spec)
     for index, rope in enumerate(spec.ropes):
@@ -150,6 +152,8 @@ def _check_rope(name: str, rope: RopeSpec, head_dim: int) -> None:
     rotated = head_dim if rope.rotated is None else rope.rotated
     if rotated not in range(2, head_dim + 1, 2):
         raise _wrong(f"{name}.rotated", rotated, f"an even number up to {head_dim}")
+    if rotated < 4 and rope.kind == "dynamic":  # its frequencies have the exponent R / (R - 2)
+        raise _wrong(f"{name}.rotated", rotated, "at least 4 where the kind is dynamic")
     tables = {"inv_freq": rope.inv_freq}
     if rope.kind == "longrope":
         tables["long_inv_freq"] = rope.long_inv_freq
@@ -176,13 +180,19 @@ def _check_layer(name: str, layer: LayerSpec, spec: ModelSpec) -> None:
 
 
 def _check_sizes(name: str, record: Any) -> None:
-    """Sizes, scales and caps of a record and of its norm are positive; an index may be 0."""
+    """Sizes, scales and caps of a record and of its norm are positive; an index may be 0.
+
+    None is larger than any model has: products of sizes then stay within what is counted in.
+    """
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, NormSpec):
             _check_sizes(f"{name}.{field.name}", value)
         if type(value) in (int, float) and value <= 0 and field.name != "rope":
             raise _wrong(f"{name}.{field.name}", value, "a positive number")
+        most = most_of(field.name, value)
+        if most is not None and value > most:
+            raise _wrong(f"{name}.{field.name}", value, f"at most {most:g}")
 
 
 def _check_fields(name: str, data: Any, kind: Any) -> None:
@@ -264,6 +274,8 @@ def _positive(data: Mapping[str, Any], key: str) -> int:
     value: int = _field(data, key, int)
     if value < 1:
         raise _wrong(key, value, "a positive number")
+    if value > MOST_CONTEXT:
+        raise _wrong(key, value, f"at most {MOST_CONTEXT}")
     return value
 
 
@@ -278,7 +290,7 @@ def _head_order(data: Mapping[str, Any], spec: ModelSpec) -> tuple[tuple[int, ..
     order: list[list[int]] = _field(data, "head_order", list[list[int]])
     heads = list(range(spec.num_kv_heads))
     if len(order) != spec.num_layers or any(sorted(layer) != heads for layer in order):
-        expected = f"{spec.num_layers} layers, each a permutation of {heads}"
+        expected = f"{spec.num_layers} layers, each a permutation of 0 to {len(heads) - 1}"
         raise _wrong("head_order", order, expected)
     return tuple(tuple(layer) for layer in order)
 

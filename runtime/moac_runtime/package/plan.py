@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moac_runtime.package.limits import MOST_TOKENS
 from moac_runtime.package.span import DENSE, HeadSpan, Rule, dense_tokens, head_span
 
 
@@ -86,15 +87,27 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_json`; other keys are ignored. Raises KeyError, TypeError, ValueError."""
         return cls(
-            rules=tuple(
-                tuple(Rule(int(alpha), float(beta)) for alpha, beta in layer)
-                for layer in data["rules"]
-            ),
-            sink=int(data["sink"]),
-            block=int(data["block"]),
-            min_span=int(data["min_span"]),
-            windows=tuple(None if w is None else int(w) for w in data["windows"]),
+            rules=tuple(tuple(_rule(rule) for rule in layer) for layer in data["rules"]),
+            sink=_tokens(data["sink"], "sink"),
+            block=_tokens(data["block"], "block"),
+            min_span=_tokens(data["min_span"], "min_span"),
+            windows=tuple(None if w is None else _tokens(w, "windows") for w in data["windows"]),
         )
+
+
+def _rule(found: Any) -> Rule:
+    alpha, beta = found
+    if type(alpha) is not int or abs(alpha) > MOST_TOKENS:
+        raise ValueError(f"alpha of a rule must be a whole number of tokens, got {alpha!r:.40}")
+    if type(beta) not in (int, float) or not 0 <= beta <= 1:
+        raise ValueError(f"beta of a rule must be a number from 0 to 1, got {beta!r:.40}")
+    return Rule(alpha, float(beta))
+
+
+def _tokens(found: Any, name: str) -> int:
+    if type(found) is not int or not 0 <= found <= MOST_TOKENS:
+        raise ValueError(f"{name} must be a whole number of tokens, got {found!r:.40}")
+    return found
 
 
 def dense_plan(

@@ -23,6 +23,7 @@ from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 from moac_runtime.package.spec import LayerSpec, ModelSpec
+from moac_runtime.package.tensor_header import read_header
 from moac_runtime.package.weight_formats import (
     BLOCK,
     GROUP,
@@ -180,11 +181,13 @@ def unpacked(
 @contextmanager
 def open_tensors(artifact: Artifact, name: str) -> Iterator[Any]:
     """A listed safetensors file, opened for torch. Raises ArtifactError where it is damaged."""
+    path = artifact.path(name)
     try:
-        with safe_open(artifact.path(name), framework="pt") as file:
+        read_header(path)  # the library's reader takes the last of two equal names
+        with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
-        raise ArtifactError(f"{name} is no safetensors file ({error}): {REMEDY}") from error
+    except (SafetensorError, ValueError) as error:
+        raise no_tensors(name, str(error)) from error
 
 
 def shards(artifact: Artifact, expected: Mapping[str, Entry]) -> dict[str, list[str]]:
@@ -215,6 +218,11 @@ def check_header(shard: str, name: str, expected: Entry, shape: Sequence[int], d
         raise ArtifactError(
             f"{name} in {shard} is stored as {dtype}, expected {expected.stored}: {REMEDY}"
         )
+
+
+def no_tensors(shard: str, reason: str) -> ArtifactError:
+    """What to say of a file that cannot be read as tensors."""
+    return ArtifactError(f"{shard} is no safetensors file ({reason}): {REMEDY}")
 
 
 def missing_tensor(shard: str, name: str) -> ArtifactError:

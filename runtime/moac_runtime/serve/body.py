@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from starlette.requests import ClientDisconnect, Request
 
+from moac_runtime.package.json_text import parse_json
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.fields import BodyFields
 
@@ -18,20 +16,20 @@ async def read_body(request: Request) -> BodyFields:
     kind = request.headers.get("content-type", "application/json").partition(";")[0]
     if kind.strip().lower() != "application/json":
         raise ApiError(415, f"the content type is {kind!r}; send application/json")
-    data = await _read(request)
+    data = await read_bytes(request)
     try:
-        found = json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(data)
+    except ValueError as error:
         raise ApiError(400, f"the body is no JSON ({error}); send a JSON object") from None
     if not isinstance(found, dict):
         raise ApiError(400, f"the body is a JSON {type(found).__name__}; send a JSON object")
     return BodyFields(found)
 
 
-async def _read(request: Request) -> bytes:
-    """All of the body; one that is too long is not read to its end."""
+async def read_bytes(request: Request) -> bytes:
+    """All of the body; one that is too long is not read to its end. Raises ApiError."""
     told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > MOST_BYTES:
+    if told.isdecimal() and (len(told) > 18 or int(told) > MOST_BYTES):
         raise _too_long()
     found = bytearray()
     try:
@@ -48,7 +46,3 @@ def _too_long() -> ApiError:
     return ApiError(
         413, f"the body has more than {MOST_BYTES} bytes; send less", code="body_too_large"
     )
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from moac_runtime.package.json_text import parse_json
 from moac_runtime.serve.errors import ApiError, wrong
 from moac_runtime.serve.fields import BodyFields
 
@@ -241,7 +242,7 @@ def opening(tools: Tools | None, style: Style) -> str:
 def read_call(text: str, style: Style) -> tuple[str, str] | None:
     """Name and arguments, as JSON text, of a call; None where `text` is none."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):

@@ -75,7 +75,8 @@ class ControlTokens:
         }
         self._flags = {token.content: (token.lstrip, token.rstrip) for token in usable.values()}
         normalise = _normalise(backend, any(token.normalized for token in usable.values()))
-        self._edges = {one: _Edges(one, normalise) for one in (self._strict, self._all)}
+        written = (*texts, *named)
+        self._edges = {one: _Edges(one, normalise, written) for one in (self._strict, self._all)}
         self._finder = _finder(backend, [added[i] for i in sorted(added)])
         self._spelt = {i: token for token, i in self._finder.get_vocab().items()}
         self._renamed: dict[str, _Renamed] = {}
@@ -205,8 +206,12 @@ def _absent(codes: Iterable[int], text: str) -> Iterator[str]:
 class _Edges:
     """Where what a template writes beside a text may complete one of `tokens`."""
 
-    def __init__(self, tokens: Collection[str], normalise: Callable[[str], str]) -> None:
+    def __init__(
+        self, tokens: Collection[str], normalise: Callable[[str], str], written: Iterable[str]
+    ) -> None:
         self._normalise = normalise
+        forms = {form for text in written for form in (text, normalise(text)) if form}
+        self._before, self._after = {text[-1] for text in forms}, {text[0] for text in forms}
         self._tokens = {*tokens, *map(normalise, tokens)}
         self._longest = max(map(len, self._tokens), default=0)
         self._heads = {token[:n] for token in self._tokens for n in range(1, len(token))}
@@ -242,8 +247,15 @@ class _Edges:
         return found | {self._normalise(one) for one in found}
 
     def _within(self, forms: Collection[str]) -> bool:
-        short = [one for one in forms if 0 < len(one) < self._longest]
-        return any(one in token for token in self._tokens for one in short)
+        """Whether the template writes both what stands before and after a text in a token."""
+        return any(
+            token[at - 1] in self._before and token[at + len(one)] in self._after
+            for one in forms
+            if one
+            for token in self._tokens
+            for at in range(1, len(token) - len(one))
+            if token.startswith(one, at)
+        )
 
 
 def _unclear(marks: _Marks) -> UsageError:

@@ -7,7 +7,6 @@ other reaches the template, as in transformers, since some templates have fields
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.package.json_text import parse_json
 
 Message = Mapping[str, Any]
 
@@ -133,7 +133,7 @@ def _check_calls(message: Mapping[str, Any], where: str) -> None:
 def _check_arguments(arguments: Any, where: str) -> None:
     """Of a call: a JSON object, or one written as text, as clients of servers send it."""
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        found = parse_json(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         found = arguments
     if found is not None and not isinstance(found, dict):

@@ -130,7 +130,7 @@ class Tokenizer:
             self.backend,
             ends=self.eos_token_ids,
             named=frozenset(self.special_tokens.values()),
-            written=self._template().literals(),
+            written=self._template().literals,
         )
 
     def _hidden_tokens(self) -> dict[int, str]:

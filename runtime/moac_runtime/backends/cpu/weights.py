@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,13 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.package.artifact import Artifact
 from moac_runtime.package.dtypes import DTYPES, STORED_BYTES
 from moac_runtime.package.integrity import REMEDY
+from moac_runtime.package.tensor_header import StoredTensor, header_bytes, parse_header
 from moac_runtime.package.weights import (
     Entry,
     check_header,
     expected_tensors,
     missing_tensor,
+    no_tensors,
     shards,
     stored_tensors,
 )
@@ -60,37 +62,36 @@ def _map_shard(
 ) -> tuple[mmap.mmap, dict[str, int]]:
     """A weights file in memory, and the offset of each tensor in it."""
     with artifact.path(shard).open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+            raise no_tensors(shard, "it is empty")
         # a private mapping: nothing is copied unless somebody writes, and nobody does
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     header, start = _header(mapped, shard)
     places: dict[str, int] = {}
     for name, entry in expected.items():
         found = header.get(name)
-        if not isinstance(found, dict):
+        if found is None:
             raise missing_tensor(shard, name)
-        check_header(shard, name, entry, found["shape"], found["dtype"])
-        first, stop = found["data_offsets"]
-        size = math.prod(entry.shape) * STORED_BYTES[entry.stored]
-        if stop - first != size or first < 0 or start + stop > len(mapped):
+        check_header(shard, name, entry, found.shape, found.stored)
+        number = STORED_BYTES[entry.stored]
+        size = math.prod(entry.shape) * number
+        place = start + found.first
+        if found.stop - found.first != size or start + found.stop > len(mapped) or place % number:
             raise ArtifactError(
-                f"{name} in {shard} lies at {first} to {stop}, expected {size} bytes inside the "
-                f"file: {REMEDY}"
+                f"{name} in {shard} lies at {found.first} to {found.stop}, expected {size} bytes "
+                f"inside the file, at a multiple of {number}: {REMEDY}"
             )
-        places[name] = start + first
+        places[name] = place
     return mapped, places
 
 
-def _header(mapped: mmap.mmap, shard: str) -> tuple[dict[str, Any], int]:
-    """The safetensors header: 8 bytes of its length, then JSON; and where the data begins."""
-    length = int.from_bytes(mapped[:8], "little")
+def _header(mapped: mmap.mmap, shard: str) -> tuple[dict[str, StoredTensor], int]:
+    """What the safetensors header says of each tensor, and where the data begins."""
     try:
-        header = json.loads(mapped[8 : 8 + length])
-        if isinstance(header, dict):
-            return header, 8 + length
-        reason = "no object"
+        length = header_bytes(mapped[:8])
+        return parse_header(mapped[8 : 8 + length]), 8 + length
     except ValueError as error:
-        reason = str(error)
-    raise ArtifactError(f"{shard} is no safetensors file ({reason}): {REMEDY}")
+        raise no_tensors(shard, str(error)) from None
 
 
 def _converted(

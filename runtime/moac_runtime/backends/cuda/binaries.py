@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from moac_runtime.errors import ArtifactError, MoacError
 from moac_runtime.host.extras import install
@@ -15,6 +15,7 @@ from moac_runtime.package.integrity import REMEDY
 from moac_runtime.package.manifest import read_json
 
 Form = Literal["cubin", "ptx", "source"]
+T = TypeVar("T")
 
 _PORTABLE = "compute_"  # how folders of PTX begin; those of machine code begin with sm_
 
@@ -49,6 +50,12 @@ class Binary:
         values = {field.name: data[field.name] for field in fields(cls)}
         values["arguments"] = tuple(name for name, _ in data["arguments"])
         return cls(**values)
+
+    def taken(self, given: Mapping[str, T]) -> list[T]:
+        """What the kernel takes of `given`, in its order. Raises ValueError where some lacks."""
+        if lacking := [name for name in self.arguments if name not in given]:
+            raise ValueError(f"{self.name} takes {', '.join(lacking)} too, which is not given")
+        return [given[name] for name in self.arguments]
 
 
 Binaries = Mapping[str, Mapping[str, Binary]]

@@ -63,7 +63,7 @@ class DecodeStep:
         self._weight = torch.empty(room, spec.group_size, device=device)
         self._spans: list[Tensor] = []
         self._left = 0
-        self._rotation: Rotation
+        self._rotations: list[Rotation]
         self._logits: Tensor
         self.steer([], [])
         self._look_ahead([])
@@ -108,7 +108,7 @@ class DecodeStep:
 
     def _step(self) -> None:
         """What is recorded: from tokens and positions to logits and the next positions."""
-        self._rotation = self._decoder.rotation(self._frequencies, self._positions)
+        self._rotations = self._decoder.rotations(self._frequencies, self._positions)
         self._logits = self._decoder.logits(self._decoder.hidden(self._tokens, self._attend))
         self._positions.add_(self._active)
 
@@ -116,19 +116,25 @@ class DecodeStep:
         spec, kernels = self._decoder.spec, self._decoder.kernels
         cache, kind = self._layers.caches[layer], self._layers.kinds[layer]
         steering = self._steering[kind]
-        held = (cache.keys, cache.values, steering.spans)
+        held = {
+            "qkv": qkv,
+            "keys": cache.keys,
+            "values": cache.values,
+            "spans": steering.spans,
+            "positions": self._positions,
+        }
         heads = spec.num_heads + 2 * spec.num_kv_heads
         blocks = ceil_div(heads, kernels.constant("rope_decode", "HEAD_TILE"))
-        turn = (self._rotation.cos, self._rotation.sin, *self._decoder.qk_norms(layer))
-        grid = (self._rows, blocks)
-        kernels.launch("rope_decode", grid, qkv, *turn, *held, self._positions)
-        found = (self._partial, self._weight)
-        kernels.launch(
-            "decode", (self._programs[kind],), qkv, *held,
-            steering.items, steering.programs, self._positions, *found,
-        )  # fmt: skip
+        turn = self._decoder.turn(layer, self._rotations)
+        kernels.launch("rope_decode", (self._rows, blocks), **held, **turn)
+        found = {"partial": self._partial, "weight": self._weight}
+        grid = (self._programs[kind],)
+        shared = {"items": steering.items, "programs": steering.programs}
+        kernels.launch("decode", grid, **held, **shared, **found)
         out = qkv.new_empty(self._rows, spec.num_heads * spec.head_dim)
-        kernels.launch("combine", (self._rows * spec.num_heads,), *found, steering.parts, out)
+        sinks = self._decoder.sink_logits(layer)
+        grid = (self._rows * spec.num_heads,)
+        kernels.launch("combine", grid, **found, parts=steering.parts, sink_logits=sinks, out=out)
         return out
 
     def _views(self, block: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ there and here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moac_runtime.backends.cuda.launch import Kernels
+from moac_runtime.backends.layout import rope_scalings
 from moac_runtime.errors import ArtifactError
 from moac_runtime.package.spec import ModelSpec
 from moac_runtime.package.weights import expected_tensors
@@ -54,58 +55,125 @@ class CudaDecoder:
         }
         head = "embed.weight" if spec.tied_embeddings else "lm_head.weight"
         self._head = self._weights[head]
+        scalings = [rope_scalings(rope, spec.head_dim) for rope in spec.ropes]
+        # here, since a recorded step may copy nothing from the host
+        self._scalings = torch.tensor(scalings, dtype=torch.float32, device=device)
+        self._still = any(layer.rope is None for layer in spec.kinds)
+        self._norm_kernel = "layer_norm" if spec.norm.centred else "rms_norm"
 
-    def rotation(self, frequencies: Tensor, positions: Tensor) -> Rotation:
-        """The rotation of tokens at `positions` `[M]`, on the device as `frequencies` are.
+    def rotations(self, frequencies: Tensor, positions: Tensor) -> list[Rotation]:
+        """The rotation of tokens at `positions` `[M]` by each of the model's rotary tables, and
+        one that turns nothing where some layer has none.
 
-        `frequencies` `[1, D / 2]`: of the model's one rotary table.
+        `frequencies`: float32 `[tables, D / 2]`, on the device as `positions` are.
         """
-        (rope,) = self.spec.ropes
-        angle = positions[:, None].float() * frequencies[0]
-        cos, sin = angle.cos() * rope.scaling, angle.sin() * rope.scaling
-        # through the model's dtype, as transformers rounds them
-        return Rotation(cos.to(self.dtype).float(), sin.to(self.dtype).float())
+        parts = zip(frequencies, self._scalings, strict=True)
+        found = [self._rotation(own, scaling, positions) for own, scaling in parts]
+        if self._still:
+            one = torch.ones(len(positions), self.spec.head_dim // 2, device=self.device)
+            found.append(Rotation(one, torch.zeros_like(one)))
+        return found
+
+    def turn(self, layer: int, rotations: Sequence[Rotation]) -> dict[str, Tensor]:
+        """What rotates queries and keys of a layer, and norms each of their heads `[D]`.
+
+        Any tensor stands for norms that the model has not.
+        """
+        rope = self.spec.layer(layer).rope
+        own = rotations[-1 if rope is None else rope]
+        return {"cos": own.cos, "sin": own.sin, **self._qk_norms(layer)}
+
+    def sink_logits(self, layer: int) -> Tensor:
+        """Each query head's logit beside its scores `[H]`; any tensor where there are none."""
+        return self._given(f"layers.{layer}.sink_logits.weight")
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
         """The normalised output `[M, hidden]` of `tokens` `[M]`; `logits` takes it."""
+        spec = self.spec
         x = F.embedding(tokens, self._weights["embed.weight"])
+        if spec.embedding_scale != 1:
+            x = x * spec.embedding_scale
         normed = torch.empty_like(x)
-        first = self._weights["layers.0.attn_norm.weight"]
-        self.kernels.launch("rms_norm", (len(x),), x, first, normed)
-        for index in range(self.spec.num_layers):
-            layer = f"layers.{index}"
-            out = attend(index, self._linear(f"{layer}.qkv", normed))
-            self._add(x, self._linear(f"{layer}.o", out), f"{layer}.mlp_norm.weight", normed)
-            inner = self.spec.layer(index).intermediate_size
-            gated = self._gated(self._linear(f"{layer}.gate_up", normed), inner)
-            last = index + 1 == self.spec.num_layers
-            after = "norm.weight" if last else f"layers.{index + 1}.attn_norm.weight"
-            self._add(x, self._linear(f"{layer}.down", gated), after, normed)
-        return normed
+        given = self._first(x, normed)
+        for index in range(spec.num_layers):
+            layer, name = spec.layer(index), f"layers.{index}"
+            qkv = self._linear(f"{name}.qkv", given)
+            if layer.qk_norm == "width":
+                self.kernels.launch("qk_norm", (len(x), 2), qkv=qkv, **self._qk_norms(index))
+            out = self._linear(f"{name}.o", attend(index, qkv))
+            # in parallel the MLP is given what attention was given
+            norm = f"{name}.mlp_norm" if layer.pre_norm and not layer.parallel else None
+            summed = self._add(x, out, f"{name}.attn", norm, normed)
+            given = given if layer.parallel else summed
+            gated = self._gated(self._linear(f"{name}.gate_up", given), layer.intermediate_size)
+            out = self._linear(f"{name}.down", gated)
+            given = self._add(x, out, f"{name}.mlp", self._norm_after(index), normed)
+        return given
 
     def logits(self, normed: Tensor) -> Tensor:
         """Float32 logits `[M, V]` of some rows of `hidden`'s output."""
-        return F.linear(normed, self._head).float()
+        logits, cap = F.linear(normed, self._head).float(), self.spec.logit_cap
+        if self.spec.logit_scale != 1:
+            logits.mul_(self.spec.logit_scale)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def qk_norms(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The norms of queries and keys `[D]`; any tensor where the model has none."""
-        if self.spec.layer(layer).qk_norm is None:
-            return self._weights["norm.weight"], self._weights["norm.weight"]
+    def _rotation(self, frequencies: Tensor, scaling: Tensor, positions: Tensor) -> Rotation:
+        angle = positions[:, None].float() * frequencies
+        cos, sin = angle.cos() * scaling, angle.sin() * scaling
+        # through the model's dtype, as transformers rounds them
+        return Rotation(cos.to(self.dtype).float(), sin.to(self.dtype).float())
+
+    def _qk_norms(self, layer: int) -> dict[str, Tensor]:
         name = f"layers.{layer}"
-        return self._weights[f"{name}.q_norm.weight"], self._weights[f"{name}.k_norm.weight"]
+        return {which: self._given(f"{name}.{which}.weight") for which in ("q_norm", "k_norm")}
+
+    def _given(self, name: str) -> Tensor:
+        """A weight; where the model has none, any tensor, for an argument that is not read."""
+        return self._weights.get(name, self._weights["norm.weight"])
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
-    def _add(self, x: Tensor, delta: Tensor, norm: str, normed: Tensor) -> None:
-        """Add `delta` to the residual `x` in place; the sum, normalised, goes into `normed`."""
-        grid = (len(x),)
-        self.kernels.launch("add_rms_norm", grid, x, delta, self._weights[norm], normed)
+    def _norm_after(self, layer: int) -> str | None:
+        """The norm of what a layer leaves, which is the next one's or the last of all."""
+        if layer + 1 == self.spec.num_layers:
+            return "norm"
+        following = f"layers.{layer + 1}.attn_norm"
+        return following if self.spec.layer(layer + 1).pre_norm else None
+
+    def _first(self, x: Tensor, normed: Tensor) -> Tensor:
+        """What the first layer is given: `x`, or `normed`."""
+        if not self.spec.layer(0).pre_norm:
+            return x
+        norm = self._norm("layers.0.attn_norm")
+        self.kernels.launch(self._norm_kernel, (len(x),), x=x, **norm, out=normed)
+        return normed
+
+    def _norm(self, name: str, prefix: str = "") -> dict[str, Tensor]:
+        kinds = ("weight", "bias")
+        return {f"{prefix}{kind}": self._given(f"{name}.{kind}") for kind in kinds}
+
+    def _add(
+        self, x: Tensor, delta: Tensor, sublayer: str, norm: str | None, normed: Tensor
+    ) -> Tensor:
+        """Add what a sublayer found to the residual `x` in place; returns what follows is given:
+        `x`, or `normed`, where `norm` names how."""
+        kernel, out = ("add", x) if norm is None else (f"add_{self._norm_kernel}", normed)
+        self.kernels.launch(
+            kernel,
+            (len(x),),
+            x=x,
+            delta=delta,
+            **self._norm(f"{sublayer}_post_norm", "post_"),
+            **self._norm(norm or "norm"),
+            out=out,
+        )
+        return out
 
     def _gated(self, gate_up: Tensor, inner: int) -> Tensor:
         out = gate_up.new_empty(len(gate_up), inner)
         blocks = ceil_div(inner, self.kernels.constant("act_mul", "BLOCK"))
-        self.kernels.launch("act_mul", (len(gate_up), blocks), gate_up, out)
+        self.kernels.launch("act_mul", (len(gate_up), blocks), gate_up=gate_up, out=out)
         return out
 
 

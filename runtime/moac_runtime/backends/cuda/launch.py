@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -29,8 +29,8 @@ class Kernels(Protocol):
     @property
     def programs(self) -> int: ...
 
-    def launch(self, name: str, grid: tuple[int, ...], *tensors: Tensor) -> None:
-        """Queue the kernel `name` over `grid`, arguments in the order of its metadata."""
+    def launch(self, name: str, grid: tuple[int, ...], /, **tensors: Tensor) -> None:
+        """Queue the kernel `name` over `grid`; what its metadata names is taken of `tensors`."""
 
     def constant(self, name: str, constant: str) -> int:
         """A number compiled into the kernel `name`, such as `BLOCK_M`."""
@@ -62,10 +62,10 @@ class DriverKernels:
         }
         self.programs = processors * self._resident("decode")
 
-    def launch(self, name: str, grid: tuple[int, ...], *tensors: Tensor) -> None:
+    def launch(self, name: str, grid: tuple[int, ...], /, **tensors: Tensor) -> None:
         """Queue the kernel on the current stream; nothing waits for it."""
         kernel = self._kernels[name]
-        values, slots = packed(name, tensors, len(kernel.arguments), kernel.null_arguments)
+        values, slots = packed(kernel, tensors)
         sizes = (*grid, 1, 1)[:3]
         threads = kernel.num_warps * _WARP
         self._call(
@@ -119,19 +119,18 @@ class DriverKernels:
 
 
 def packed(
-    name: str, tensors: Sequence[Tensor], arguments: int, nulls: int
+    kernel: Binary, tensors: Mapping[str, Tensor]
 ) -> tuple[ctypes.Array[ctypes.c_uint64], ctypes.Array[ctypes.c_void_p]]:
     """A kernel's parameters, pointers of 8 bytes each, and the address of each of them.
 
-    Raises ValueError for tensors that the kernel `name` does not take.
+    Raises ValueError for tensors that the kernel cannot take.
     """
-    if len(tensors) != arguments:
-        raise ValueError(f"{name} takes {arguments} tensors, got {len(tensors)}")
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    for index, (tensor, pointer) in enumerate(zip(tensors, pointers, strict=True)):
+    taken = kernel.taken(tensors)
+    pointers = [tensor.data_ptr() for tensor in taken]
+    for name, tensor, pointer in zip(kernel.arguments, taken, pointers, strict=True):
         if pointer % _ALIGNED or not tensor.is_contiguous():
-            raise ValueError(f"argument {index} of {name} must be contiguous and 16-byte aligned")
-    count = arguments + nulls
+            raise ValueError(f"{name} of {kernel.name} must be contiguous and 16-byte aligned")
+    count = len(pointers) + kernel.null_arguments
     values = (ctypes.c_uint64 * count)(*pointers)  # what is not given is null
     first = ctypes.addressof(values)
     return values, (ctypes.c_void_p * count)(*(first + _POINTER * i for i in range(count)))

@@ -50,12 +50,13 @@ def session_demand(spec: ModelSpec, plan: Plan, capacity: int, *, itemsize: int)
     kv = plan.held_tokens(capacity) * spec.kv_token_bytes(itemsize)
     attention = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # and its output
     feed_forward = 3 * max(spec.mlp_widths)  # gate, up and their product
+    rotations = len(spec.ropes) + any(layer.rope is None for layer in spec.kinds)
     # residual, normalised, and what is added to them
     numbers = 3 * spec.hidden_size + attention + feed_forward
     partial = spec.num_heads * (spec.head_dim + 1) * 4
     return Demand(
         row=kv + partial + _LOGITS * 4 * spec.vocab_size,
-        token=numbers * itemsize + 8 * spec.head_dim,
+        token=numbers * itemsize + 8 * spec.head_dim * rotations,
         fixed=_SPARE + 2 * spec.num_layers * _ROUNDED,
     )
 

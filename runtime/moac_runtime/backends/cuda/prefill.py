@@ -45,7 +45,7 @@ class PrefillStep:
         self._steering = [self._steer(spans, rows) for spans in layers.spans]
         self._token_rows = upload(layers.tables.token_rows(rows), decoder.device)
         self._rows = upload(rows, decoder.device)
-        self._rotation: Rotation
+        self._rotations: list[Rotation]
 
     def run(self) -> Tensor:
         """The normalised output `[M, hidden]` of all tokens; the caches hold them after it."""
@@ -55,7 +55,7 @@ class PrefillStep:
         ]
         device = self._decoder.device
         positions = upload(torch.cat(places), device)
-        self._rotation = self._decoder.rotation(self._frequencies, positions)
+        self._rotations = self._decoder.rotations(self._frequencies, positions)
         return self._decoder.hidden(upload(torch.tensor(fed), device), self._attend)
 
     def _steer(self, spans: Tensor, rows: Tensor) -> _Steering:
@@ -69,14 +69,22 @@ class PrefillStep:
         spec, kernels = self._decoder.spec, self._decoder.kernels
         heads = spec.num_heads + spec.num_kv_heads
         blocks = ceil_div(heads, kernels.constant("rope", "HEAD_TILE"))
-        norms = self._decoder.qk_norms(layer)
-        cos, sin = self._rotation.cos, self._rotation.sin
-        kernels.launch("rope", (len(qkv), blocks), qkv, cos, sin, *norms)
+        turn = self._decoder.turn(layer, self._rotations)
+        kernels.launch("rope", (len(qkv), blocks), qkv=qkv, **turn)
         cache, steering = self._layers.caches[layer], self._steering[self._layers.kinds[layer]]
-        held = (cache.keys, cache.values, steering.spans, self._rows)
+        held = {
+            "qkv": qkv,
+            "keys": cache.keys,
+            "values": cache.values,
+            "spans": steering.spans,
+            "rows": self._rows,
+        }
         out = qkv.new_empty(len(qkv), spec.num_heads * spec.head_dim)
+        sinks = self._decoder.sink_logits(layer)
         grid = (len(steering.tiles) * spec.group_size,)
-        kernels.launch(self._kernel, grid, qkv, *held, steering.tiles, out)
+        kernels.launch(
+            self._kernel, grid, **held, tiles=steering.tiles, sink_logits=sinks, out=out
+        )
         # last: the queries still see what this overwrites
-        kernels.launch("kv_write", (len(qkv),), qkv, *held, self._token_rows)
+        kernels.launch("kv_write", (len(qkv),), **held, token_rows=self._token_rows)
         return out

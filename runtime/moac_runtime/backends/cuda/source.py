@@ -38,13 +38,13 @@ class SourceKernels:
             name: getattr(sources[kernel.source], kernel.entry) for name, kernel in kernels.items()
         }
 
-    def launch(self, name: str, grid: tuple[int, ...], *tensors: Tensor) -> None:
+    def launch(self, name: str, grid: tuple[int, ...], /, **tensors: Tensor) -> None:
         """Queue the kernel on the current stream."""
         kernel = self._kernels[name]
         options: dict[str, Any] = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
         if kernel.max_registers is not None:
             options["maxnreg"] = kernel.max_registers
-        self._functions[name][grid](*tensors, **kernel.constants, **options)
+        self._functions[name][grid](*kernel.taken(tensors), **kernel.constants, **options)
 
     def constant(self, name: str, constant: str) -> int:
         """See `launch.Kernels`."""

@@ -20,6 +20,11 @@ ONNX_LAYOUT = "onnx.json"
 OPSET = 21
 
 
+def frequency_inputs(tables: int) -> list[str]:
+    """The graph's inputs for the frequencies of each of a model's rotary tables."""
+    return ["inv_freq", *(f"inv_freq.{table}" for table in range(1, tables))]
+
+
 @dataclass(frozen=True, slots=True)
 class SpanKind:
     """Caches that have the same span at every capacity. `window`: the layer's own, in tokens."""

@@ -17,8 +17,8 @@ import onnxruntime
 
 from moac_runtime.backends.feeding import check_growth, check_sizes, num_wanted, wanted_of
 from moac_runtime.backends.fixed import FixedRow, FixedRows
-from moac_runtime.backends.layout import packed_spans, rope_frequencies
-from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout
+from moac_runtime.backends.layout import packed_spans, rope_tables
+from moac_runtime.backends.onnx.layout import ONNX_LAYOUT, OnnxLayout, frequency_inputs
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.host.cores import default_threads
@@ -41,15 +41,20 @@ CHUNK = 256
 class OnnxGraph:
     """A package's graph opened by onnxruntime on the CPU; it holds weights and no state.
 
-    `threads`: None is every core this process may use. Raises ArtifactError where it refuses
-    the file.
+    `ropes`: the model's rotary tables. `threads`: None is every core this process may use.
+    Raises ArtifactError where it refuses the file.
     """
 
     def __init__(
-        self, path: Path, layout: OnnxLayout, rope: RopeSpec, *, threads: int | None = None
+        self,
+        path: Path,
+        layout: OnnxLayout,
+        ropes: Sequence[RopeSpec],
+        *,
+        threads: int | None = None,
     ) -> None:
         self.layout = layout
-        self.rope = rope
+        self.ropes = ropes
         self.dtype: Any = np.dtype(layout.dtype)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -106,8 +111,7 @@ def open_onnx(artifact: Artifact, *, threads: int | None = None) -> OnnxModel:
         raise ArtifactError(
             f"{ONNX_LAYOUT} describes no graph ({error!r}), expected its caches: {REMEDY}"
         ) from error
-    (rope,) = artifact.spec.ropes
-    graph = OnnxGraph(artifact.path(layout.model), layout, rope, threads=threads)
+    graph = OnnxGraph(artifact.path(layout.model), layout, artifact.spec.ropes, threads=threads)
     return OnnxModel(graph, artifact.head_order)
 
 
@@ -132,7 +136,7 @@ class OnnxSession(FixedRows):
         self._graph, self._plan, self._head_order = graph, plan, head_order
         self._chunk = chunk
         self._spans: list[HeadSpan] = []
-        self._frequencies: Array
+        self._frequencies: dict[str, Array] = {}
         self._caches: dict[str, Array] = {}
         self._decoding: dict[tuple[int, int], _Step] = {}  # by first place and number of rows
 
@@ -194,8 +198,12 @@ class OnnxSession(FixedRows):
     def _begin(self, rows: list[FixedRow]) -> None:
         capacity, layout = rows[0].capacity, self._graph.layout
         self._spans = self._spans_at(capacity)
-        frequencies = rope_frequencies(self._graph.rope, layout.head_dim, capacity)
-        self._frequencies = np.array(frequencies, dtype=np.float32)
+        tables = rope_tables(self._graph.ropes, layout.head_dim, capacity)
+        inputs = frequency_inputs(len(tables))
+        self._frequencies = {
+            name: np.array(table, dtype=np.float32)
+            for name, table in zip(inputs, tables, strict=True)
+        }
         self._caches = dict(self._new_caches(len(rows)))
         for row in rows:
             for name, part in (row.content or {}).items():
@@ -297,7 +305,7 @@ class _Step:
         graph: OnnxGraph,
         caches: dict[str, Array],
         sinks: Array,
-        frequencies: Array,
+        frequencies: dict[str, Array],
         wanted: Array,
         count: int,
     ) -> None:
@@ -312,8 +320,8 @@ class _Step:
             "past_lengths": self._past,
             "counts": np.full(rows, count, dtype=np.int64),
             "wanted": wanted,
-            "inv_freq": frequencies,
             "sinks": sinks,
+            **frequencies,
         }
         for name, array in self._inputs.items():
             self._binding.bind_ortvalue_input(name, _value(array))

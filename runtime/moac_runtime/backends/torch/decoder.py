@@ -40,11 +40,12 @@ class _Norm:
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.eps)
         if self.spec.plus_one:
-            return (wide * (1 + self.weight.float())).to(x.dtype)
-        if self.spec.centred:
+            wide = wide * (1 + self.weight.float())
+        elif self.spec.centred:
             wide = wide * self.weight.float()
-            return (wide if self.bias is None else wide + self.bias.float()).to(x.dtype)
-        return self.weight * wide.to(x.dtype)
+        else:
+            wide = self.weight * wide.to(x.dtype)
+        return (wide if self.bias is None else wide.float() + self.bias.float()).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
