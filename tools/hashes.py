@@ -5,23 +5,27 @@
 
 uv asks the index. Without --resolve everything stands in the pins already, and nothing is added.
 torch is left out of pins: builds for CPUs come from other places than an index, under a version
-of their own, so no hash would be every host's. No index is named in what is written.
+of their own, so no hash would be every host's. So is what stands apart for its size (`lock.py`).
+No index is named in what is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 OLDEST_PYTHON = "3.11"
 _HEADING = "# Made by `make lock` from {source}, with the hash of every file."
+_APART = re.compile(r"^# what the extra \w+ alone brings$", re.MULTILINE)
 _TORCH = "# torch is not here: `make` installs it by its version alone (docs/DEVELOP.md)."
 
 
 def pins(text: str) -> list[str]:
-    """The lines `NAME==VERSION` of a constraints file, without torch's."""
+    """The lines `NAME==VERSION` of a constraints file, without torch's and those apart."""
+    text = _APART.split(text)[0]
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [line for line in lines if line.partition("==")[0] != "torch"]
 

@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 OWN = "moac"
 EXTRAS = "dev,eval,cuda,ray"
+LARGE = "ray"  # which CI does without: its pins stand apart, and `hashes.py` leaves them out
 EDITABLE = "editables"  # what the build needs besides where the project is installed in place
 _RANGE = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,-]+\])?>=(?P<lowest>[\w.]+),<(?P<above>[\w.]+)")
 
@@ -44,14 +45,14 @@ def lowest(requirement: str) -> tuple[str, str]:
     return found["name"].lower(), found["lowest"]
 
 
-def resolve(constraints: list[str], wanted: list[str]) -> dict[str, str]:
-    """What pip would install for this project with every extra and `wanted`, by name."""
+def resolve(constraints: list[str], wanted: list[str], extras: str = EXTRAS) -> dict[str, str]:
+    """What pip would install for this project with its extras and `wanted`, by name."""
     with tempfile.TemporaryDirectory() as folder:
         given, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
         given.write_text("\n".join(constraints) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
         command += ["--report", str(report), "--constraint", str(given)]
-        subprocess.run([*command, f".[{EXTRAS}]", *wanted], cwd=ROOT, check=True)
+        subprocess.run([*command, f".[{extras}]", *wanted], cwd=ROOT, check=True)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     return dict(sorted(_pin(entry["metadata"]) for entry in found))
 
@@ -62,12 +63,14 @@ def _pin(metadata: dict[str, str]) -> tuple[str, str]:
     return name, metadata["version"].partition("+")[0]
 
 
-def render(pins: dict[str, str], named: set[str], heading: str) -> str:
-    """The file's text: what is `named` first, then what it brings."""
+def render(pins: dict[str, str], named: set[str], apart: set[str], heading: str) -> str:
+    """The file's text: what is `named` first, then what it brings, last what stands `apart`."""
     lines = [f"# {heading} Made by `make lock`.", "", "# named in pyproject.toml"]
-    lines += [f"{name}=={pins[name]}" for name in pins if name in named]
+    lines += [f"{name}=={pins[name]}" for name in pins if name in named - apart]
     lines += ["", "# what those bring"]
-    lines += [f"{name}=={pins[name]}" for name in pins if name not in named | {OWN}]
+    lines += [f"{name}=={pins[name]}" for name in pins if name not in named | apart | {OWN}]
+    lines += ["", f"# what the extra {LARGE} alone brings"]
+    lines += [f"{name}=={pins[name]}" for name in pins if name in apart]
     return "\n".join(lines) + "\n"
 
 
@@ -81,17 +84,18 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     bounds = dict(lowest(line) for line in requirements(project)) | {"torch": ""}
     fixed = [f"{name}=={version}" for name, version in bounds.items() if version]
-    pins = resolve(
-        [options.torch, *(fixed if options.oldest else [])],
-        [*project["build-system"]["requires"], EDITABLE],
-    )
+    wanted = [*project["build-system"]["requires"], EDITABLE]
+    pins = resolve([options.torch, *(fixed if options.oldest else [])], wanted)
+    others = ",".join(name for name in EXTRAS.split(",") if name != LARGE)
+    exact = [f"{name}=={version}" for name, version in pins.items() if name != OWN]
+    apart = pins.keys() - resolve(exact, wanted, others).keys()
     heading = (
         "The oldest versions that the project is tested with; torch stays, for want of an older "
         "CPU build."
         if options.oldest
         else "The versions this project is built and tested with. Used by README, Makefile and CI."
     )
-    options.target.write_text(render(pins, set(bounds), heading), encoding="utf-8")
+    options.target.write_text(render(pins, set(bounds), apart, heading), encoding="utf-8")
 
 
 if __name__ == "__main__":
