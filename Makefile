@@ -7,7 +7,8 @@ MODEL := .cache/smollm2-135m-instruct
 PACKAGE := out
 # Chosen by hand: torch without a version would bring gigabytes of CUDA packages.
 TORCH := torch==2.13.0
-EVERY := dev,eval,cuda
+EVERY := dev,eval,cuda,ray
+comma := ,
 # Of `make fuzz`: how many hostile inputs a parser gets, drawn from which seed, and which parsers
 # (all of them where none is named).
 CASES := 1000
@@ -16,8 +17,8 @@ PARSERS :=
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-oldest test-newest test-race test-memory fuzz lock \
-	lint format types docs models pictures clean
+.PHONY: help quickstart test test-slow test-oldest test-newest test-race test-memory fuzz test-ray \
+	lock lint format types docs models pictures clean
 
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
@@ -26,6 +27,7 @@ help:
 	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
 	@echo 'make test-memory  run the CPU kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz         give every parser hostile inputs: CASES=1000 of each, from SEED=0'
+	@echo 'make test-ray     the tests of replicas, with Ray, which the others do without'
 	@echo 'make test-oldest  the tests, with the oldest versions that pyproject.toml allows'
 	@echo 'make test-newest  the tests, with the newest ones; torch stays in both'
 	@echo 'make lock         choose versions anew: both constraints files'
@@ -55,6 +57,11 @@ test-memory: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/hostile/fuzz.py $(PARSERS) --cases $(CASES) --seed $(SEED)
+
+test-ray:
+	$(call new_environment,.venv-ray)
+	$(call install,.venv-ray/bin,constraints.txt,dev$(comma)ray)
+	.venv-ray/bin/pytest -q -m slow tests/test_replica_processes.py
 
 test-oldest:
 	$(call new_environment,.venv-oldest)
@@ -95,7 +102,7 @@ pictures: $(INSTALLED)
 	$(BIN)/python benchmarks/pictures.py docs/pictures
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp makes the second run quick; it ages when what is to be installed changes.

@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from engines import model
+from starlette.applications import Starlette
 
 from moac_runtime.engine.model import Model
 from moac_runtime.serve.app import build_app
@@ -23,10 +24,9 @@ NAME = "tiny"
 
 
 @dataclass
-class Running:
+class Door:
     """A server that runs: `port` on this machine."""
 
-    served: Served
     port: int
 
     @property
@@ -83,6 +83,31 @@ class Running:
             time.sleep(0.005)
 
 
+@dataclass
+class Running(Door):
+    """A server of one model in this process."""
+
+    served: Served
+
+
+@contextmanager
+def opened(app: Starlette) -> Iterator[Door]:
+    """An application that is served until the block ends."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
+    running = uvicorn.Server(config)
+    with listen("127.0.0.1", 0) as socket:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]}, daemon=True)
+        thread.start()
+        found = Door(socket.getsockname()[1])
+        found.until(lambda: running.started)
+        try:
+            yield found
+        finally:
+            running.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 @contextmanager
 def server(
     asked: Model | None = None,
@@ -95,19 +120,6 @@ def server(
     made = asked or model()
     engine = made.engine(**{"kept_bytes": 2**26, "waiting": 64, **limits})
     served = Served(made, engine, NAME, keys)
-    config = uvicorn.Config(
-        build_app(served, origins=origins), log_config=None, access_log=False, lifespan="on"
-    )
-    running = uvicorn.Server(config)
-    with listen("127.0.0.1", 0) as socket:
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]}, daemon=True)
-        thread.start()
-        found = Running(served, socket.getsockname()[1])
-        found.until(lambda: running.started)
-        try:
-            yield found
-        finally:
-            running.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-            assert engine.session.rows == ()
+    with opened(build_app(served, origins=origins)) as door:
+        yield Running(door.port, served)
+    assert engine.session.rows == ()

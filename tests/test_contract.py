@@ -16,7 +16,6 @@ from families import VOCAB, tiny_model
 from oracle import open_session, oracle_logits, packed
 from torch import Tensor
 
-from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.feeding import by_feed, cut, num_wanted
 from moac_runtime.backends.session import Feed, Session
@@ -257,31 +256,6 @@ def test_a_row_past_its_capacity_feeds_nobody(open_empty: Open) -> None:
     with pytest.raises(MoacError, match="row 0 holds 0 of 4 tokens and cannot take 5 more; admit"):
         session.step([Feed(large, [1, 2]), Feed(small, [1] * 5)])
     assert (session.length(small), session.length(large)) == (0, 0)
-
-
-@needs_compiler
-@pytest.mark.parametrize("kernels", host_sets())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_change_no_bit_of_short_rows(kernels: str, dtype: torch.dtype) -> None:
-    """What `CpuSession` promises: up to 16 tokens in a step, no head with more than 64."""
-    library(kernels)
-
-    def opened() -> Session:
-        return open_cpu_session(
-            tiny_model("llama"), MIXED, instruction_set=kernels, batch=0, capacity=1, dtype=dtype,
-            threads=2,
-        ).session  # fmt: skip
-
-    texts, capacities = [text(60, seed) for seed in range(5)], (60, 61, 62, 63, 64)
-    together = opened()
-    rows = [together.admit(capacity) for capacity in capacities]
-    lone = [(session := opened(), session.admit(capacity)) for capacity in capacities]
-    for first in range(0, 60, 3):
-        feeds = [Feed(r, t[first : first + 3]) for r, t in zip(rows, texts, strict=True)]
-        found = torch.as_tensor(together.step(feeds))
-        for logits, (session, row), tokens in zip(found, lone, texts, strict=True):
-            wanted = session.step([Feed(row, tokens[first : first + 3])])
-            assert torch.equal(logits, torch.as_tensor(wanted)[0])
 
 
 @needs_compiler

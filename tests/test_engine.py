@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from test_generation import ScriptedSession, scripted_model
 
 from moac_runtime.engine.capacity import rung, rungs
-from moac_runtime.engine.engine import PromptTooLong, QueueFull
+from moac_runtime.engine.engine import Engine, PromptTooLong, QueueFull
 from moac_runtime.engine.kept import KeptCaches
 from moac_runtime.engine.request import Request
 from moac_runtime.engine.sampling import SamplingOptions
@@ -315,30 +316,44 @@ def test_a_cache_larger_than_the_budget_is_not_kept() -> None:
     assert KeptCaches(0).worth_keeping(1000, 0) is False
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    length=st.integers(1, 100),
-    cut=st.integers(1, 100),
-    continuations=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    rows=st.integers(1, 3),
-    chunk=st.integers(3, 64),
-)
-def test_restored_and_forked_sequences_continue_as_cold_ones(
-    length: int, cut: int, continuations: tuple[int, int], rows: int, chunk: int
+FORKS: dict[str, st.SearchStrategy[Any]] = {
+    "length": st.integers(1, 100),
+    "cut": st.integers(1, 100),
+    "continuations": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    "rows": st.integers(1, 3),
+    "chunk": st.integers(3, 64),
+}
+
+
+def check_forks(
+    opened: Callable[..., Engine],
+    length: int,
+    cut: int,
+    continuations: tuple[int, int],
+    rows: int,
+    chunk: int,
 ) -> None:
+    """What forks at `cut`, and what goes on from an answer, is what a cold sequence gives."""
     prompt = text(length + 20, length)
     cut = min(cut, len(prompt) - 1)
-    made = engine(step_tokens=chunk)
+    made = opened(step_tokens=chunk)
     first = asked(prompt, capacity=256, marks=(cut,), max_tokens=7)
     others = [
         asked(prompt[:cut] + text(more, seed), capacity=256, marks=(cut,), max_tokens=7)
         for seed, more in enumerate(continuations)
     ]
     found = answers(made, first, *others * rows)
-    wanted = [alone(request) for request in (first, *others)]
+    wanted = [answers(opened(kept_bytes=0), request)[0] for request in (first, *others)]
     assert found == [wanted[0], *wanted[1:] * rows]
     turn = asked([*prompt, *found[0], *text(9, 3)], capacity=256, max_tokens=7)
-    assert answers(made, turn) == [alone(turn)]
+    assert answers(made, turn) == answers(opened(kept_bytes=0), turn)
+    assert made.totals.reused >= length + 20  # the turn went on from the answer before it
+
+
+@settings(max_examples=25, deadline=None)
+@given(**FORKS)
+def test_restored_and_forked_sequences_continue_as_cold_ones(**forks: Any) -> None:
+    check_forks(engine, **forks)
 
 
 # ---- what goes wrong

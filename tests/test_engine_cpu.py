@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cpu_kernels import needs_avx2, needs_compiler
 from engines import answers, asked
+from families import VOCAB
+from hypothesis import given, settings
 from servers import server
-from test_engine import text
+from test_engine import FORKS, check_forks, text
 
+from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.model import Model, load
 from moac_runtime.engine.request import Request
 
@@ -37,6 +43,18 @@ def test_rows_answer_as_alone_and_share_what_was_read(native: Model) -> None:
     assert found == [answers(native.engine(), request)[0] for request in requests()]
     assert made.totals.reused == 300
     assert made.memory.used == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(**FORKS)
+def test_restored_and_forked_sequences_continue_as_cold_ones(native: Model, **forks: Any) -> None:
+    endless = copy(native)
+    endless.tokenizer = replace(native.tokenizer, eos_token_ids=frozenset({VOCAB}))
+
+    def opened(**limits: Any) -> Engine:
+        return endless.engine(**{"kept_bytes": 2**26, **limits})
+
+    check_forks(opened, **forks)
 
 
 def test_a_turn_goes_on_from_the_last_one(native: Model) -> None:

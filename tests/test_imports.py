@@ -28,7 +28,7 @@ ALLOWED = {
         *("moac_runtime", "torch", "safetensors", "tokenizers", "jinja2"),
         *("numpy", "onnxruntime"),  # the onnx backend's
         "cuda",  # the cuda backend's
-        *("starlette", "uvicorn", "prometheus_client", "llguidance"),  # the server's
+        *("starlette", "uvicorn", "prometheus_client", "llguidance", "ray"),  # the server's
     },
     "kernels/moac_kernels": {"moac_kernels", "torch", "triton"},
 }

@@ -23,8 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OWN = "moac"
-EXTRAS = "dev,eval,cuda"
-_RANGE = re.compile(r"(?P<name>[\w.-]+)>=(?P<lowest>[\w.]+),<(?P<above>[\w.]+)")
+EXTRAS = "dev,eval,cuda,ray"
+_RANGE = re.compile(r"(?P<name>[\w.-]+)(?:\[[\w,-]+\])?>=(?P<lowest>[\w.]+),<(?P<above>[\w.]+)")
 
 
 def requirements(project: dict[str, Any]) -> Iterator[str]:

@@ -90,7 +90,9 @@ template <class T> struct Engine {
   T *k, *v;
   char *rounded;  // activations in whole numbers, where tokens are many
   int64_t widest;  // k of any product
-  int64_t *position, *segment, *done, *piece;
+  int64_t *position, *segment, *done;
+  int64_t *piece;  // [layers][segments]: tokens of an item of attention
+  uint8_t *lone, *wanted_lone;  // [m]: whether a token, one whose logits are asked for, goes by `few`
   Mixture<A> mixture;
   int64_t most_experts = 0, most_chosen = 0;
   Desk<A> *desks;
@@ -107,7 +109,6 @@ template <class T> struct Engine {
       most_chosen = larger(most_chosen, m.layers[l].chosen);
     }
     team.phases = (Phase *)allocate(team.num_phases * sizeof(Phase));
-    piece = (int64_t *)allocate(m.num_layers * sizeof(int64_t));
     by_inner = (Split *)allocate(m.num_layers * sizeof(Split));
     for (int64_t l = 0; by_inner && l < m.num_layers; l++)
       by_inner[l] = Split(m.layers[l].inner, threads);
@@ -120,17 +121,22 @@ template <class T> struct Engine {
   ~Engine() {
     release();
     free(desks);
-    free(piece);
     free(by_inner);
     free(team.phases);
   }
 
-  bool whole() const { return team.phases && piece && by_inner && desks; }
+  bool whole() const { return team.phases && by_inner && desks; }
 
   bool post_norms() const {
     for (int64_t l = 0; l < model.num_layers; l++)
       if (model.layers[l].attn_post_norm || model.layers[l].mlp_post_norm) return true;
     return false;
+  }
+
+  // Whether a step's number of tokens chooses the kernel for all of them: where activations and
+  // weights have 8 bits, a token beside many costs much more by `few` than by tiles.
+  bool by_step() const {
+    return sizeof(T) == sizeof(bf16) && model.layers[0].qkv.format == WEIGHTS_INT8;
   }
 
   // Whether any matrix is of fewer bits than the engine's type.
@@ -160,7 +166,7 @@ template <class T> struct Engine {
   bool reserve(int64_t tokens, int64_t rows, int64_t kv_tokens) {
     const int64_t heads = rows * model.kv_heads, items = kv_tokens / DECODE_BLOCK + heads;
     if (tokens <= most_tokens && items <= most_items && heads <= pairs) return true;
-    const int64_t m = padded(larger(tokens, most_tokens), TILE_ROWS);
+    const int64_t all_tokens = larger(tokens, most_tokens), m = spare(all_tokens);
     const int64_t all_items = larger(items, most_items), all_pairs = larger(heads, pairs);
     release();
     const int64_t d = model.head_dim, kv = model.kv_heads * d, turns = m * model.num_ropes * d / 2;
@@ -170,11 +176,12 @@ template <class T> struct Engine {
               take(attended, m * queries) && take(inner, (m + TILE_ROWS) * model.inner) &&
               take(k, m * kv) && take(v, m * kv) &&
               take(rounded, narrow() ? Rounded::bytes(m, widest) : 0) && take(position, m) &&
-              take(segment, m) && take(done, all_pairs) &&
+              take(segment, m) && take(done, all_pairs) && take(lone, m) && take(wanted_lone, m) &&
+              take(piece, model.num_layers * (all_pairs / model.kv_heads)) &&
               take(partial, all_items * group * (d + 2));
     for (int i = 0; ok && i < team.threads; i++) ok = furnish(desks[i], m);
     if (!ok) return release(), false;
-    most_tokens = m, most_items = all_items, pairs = all_pairs;
+    most_tokens = all_tokens, most_items = all_items, pairs = all_pairs;
     return true;
   }
 
@@ -186,7 +193,7 @@ template <class T> struct Engine {
            (take(at.logits, m * most_experts) && take(at.share, choices) &&
             take(at.expert, choices) && take(at.place, choices) &&
             take(at.first, most_experts + 1) && take(at.used, most_experts) &&
-            take(at.token, choices) && take(at.weight, choices) &&
+            take(at.token, choices) && take(at.weight, choices) && take(at.lone, choices) &&
             take(at.rows, (choices + TILE_ROWS) * model.hidden));
   }
 
@@ -215,49 +222,70 @@ template <class T> struct Engine {
 
   // ---- products ----
 
-  // Columns `first` on of a [m][depth] times weights [.][depth]. `whole`: a in whole numbers, null
-  // where it is taken as it is.
-  void product(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const Matrix &weights,
-               int64_t first, int64_t columns, float *c, const Rounded *whole = nullptr) {
-    const int64_t start = first * depth;
-    if (weights.format == WEIGHTS_PLAIN)
-      return dense(desk, a, m, depth, (const T *)weights.at + start, columns, c);
-    if (weights.format == WEIGHTS_INT4)
-      return packed(desk, a, m, depth, weights, first, columns, c, whole);
-    const int8_t *w = (const int8_t *)weights.at + start;
-    if (!whole) dense(desk, a, m, depth, w, columns, c);
-    else if (m <= FEW_ROWS) whole_few(*whole, m, w, columns, c, TILE_COLUMNS);
-    else whole_many(*whole, m, w, columns, c, TILE_COLUMNS, (int8_t *)desk.tile.pack);
+  // c [m][columns] = a . weights, for columns from `first` on. `whole`: a in whole numbers, where the
+  // product takes them. `lone` [m] says by which kernel a row goes, and so in which order it is summed:
+  // unless `by_step`, that follows from how many tokens its own segment has, whoever shares the step.
+  void product(Desk<A> &desk, const A *a, const uint8_t *lone, int64_t m, int64_t depth,
+               const Matrix &weights, int64_t first, int64_t columns, float *c,
+               const Rounded *whole = nullptr) {
+    const bool packed = weights.format == WEIGHTS_INT4;
+    if (packed && !(whole && all_lone(lone, m))) unpack_columns(desk, weights, depth, first, columns);
+    for (int64_t r = 0, n; r < m; r += n) {
+      for (n = 1; r + n < m && lone[r + n] == lone[r]; n++) {}
+      const A *rows = a + r * depth;
+      float *to = c + r * TILE_COLUMNS;
+      if (weights.format == WEIGHTS_PLAIN)
+        dense(desk, rows, lone[r], n, depth, (const T *)weights.at + first * depth, columns, to);
+      else if (packed && whole && lone[r])
+        packed_few(whole->from(r), n, packed_of(weights), first, columns, to, TILE_COLUMNS);
+      else if (packed)
+        dense(desk, rows, lone[r], n, depth, desk.unpacked, columns, to);
+      else
+        eight_bits(desk, rows, lone[r], n, depth, weights, first, columns, to,
+                   whole ? whole->from(r) : Rounded{}, whole);
+    }
+  }
+
+  void eight_bits(Desk<A> &desk, const A *a, bool lone, int64_t m, int64_t depth,
+                  const Matrix &weights, int64_t first, int64_t columns, float *c,
+                  const Rounded &rounded, bool whole) {
+    const int8_t *w = (const int8_t *)weights.at + first * depth;
+    if (!whole) dense(desk, a, lone, m, depth, w, columns, c);
+    else if (lone) whole_few(rounded, m, w, columns, c, TILE_COLUMNS);
+    else whole_many(rounded, m, w, columns, c, TILE_COLUMNS, (int8_t *)desk.tile.pack);
     const float *scale = (const float *)weights.scale + first;
     for (int64_t r = 0; r < m; r++)
       for (int64_t j = 0; j < columns; j++) c[r * TILE_COLUMNS + j] *= scale[j];
   }
 
-  // The same of 4-bit weights, unpacked first where a is not in whole numbers.
-  void packed(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const Matrix &weights,
-              int64_t first, int64_t columns, float *c, const Rounded *whole) {
-    const Packed w = {(const uint8_t *)weights.at, (const bf16 *)weights.scale};
-    if (whole) return packed_few(*whole, m, w, first, columns, c, TILE_COLUMNS);
-    const int64_t groups = padded(depth, BLOCK) / GROUP;
-    for (int64_t j = 0; j < columns; j++)
-      unpack(w, first + j, groups, 0, depth, desk.unpacked + j * depth);
-    dense(desk, a, m, depth, desk.unpacked, columns, c);
+  static Packed packed_of(const Matrix &weights) {
+    return {(const uint8_t *)weights.at, (const bf16 *)weights.scale};
   }
 
-  // Whether m rows of activations are rounded to whole numbers for a product with weights: where
-  // that is faster, and never in float32, which is exact.
-  bool in_whole_numbers(const Matrix &weights, int64_t m) const {
+  void unpack_columns(Desk<A> &desk, const Matrix &weights, int64_t depth, int64_t first,
+                      int64_t columns) {
+    const int64_t groups = padded(depth, BLOCK) / GROUP;
+    for (int64_t j = 0; j < columns; j++)
+      unpack(packed_of(weights), first + j, groups, 0, depth, desk.unpacked + j * depth);
+  }
+
+  static bool any_lone(const uint8_t *lone, int64_t m) { return m && memchr(lone, 1, m); }
+  static bool all_lone(const uint8_t *lone, int64_t m) { return !m || !memchr(lone, 0, m); }
+
+  // Whether some of m rows of activations are rounded to whole numbers for a product with weights:
+  // where that is faster, and never in float32, which is exact.
+  bool in_whole_numbers(const Matrix &weights, const uint8_t *lone, int64_t m) const {
     if (sizeof(T) != sizeof(bf16)) return false;
-    return weights.format == WEIGHTS_INT8 || (weights.format == WEIGHTS_INT4 && m <= FEW_ROWS);
+    return weights.format == WEIGHTS_INT8 || (weights.format == WEIGHTS_INT4 && any_lone(lone, m));
   }
 
   // m rows of a in whole numbers for a product with weights, null where it takes them as they are. A
   // few rows each thread rounds for itself, once a phase; many were rounded in the phase before.
-  const Rounded *whole_numbers(Desk<A> &desk, const A *a, int64_t m, int64_t depth,
-                               const Matrix &weights) {
-    if (!in_whole_numbers(weights, m)) return nullptr;
+  const Rounded *whole_numbers(Desk<A> &desk, const A *a, const uint8_t *lone, int64_t m,
+                               int64_t depth, const Matrix &weights) {
+    if (!in_whole_numbers(weights, lone, m)) return nullptr;
     if (m > FEW_ROWS) {
-      desk.whole.lie_at(rounded, padded(m, TILE_ROWS), depth);
+      desk.whole.lie_at(rounded, spare(m), depth);
       return &desk.whole;
     }
     const int64_t now = desk.walk->step * team.num_phases + desk.walk->phase;
@@ -268,8 +296,8 @@ template <class T> struct Engine {
     return &desk.whole;
   }
 
-  int64_t round_tasks(const Matrix &weights, int64_t m) const {
-    return m > FEW_ROWS && in_whole_numbers(weights, m) ? row_tasks(m) : 0;
+  int64_t round_tasks(const Matrix &weights, const uint8_t *lone, int64_t m) const {
+    return m > FEW_ROWS && in_whole_numbers(weights, lone, m) ? row_tasks(m) : 0;
   }
 
   // The phase that rounds many rows for the product of the next one. Where they lie and how many they
@@ -278,15 +306,15 @@ template <class T> struct Engine {
     walk.share([&](int64_t task) {
       const int64_t m = rows;
       Rounded to;
-      to.lie_at(rounded, padded(m, TILE_ROWS), depth);
+      to.lie_at(rounded, spare(m), depth);
       each_row(task, m, [&](int64_t r) { to.round(r, a + r * depth); });
     });
   }
 
   template <class P>
-  void dense(Desk<A> &desk, const A *a, int64_t m, int64_t depth, const P *w, int64_t columns,
-             float *c) {
-    if (m <= FEW_ROWS) few(a, m, depth, w, columns, c, TILE_COLUMNS);
+  void dense(Desk<A> &desk, const A *a, bool lone, int64_t m, int64_t depth, const P *w,
+             int64_t columns, float *c) {
+    if (lone) few(a, m, depth, w, columns, c, TILE_COLUMNS);
     else many(a, m, depth, w, columns, c, TILE_COLUMNS, desk.tile.pack);
   }
 
@@ -299,11 +327,11 @@ template <class T> struct Engine {
 
   // out(row, first column, columns, sums) for the columns of a . weights of one task.
   template <class Out>
-  void linear(Desk<A> &desk, int64_t task, const A *a, int64_t m, int64_t depth,
-              const Matrix &weights, const void *bias, const Split &split, Out out) {
-    const Rounded *whole = whole_numbers(desk, a, m, depth, weights);
+  void linear(Desk<A> &desk, int64_t task, const A *a, const uint8_t *lone, int64_t m,
+              int64_t depth, const Matrix &weights, const void *bias, const Split &split, Out out) {
+    const Rounded *whole = whole_numbers(desk, a, lone, m, depth, weights);
     blocks(task, split, [&](int64_t first, int64_t count) {
-      product(desk, a, m, depth, weights, first, count, desk.columns, whole);
+      product(desk, a, lone, m, depth, weights, first, count, desk.columns, whole);
       for (int64_t r = 0; r < m; r++) {
         float *c = desk.columns + r * TILE_COLUMNS;
         if (bias)
@@ -318,7 +346,7 @@ template <class T> struct Engine {
                   const void *bias, const void *post) {
     const int64_t hidden = model.hidden;
     const float share = (float)model.residual_scale;
-    linear(desk, task, a, step.num_tokens, depth, weights, bias, by_hidden,
+    linear(desk, task, a, lone, step.num_tokens, depth, weights, bias, by_hidden,
            [&](int64_t r, int64_t n, int64_t count, const float *c) {
              if (post) {
                memcpy(output + r * hidden + n, c, count * sizeof(float));
@@ -332,14 +360,17 @@ template <class T> struct Engine {
   // Of m rows [hidden] what the MLP of one expert, 0 where there is one alone, makes of them before
   // its last product: to [m][inner]. Experts take activations as they are.
   void gate_up(Desk<A> &desk, int64_t task, const Layer &layer, const Split &split, const A *rows,
-               int64_t m, int64_t expert, A *to) {
+               const uint8_t *lone, int64_t m, int64_t expert, A *to) {
     const int64_t n = layer.inner, gates = expert * 2 * n, ups = gates + n;
     const T *bias = (const T *)layer.gate_up_bias;
     const Rounded *whole =
-        layer.experts ? nullptr : whole_numbers(desk, rows, m, model.hidden, layer.gate_up);
+        layer.experts ? nullptr : whole_numbers(desk, rows, lone, m, model.hidden, layer.gate_up);
+    auto sums = [&](int64_t first, int64_t count, float *c) {
+      product(desk, rows, lone, m, model.hidden, layer.gate_up, first, count, c, whole);
+    };
     blocks(task, split, [&](int64_t first, int64_t count) {
-      product(desk, rows, m, model.hidden, layer.gate_up, gates + first, count, desk.columns, whole);
-      product(desk, rows, m, model.hidden, layer.gate_up, ups + first, count, desk.more, whole);
+      sums(gates + first, count, desk.columns);
+      sums(ups + first, count, desk.more);
       for (int64_t r = 0; r < m; r++) {
         float *gate = desk.columns + r * TILE_COLUMNS, *up = desk.more + r * TILE_COLUMNS;
         for (int64_t j = 0; bias && j < count; j++) {
@@ -396,7 +427,7 @@ template <class T> struct Engine {
     if (slot >= mixture.num_used) return;
     const int64_t e = mixture.used[slot], first = mixture.first[e];
     gate_up(desk, task % split.tasks(), layer, split, mixture.rows + first * model.hidden,
-            mixture.first[e + 1] - first, e, inner + first * layer.inner);
+            mixture.lone + first, mixture.first[e + 1] - first, e, inner + first * layer.inner);
   }
 
   // Add what the experts make of their items to some columns, expert after expert: so nobody else
@@ -412,8 +443,8 @@ template <class T> struct Engine {
       for (int64_t u = 0; u < mixture.num_used; u++) {
         const int64_t e = mixture.used[u], first = mixture.first[e], row = e * hidden + column;
         const T *bias = layer.down_bias ? (const T *)layer.down_bias + row : nullptr;
-        product(desk, inner + first * n, mixture.first[e + 1] - first, n, layer.down, row, count,
-                desk.columns);
+        product(desk, inner + first * n, mixture.lone + first, mixture.first[e + 1] - first, n,
+                layer.down, row, count, desk.columns);
         for (int64_t i = first; i < mixture.first[e + 1]; i++) {
           const float *c = desk.columns + (i - first) * TILE_COLUMNS;
           float *to = sums + mixture.token[i] * hidden + column;
@@ -621,22 +652,28 @@ template <class T> struct Engine {
   }
 
   // How many tasks a layer's attention is. One token reads all that its row holds in pieces short
-  // enough to balance and long enough to pay.
+  // enough to balance and long enough to pay, cut as if the row were alone.
   int64_t attention_tasks(int64_t layer) {
-    int64_t sum = 0, tasks = 0;
+    int64_t tasks = 0;
     const int64_t tile = tile_tokens(group);
-    for (int64_t i = 0; i < step.num_segments; i++)
-      for (int64_t head = 0; head < model.kv_heads; head++) {
-        const Segment &s = step.segments[i];
-        if (s.count == 1) sum += decode_runs(layer, s, head).tokens();
-        else tasks += (s.count + tile - 1) / tile;
+    for (int64_t i = 0; i < step.num_segments; i++) {
+      const Segment &s = step.segments[i];
+      if (s.count > 1) {
+        tasks += model.kv_heads * ((s.count + tile - 1) / tile);
+        continue;
       }
-    const int64_t even = padded(sum / (4 * team.threads), DECODE_BLOCK);
-    const int64_t size = piece[layer] = larger(DECODE_BLOCK, smaller(512, even));
-    for (int64_t i = 0; i < step.num_segments; i++)
-      for (int64_t head = 0; step.segments[i].count == 1 && head < model.kv_heads; head++)
-        tasks += (decode_runs(layer, step.segments[i], head).tokens() + size - 1) / size;
+      int64_t sum = 0;
+      for (int64_t head = 0; head < model.kv_heads; head++) sum += decode_runs(layer, s, head).tokens();
+      const int64_t even = padded(sum / (4 * team.threads), DECODE_BLOCK);
+      const int64_t size = piece_of(layer, i) = larger(DECODE_BLOCK, smaller(512, even));
+      for (int64_t head = 0; head < model.kv_heads; head++)
+        tasks += (decode_runs(layer, s, head).tokens() + size - 1) / size;
+    }
     return tasks;
+  }
+
+  int64_t &piece_of(int64_t layer, int64_t index) const {
+    return piece[layer * step.num_segments + index];
   }
 
   void attend(Walk &walk, Desk<A> &desk, int64_t layer) {
@@ -647,7 +684,7 @@ template <class T> struct Engine {
 
   // Tasks are counted off in the order of attention_tasks, from the first claimed one on.
   void attend_from(Walk &walk, Desk<A> &desk, int64_t layer, int64_t mine) {
-    const int64_t size = piece[layer], tile = tile_tokens(group), kv = model.kv_heads;
+    const int64_t tile = tile_tokens(group), kv = model.kv_heads;
     int64_t task = 0, item = 0, first = 0;
     auto ours = [&] { return task++ == mine; };
     auto on = [&] {
@@ -659,7 +696,7 @@ template <class T> struct Engine {
       for (int64_t head = 0; head < kv; head++) {
         if (s.count == 1) {
           const Runs<T> runs = decode_runs(layer, s, head);
-          const int64_t pieces = (runs.tokens() + size - 1) / size;
+          const int64_t size = piece_of(layer, i), pieces = (runs.tokens() + size - 1) / size;
           for (int64_t p = 0; p < pieces; p++)
             if (ours()) {
               decode_item(runs, layer, i * kv + head, first, head, item, p, pieces, size);
@@ -782,11 +819,11 @@ template <class T> struct Engine {
     for (int64_t l = 0; l < model.num_layers; l++) {
       const Layer &layer = model.layers[l];
       team.prepare(p++, row_tasks(m));
-      team.prepare(p++, round_tasks(layer.qkv, m));
+      team.prepare(p++, round_tasks(layer.qkv, lone, m));
       team.prepare(p++, by_width.tasks());
       team.prepare(p++, row_tasks(m) * model.kv_heads);
       team.prepare(p++, attention_tasks(l));
-      team.prepare(p++, round_tasks(layer.o, m));
+      team.prepare(p++, round_tasks(layer.o, lone, m));
       team.prepare(p++, store_tasks() + by_hidden.tasks());
       team.prepare(p++, row_tasks(m));
       if (layer.experts) {
@@ -794,14 +831,14 @@ template <class T> struct Engine {
         team.prepare(p++, row_tasks(m));
         team.prepare(p++, slots(layer) * by_inner[l].tasks());
       } else {
-        team.prepare(p++, round_tasks(layer.gate_up, m));
+        team.prepare(p++, round_tasks(layer.gate_up, lone, m));
         team.prepare(p++, by_inner[l].tasks());
-        team.prepare(p++, round_tasks(layer.down, m));
+        team.prepare(p++, round_tasks(layer.down, lone, m));
       }
       team.prepare(p++, by_hidden.tasks());
     }
     team.prepare(p++, larger(1, step.num_wanted));
-    team.prepare(p++, round_tasks(model.head, step.num_wanted));
+    team.prepare(p++, round_tasks(model.head, wanted_lone, step.num_wanted));
     team.prepare(p++, step.num_wanted ? by_vocab.tasks() : 1);
   }
 
@@ -822,7 +859,7 @@ template <class T> struct Engine {
     });
     round_rows(walk, normed, step.num_wanted, model.hidden);
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_wanted, model.hidden, model.head, nullptr,
+      linear(desk, task, normed, wanted_lone, step.num_wanted, model.hidden, model.head, nullptr,
              by_vocab,
              [&](int64_t r, int64_t first, int64_t count, float *c) {
                finish_logits(c, count);
@@ -844,7 +881,8 @@ template <class T> struct Engine {
     });
     round_rows(walk, normed, step.num_tokens, model.hidden);
     walk.share([&](int64_t task) {
-      linear(desk, task, normed, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias, by_width,
+      linear(desk, task, normed, lone, step.num_tokens, model.hidden, layer.qkv, layer.qkv_bias,
+             by_width,
              [&](int64_t r, int64_t n, int64_t count, const float *c) {
                memcpy(qkv + r * width + n, c, count * sizeof(float));
              });
@@ -872,7 +910,7 @@ template <class T> struct Engine {
     if (layer.experts) return run_experts(walk, desk, l);
     round_rows(walk, normed, step.num_tokens, model.hidden);
     walk.share([&](int64_t task) {
-      gate_up(desk, task, layer, by_inner[l], normed, step.num_tokens, 0, inner);
+      gate_up(desk, task, layer, by_inner[l], normed, lone, step.num_tokens, 0, inner);
     });
     round_rows(walk, inner, step.num_tokens, layer.inner);
     walk.share([&](int64_t task) {
@@ -887,7 +925,7 @@ template <class T> struct Engine {
     walk.share([&](int64_t) { mixture.group(step.num_tokens, layer.experts, layer.chosen); });
     walk.share([&](int64_t task) {
       each_row(task, step.num_tokens, [&](int64_t m) {
-        mixture.hand_over(m, layer.chosen, normed + m * model.hidden, model.hidden);
+        mixture.hand_over(m, layer.chosen, normed + m * model.hidden, model.hidden, lone[m]);
       });
     });
     walk.share([&](int64_t task) { expert_gate_up(desk, task, layer, by_inner[l]); });
@@ -909,7 +947,12 @@ template <class T> struct Engine {
     int64_t m = 0;
     for (int64_t i = 0; i < asked.num_segments; i++)
       for (int64_t t = 0; t < asked.segments[i].count; t++, m++)
-        segment[m] = i, position[m] = asked.segments[i].start + t;
+        segment[m] = i, position[m] = asked.segments[i].start + t,
+        lone[m] = (by_step() ? asked.num_tokens : asked.segments[i].count) <= FEW_ROWS;
+    for (int64_t i = 0, n; i < asked.num_wanted; i += n) {  // those of a segment stand together
+      for (n = 1; i + n < asked.num_wanted && segment[asked.wanted[i + n]] == segment[asked.wanted[i]]; n++) {}
+      memset(wanted_lone + i, (by_step() ? asked.num_wanted : n) <= FEW_ROWS, n);
+    }
     step = asked;
     plan();
     team.begin();

@@ -32,6 +32,7 @@ template <class A> struct Mixture {
   int64_t *first;         // [experts + 1]: where an expert's items begin
   int64_t *token;         // [items]
   float *weight;          // [items]
+  uint8_t *lone;          // [items]: what the engine says of each item's token
   int64_t *used;          // the experts that have items, `num_used` of them
   A *rows;                // [items][hidden]: what each item's token hands over
   int64_t num_used;
@@ -54,8 +55,10 @@ template <class A> struct Mixture {
   }
 
   // Copy a token's row [hidden] to where its items lie.
-  void hand_over(int64_t m, int64_t chosen, const A *row, int64_t hidden) {
-    for (int64_t i = m * chosen; i < (m + 1) * chosen; i++)
+  void hand_over(int64_t m, int64_t chosen, const A *row, int64_t hidden, bool alone) {
+    for (int64_t i = m * chosen; i < (m + 1) * chosen; i++) {
       memcpy(rows + place[i] * hidden, row, hidden * sizeof(A));
+      lone[place[i]] = alone;
+    }
   }
 };

@@ -3,11 +3,13 @@
 #pragma once
 #include "simd.h"
 
-constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t FEW_ROWS = 16;  // most of a segment that goes by dot products
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// room for m rows of which any run may go by whole tiles
+static inline int64_t spare(int64_t m) { return padded(m, TILE_ROWS) + TILE_ROWS; }
 
 // c[m][n] = a[m] . w[n] for R rows of a and Q rows of w; k is a multiple of 16. Memory is streamed
 // once: what lies `ahead` elements further is asked for on the way.

@@ -35,6 +35,12 @@ struct Rounded {
     sums = (int32_t *)(offsets + m * groups());
   }
 
+  // The rows from r on.
+  Rounded from(int64_t r) const {
+    return {k, numbers + r * width(), scales + r * groups(), offsets + r * groups(),
+            sums + r * blocks()};
+  }
+
   // Round row r, [k] of activations; k is a multiple of 16.
   template <class A> void round(int64_t r, const A *from) const {
     for (int64_t b = 0; b < blocks(); b++)

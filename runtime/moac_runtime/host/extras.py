@@ -13,6 +13,7 @@ EXTRAS = {
     ),
     "eval": ("lm_eval",),
     "serve": ("starlette", "uvicorn", "prometheus_client", "llguidance"),
+    "ray": ("ray",),
 }
 
 

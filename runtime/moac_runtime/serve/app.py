@@ -12,20 +12,57 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
+from starlette.types import Lifespan
 
 from moac_runtime.serve.asked import no_model
 from moac_runtime.serve.chat_completions import chat_completions
 from moac_runtime.serve.completions import completions
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.guard import Guard
+from moac_runtime.serve.metrics import RequestMetrics
 from moac_runtime.serve.sending import refusal
 from moac_runtime.serve.served import Served
 
 
 def build_app(served: Served, *, origins: Sequence[str] = ()) -> Starlette:
     """The application; `origins`: pages of other servers that may ask from a browser."""
-    middleware = [Middleware(Guard, keys=served.keys, metrics=served.metrics)]
+    app = guarded(
+        [
+            Route("/", page, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+            *_answering(),
+        ],
+        keys=served.keys,
+        metrics=served.metrics,
+        origins=origins,
+        lifespan=_running,
+    )
+    app.state.served = served
+    return app
+
+
+def bare_app(served: Served) -> Starlette:
+    """What answers alone, for a door that keeps keys, ids and the log itself.
+
+    Whoever runs it starts and closes `served.thread`.
+    """
+    app = Starlette(routes=_answering(), exception_handlers=HANDLERS)
+    app.state.served = served
+    return app
+
+
+def guarded(
+    routes: Sequence[BaseRoute],
+    *,
+    keys: Sequence[str],
+    metrics: RequestMetrics,
+    origins: Sequence[str],
+    lifespan: Lifespan[Starlette],
+) -> Starlette:
+    """An application of `routes` behind `Guard` and, where `origins` are given, CORS."""
+    middleware = [Middleware(Guard, keys=keys, metrics=metrics)]
     if origins:
         middleware.append(
             Middleware(
@@ -35,22 +72,18 @@ def build_app(served: Served, *, origins: Sequence[str] = ()) -> Starlette:
                 allow_headers=["Authorization", "Content-Type"],
             )
         )
-    app = Starlette(
-        routes=[
-            Route("/", page, methods=["GET"]),
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-            Route("/v1/models", models, methods=["GET"]),
-            Route("/v1/models/{name:path}", one_model, methods=["GET"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        ],
-        middleware=middleware,
-        exception_handlers={ApiError: _refused, HTTPException: _not_found},
-        lifespan=_running,
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers=HANDLERS, lifespan=lifespan
     )
-    app.state.served = served
-    return app
+
+
+def _answering() -> list[BaseRoute]:
+    return [
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", one_model, methods=["GET"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    ]
 
 
 async def page(request: Request) -> Response:
@@ -118,3 +151,6 @@ async def _not_found(request: Request, error: Exception) -> Response:
         raise error
     told = f"there is no {request.method} {request.url.path} here; /v1/models is a start"
     return refusal(ApiError(error.status_code, told))
+
+
+HANDLERS = {ApiError: _refused, HTTPException: _not_found}

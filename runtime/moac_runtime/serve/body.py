@@ -16,7 +16,7 @@ async def read_body(request: Request) -> BodyFields:
     kind = request.headers.get("content-type", "application/json").partition(";")[0]
     if kind.strip().lower() != "application/json":
         raise ApiError(415, f"the content type is {kind!r}; send application/json")
-    data = await _read(request)
+    data = await read_bytes(request)
     try:
         found = parse_json(data)
     except ValueError as error:
@@ -26,8 +26,8 @@ async def read_body(request: Request) -> BodyFields:
     return BodyFields(found)
 
 
-async def _read(request: Request) -> bytes:
-    """All of the body; one that is too long is not read to its end."""
+async def read_bytes(request: Request) -> bytes:
+    """All of the body; one that is too long is not read to its end. Raises ApiError."""
     told = request.headers.get("content-length", "")
     if told.isdecimal() and (len(told) > 18 or int(told) > MOST_BYTES):
         raise _too_long()

@@ -7,8 +7,10 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING
 
 from moac_runtime.command import Parser, size_option
@@ -17,9 +19,7 @@ from moac_runtime.host.extras import EXTRAS, missing
 from moac_runtime.host.process import run_process
 
 if TYPE_CHECKING:
-    from moac_runtime.engine.engine import Engine
-    from moac_runtime.engine.model import Model
-    from moac_runtime.serve.served import Served
+    from starlette.types import ASGIApp
 
 _SHORT_OF_MEMORY = "lower --max-kv-bytes or --kept-bytes, or end other programs"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -110,22 +110,33 @@ def _add_running(made: argparse.ArgumentParser) -> None:
     add("--backend", metavar="NAME", help="what runs the model (chosen by what the host has)")
     add("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (the package's own)")
     add("--threads", type=int, metavar="N", help="CPU threads (every core it may use)")
+    add(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, each with a copy of the model, memory and threads of its own (1)",
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
-    for name in EXTRAS["serve"]:
-        if find_spec(name) is None:
-            raise UsageError(f"this command needs {missing(name, extra='serve')}")
     _check(options)
+    _check_extra("serve", "this command")
+    if options.replicas > 1:
+        _check_extra("ray", "--replicas")
     keys = _read_keys(options.api_key_file)
-    served = _served(options, keys)
-    _tell(served, options)
-    return _run(served, options)
+    return _one(options, keys) if options.replicas == 1 else _many(options, keys)
+
+
+def _check_extra(extra: str, what: str) -> None:
+    for name in EXTRAS[extra]:
+        if find_spec(name) is None:
+            raise UsageError(f"{what} needs {missing(name, extra=extra)}")
 
 
 def _check(options: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
-    for name in ("context", "max_batch", "max_queue", "drain_seconds"):
+    for name in ("context", "max_batch", "max_queue", "drain_seconds", "replicas"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
@@ -145,73 +156,53 @@ def _read_keys(path: Path | None) -> list[str]:
     return lines
 
 
-def _served(options: argparse.Namespace, keys: Sequence[str]) -> Served:
-    from moac_runtime.engine.model import load
-    from moac_runtime.serve.served import Served
-
-    model = load(
-        options.package, backend=options.backend, dtype=options.dtype, threads=options.threads
-    )
-    if options.context is not None and options.context > model.capacity:
-        raise UsageError(
-            f"--context is {options.context}, and this package opens at most {model.capacity} "
-            "tokens; give less, or compile it for more"
-        )
-    name = options.served_model_name or options.package.resolve().name
-    return Served(model, _engine(model, options), name, keys)
-
-
-def _engine(model: Model, options: argparse.Namespace) -> Engine:
-    from moac_runtime.engine.memory import KEPT_BYTES, KV_BYTES
-
-    engine = model.engine(
-        context=options.context,
-        kv_bytes=options.max_kv_bytes,
-        kept_bytes=0 if options.no_kept_caches else options.kept_bytes or KEPT_BYTES,
-        rows=options.max_batch,
-        waiting=options.max_queue,
-        fixed_capacity=options.fixed_capacity,
-    )
-    if engine.memory.limit is None and not engine.session.fixed_batch:
-        engine.memory.limit = KV_BYTES
-    engine.memory.check(min(512, engine.limits.context))
-    return engine
-
-
-def _tell(served: Served, options: argparse.Namespace) -> None:
+def _tell(lines: Sequence[str], options: argparse.Namespace, keys: Sequence[str]) -> None:
     """What runs, before the first request."""
-    model, limits = served.model, served.engine.limits
-    kernels = "" if model.kernels is None else f" ({model.kernels})"
-    lines = [
-        f"{served.name}: {model.backend}{kernels} {model.dtype}, at most {limits.context} tokens "
-        f"a sequence, sampling {model.sampling().told()}"
-    ]
-    if served.engine.session.fixed_batch:
-        lines.append(
-            f"note: {model.backend} runs fixed batches, so requests wait for those that run"
-        )
-    if model.note is not None:
-        lines.append(f"note: {model.note}")
-    if options.host not in _LOOPBACK and not served.keys:
-        lines.append(
-            f"note: {options.host} may be reached by others, and no key is asked for "
-            "(--api-key-file)"
-        )
     print("\n".join(lines), file=sys.stderr)
+    if options.host not in _LOOPBACK and not keys:
+        print(
+            f"note: {options.host} may be reached by others, and no key is asked for "
+            "(--api-key-file)",
+            file=sys.stderr,
+        )
 
 
-def _run(served: Served, options: argparse.Namespace) -> int:
-    """Serve; a first signal lets answers end, a second one does not."""
+def _one(options: argparse.Namespace, keys: Sequence[str]) -> int:
+    """Serve in this process."""
     from moac_runtime.serve.app import build_app
-    from moac_runtime.serve.listening import listen, serve
+    from moac_runtime.serve.opened import open_served, told
 
-    with listen(options.host, options.port) as socket:
-        host, port = socket.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving http://{shown}:{port}", file=sys.stderr, flush=True)
-        _log_to_stderr()
-        app = build_app(served, origins=options.allow_origin)
-        ended_by = serve(app, socket, drain_s=options.drain_seconds)
+    served = open_served(options, keys)
+    _tell(told(served), options, keys)
+    with _listening(options) as door:
+        return _run(build_app(served, origins=options.allow_origin), door, options)
+
+
+def _many(options: argparse.Namespace, keys: Sequence[str]) -> int:
+    """Serve by processes of their own, each with the whole model."""
+    from moac_runtime.serve.replicas.front import build_front
+    from moac_runtime.serve.replicas.started import started
+
+    with _listening(options) as door, started(options) as (pool, lines):
+        _tell(lines, options, keys)
+        return _run(build_front(pool, keys, origins=options.allow_origin), door, options)
+
+
+def _listening(options: argparse.Namespace) -> AbstractContextManager[socket]:
+    from moac_runtime.serve.listening import listen
+
+    return listen(options.host, options.port)
+
+
+def _run(app: ASGIApp, listening: socket, options: argparse.Namespace) -> int:
+    """Serve; a first signal lets answers end, a second one does not."""
+    from moac_runtime.serve.listening import serve
+
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving http://{shown}:{port}", file=sys.stderr, flush=True)
+    _log_to_stderr()
+    ended_by = serve(app, listening, drain_s=options.drain_seconds)
     return 128 + ended_by if ended_by not in (0, signal.SIGTERM, signal.SIGINT) else 0
 
 

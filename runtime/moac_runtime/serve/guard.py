@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.log import LOG, write_line
-from moac_runtime.serve.metrics import Metrics
+from moac_runtime.serve.metrics import RequestMetrics
 from moac_runtime.serve.sending import refusal
 
 _OPEN = ("/", "/health", "/favicon.ico")
@@ -26,7 +26,7 @@ _ID = re.compile(r"[\w.:-]{1,128}")
 class Guard:
     """`keys`: any of them opens the server; none are needed where there are none."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: RequestMetrics) -> None:
         self._app, self._keys, self._metrics = app, keys, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,15 +14,30 @@ from moac_runtime.serve.engine_thread import EngineThread, State
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
-class Metrics:
-    """A registry of its own, so that several servers share a process."""
+class RequestMetrics:
+    """Counts requests; with a registry of its own, so that several servers share a process."""
 
-    def __init__(self, thread: EngineThread, kv_limit: int | None) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(thread, kv_limit))
         self._requests = Counter(
             "moac_requests", "HTTP requests", ("path", "status"), registry=self._registry
         )
+
+    def count(self, path: str, status: int) -> None:
+        """A request that was replied to."""
+        self._requests.labels(path, str(status)).inc()
+
+    def text(self) -> bytes:
+        """All of it in the text format."""
+        return generate_latest(self._registry)
+
+
+class Metrics(RequestMetrics):
+    """What an engine and its answers count too."""
+
+    def __init__(self, thread: EngineThread, kv_limit: int | None) -> None:
+        super().__init__()
+        self._registry.register(_EngineCollector(thread, kv_limit))
         self._first = Histogram(
             "moac_time_to_first_token_seconds",
             "From a request to its first token",
@@ -36,20 +51,12 @@ class Metrics:
             registry=self._registry,
         )
 
-    def count(self, path: str, status: int) -> None:
-        """A request that was replied to."""
-        self._requests.labels(path, str(status)).inc()
-
     def note(self, turn: Turn) -> None:
         """An answer that has ended."""
         if turn.first_token_s is not None:
             self._first.observe(turn.first_token_s)
         if speed := turn.decode_tokens_per_s:
             self._between.observe(1 / speed)
-
-    def text(self) -> bytes:
-        """All of it in the text format."""
-        return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.exchange import Exchange
 
+DONE = "data: [DONE]\n\n"
 _LEFT = 499  # what servers note of a client that went away
 
 
@@ -27,7 +28,7 @@ async def whole(
 ) -> Response:
     """The reply once it is there; where the client leaves before, computing stops."""
     made = asyncio.ensure_future(reply())
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(until_gone(request.receive))
     try:
         await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not made.done():
@@ -46,10 +47,10 @@ def events(exchange: Exchange, chunks: AsyncIterator[dict[str, Any]]) -> Respons
     async def written() -> AsyncIterator[str]:
         try:
             async for chunk in chunks:
-                yield _event(chunk)
+                yield event(chunk)
         except ApiError as error:
-            yield _event(error.body())
-        yield "data: [DONE]\n\n"
+            yield event(error.body())
+        yield DONE
 
     return _EventStream(written(), exchange)
 
@@ -63,25 +64,34 @@ class _EventStream(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self.stream_response(send))
-        gone = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        except OSError:  # the client left while something was being sent
-            return
+            await while_connected(receive, self.stream_response(send))
         finally:
             self._exchange.cancel()
-            for task in (sending, gone):
-                task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+async def while_connected(receive: Receive, sending: Coroutine[Any, Any, None]) -> None:
+    """Send until the client leaves, also while there is nothing to send."""
+    sent = asyncio.ensure_future(sending)
+    gone = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait({sent, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if sent.done():
+            sent.result()
+    except OSError:  # the client left while something was being sent
+        return
+    finally:
+        for task in (sent, gone):
+            task.cancel()
+        await asyncio.gather(sent, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def until_gone(receive: Receive) -> None:
+    """Wait for the client to leave."""
+    while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def event(content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -27,10 +27,10 @@ CHUNK = 512
 class CpuSession(OwnRows[CpuRow]):
     """See `backends.session.Session` and `OwnRows`; a pass through the model is a native call.
 
-    A row's logits follow from what it was fed alone, but for rounding. They are the same bits
-    beside any neighbours as long as a step has at most 16 tokens in all and no head holds more
-    than 64: products of more tokens go through other kernels, and longer attention is cut into
-    pieces whose size follows from all that share the step and from the number of threads.
+    A row's logits follow from what it was fed alone, in the same feeds: they are the same bits
+    beside any neighbours. In other feeds, or on another number of threads, sums are taken in
+    another order, and logits differ by rounding; so they do with 8-bit weights in bfloat16 where
+    more than 16 tokens share a step.
     """
 
     def __init__(
