@@ -212,14 +212,13 @@ def read_untouched(path: Path) -> dict[str, Any]:
 
 def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     """Raises ArtifactError where the record does not hold what a package is made from."""
-    lengths, cap = record.get("lengths"), record.get("kv_cap", {})
+    lengths = record.get("lengths")
     right = {
         "lengths": isinstance(lengths, list) and bool(lengths) and all(map(_is_length, lengths)),
         "extrapolated": record.get("extrapolated") is None or _is_length(record["extrapolated"]),
         "unseen": _is_length(record.get("unseen")),
         "budget": type(record.get("budget")) in (int, float),
-        "kv_cap": isinstance(cap, dict)
-        and all(type(cap.get(name)) is int for name in _CAP if cap),
+        "kv_cap": "kv_cap" not in record or _is_cap(record["kv_cap"]),
     }
     wrong = next((name for name, holds in right.items() if not holds), None)
     if wrong is not None:
@@ -230,6 +229,12 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def _is_length(found: object) -> bool:
     return type(found) is int and 1 <= found <= MOST_CONTEXT
+
+
+def _is_cap(found: object) -> bool:
+    if not isinstance(found, dict):
+        return False
+    return all(type(found.get(name)) is int and 1 <= found[name] < 2**63 for name in _CAP)
 
 
 def _with_cap(

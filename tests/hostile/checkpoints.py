@@ -138,7 +138,7 @@ def plan_given(folder: Path) -> Target:
     def make(rng: Random) -> bytes:
         found = hostile_json(rng, text)
         if rng.random() < 0.95:
-            found = _sealed(found)
+            found = sealed_text(found)
         return found.encode("utf-8", "replace")
 
     def ran(data: bytes) -> None:
@@ -149,10 +149,10 @@ def plan_given(folder: Path) -> Target:
         assert layout
         found.plan.spans(2048)
 
-    return Target(_sealed(text).encode(), make, ran)
+    return Target(sealed_text(text).encode(), make, ran)
 
 
-def _sealed(text: str) -> str:
+def sealed_text(text: str) -> str:
     """With the digests of what it holds, where that can be read at all."""
     try:
         data = json.loads(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import plan_given, sealed_text
 from packages import Package, show
 
 from moac.packaging.writer import embed_runtime
@@ -184,6 +185,28 @@ def test_settings_that_no_tokenizer_has(package: Path, edit: dict[str, Any], wor
     with pytest.raises(ArtifactError) as error:
         load(package, backend="torch")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kv_cap": {}},
+        {"kv_cap": None},
+        {"kv_cap": {"max_bytes": 2**30, "batch": 0, "length": 1024, "token_bytes": 512}},
+        {"kv_cap": {"max_bytes": 2**70, "batch": 1, "length": 1024, "token_bytes": 512}},
+        {"lengths": []},
+        {"lengths": [-1]},
+        {"unseen": None},
+        {"extrapolated": 2**60},
+        {"budget": "0.5"},
+    ],
+)
+def test_records_that_no_plan_has(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Of a plan given to `compile --plan`, whose digests are right."""
+    target = plan_given(tmp_path)
+    text = json.dumps({**json.loads(target.valid), **change, "sha256": {}}, separators=(",", ":"))
+    with pytest.raises(ArtifactError, match=f"holds {next(iter(change))} = .* none of a plan"):
+        target.run(sealed_text(text).encode())
 
 
 # ---- what is shown
