@@ -17,6 +17,7 @@ from moac_runtime.backends.arrays import Array, library_of
 from moac_runtime.errors import MoacError, UsageError
 
 _COLDEST = 1e-30  # a temperature float32 can divide by
+_LARGEST = 1e30  # of temperatures and penalties in float32; the likes of it all flatten alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class SamplingOptions:
         # A bare string would otherwise be read as one stop per character.
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
+        for name in _NUMBERS:  # arrays take no whole number of more than 64 bits
+            object.__setattr__(self, name, _number(getattr(self, name)))
         penalty = self.repetition_penalty
         _require(0 <= self.temperature < math.inf, "temperature", ">= 0", self.temperature)
         _require(self.top_k >= 0, "top_k", ">= 0", self.top_k)
@@ -52,6 +55,16 @@ class SamplingOptions:
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
         _require(self.max_tokens >= 1, "max_tokens", ">= 1", self.max_tokens)
         _require(all(self.stop), "stop", "strings of at least one character", self.stop)
+
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def _number(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:
@@ -109,7 +122,7 @@ def _scores(logits: Array, options: SamplingOptions, seen: Array | None) -> Arra
 
 def _probabilities(scores: Array, best: Array, options: SamplingOptions) -> Array:
     # Taking the maximum off first changes no probability and survives any small temperature.
-    scores = (scores - best[:, None]) / max(options.temperature, _COLDEST)
+    scores = (scores - best[:, None]) / min(max(options.temperature, _COLDEST), _LARGEST)
     return library_of(scores).softmax(filter_scores(scores, options))
 
 
@@ -128,7 +141,7 @@ def _draw(probabilities: Array, generators: Sequence[Random]) -> Array:
 
 def penalise(scores: Array, seen: Array, penalty: float) -> Array:
     """Scores of tokens already `seen` made less likely (Keskar et al., arXiv 1909.05858)."""
-    library = library_of(scores)
+    library, penalty = library_of(scores), min(penalty, _LARGEST)
     weakened = library.where(scores < 0, scores * penalty, scores / penalty)
     return library.where(seen, weakened, scores)
 
