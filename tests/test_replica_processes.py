@@ -116,6 +116,7 @@ def test_a_client_that_leaves_ends_its_sequence_in_the_replica(door: Door) -> No
     assert sum(float(line.split()[1]) for line in counts) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, where it is imported
 def test_a_package_that_cannot_be_served_is_one_sentence(
     package: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
