@@ -14,6 +14,7 @@ from test_cli import Capture, refused
 from tiny import Compiled, moac_command, request
 
 from moac import compile_model
+from moac.pipeline.verify import verify
 from moac.planning import HeadLayout, Objective, Problem, layerwise_plan, solve_weighted
 from moac.planning.between import spend_between
 from moac.planning.beyond import spend_beyond
@@ -25,6 +26,7 @@ from moac.planning.uniform import matching_uniforms, reference_plan, uniform_pla
 from moac_runtime.backends.cuda.session import CudaSession
 from moac_runtime.backends.onnx.session import OnnxSession
 from moac_runtime.backends.open import open_backend
+from moac_runtime.backends.torch.session import TorchSession
 from moac_runtime.errors import BudgetError, MoacError, UsageError
 from moac_runtime.package.artifact import load_plan_record, open_artifact
 from moac_runtime.package.kv_format import KvShape
@@ -201,8 +203,19 @@ def test_a_package_of_widths_verifies_and_keeps_its_bytes(compiled: Path) -> Non
         assert share < record["density"][n]
     assert record["arguments"]["kv_bits"] == "auto"
     names = [check["name"] for check in artifact.verification["checks"]]
-    assert any("rounded differs from full by" in name for name in names)
+    assert any(name.endswith(": bytes of keys and values") for name in names)
+    assert any("sparse differs from dense by" in name for name in names)
     assert artifact.verification["limits"]["float32"] > 2e-3
+
+
+def test_a_session_that_holds_more_than_was_planned_is_found(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = TorchSession.kv_bytes
+    monkeypatch.setattr(TorchSession, "kv_bytes", lambda self, row=None: held(self, row) + 1)
+    wrong = [check.name for check in verify(compiled) if not check.ok]
+    assert wrong
+    assert all(name.endswith(" float32: bytes of keys and values") for name in wrong)
 
 
 def test_packages_without_widths_say_nothing_of_them(tiny_package: Compiled) -> None:
