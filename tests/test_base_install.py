@@ -31,7 +31,7 @@ from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.extras import EXTRAS, extra_of, install
 
 CONTAINERFILE = (ROOT / "examples" / "Containerfile").read_text(encoding="utf-8")
-IMPORTED_AS = {"cuda-bindings": "cuda", "protobuf": "google"}
+IMPORTED_AS = {"cuda-bindings": "cuda", "pyopenssl": "OpenSSL", "protobuf": "google"}
 QUESTION = ("--prompt", "The pass key is", "--raw", "--max-tokens", 5, "--temperature", 0)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -20,7 +20,7 @@ from moac_runtime.package.artifact import open_artifact
 from moac_runtime.package.integrity import MANIFEST, package_files
 
 SEED = int(os.environ.get("MOAC_FAULT_SEED", "0"))
-FEW, MANY = 150, 1_200
+FEW, MANY = 200, 1_200
 
 
 def flip_everywhere(package: Path, copy: Path, count: int) -> Counter[str]:

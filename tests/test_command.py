@@ -74,7 +74,8 @@ def test_options_reach_model_and_loader(loader: Loader) -> None:
     running = ["--backend", "torch", "--dtype", "float32", "--threads", "2", "--capacity", "99"]
     assert main(["out", "--prompt", "hi", "--raw", "--max-tokens", "1", *running]) == 0
     assert loader.options == {
-        "backend": "torch", "dtype": "float32", "threads": 2, "cpu": None
+        "backend": "torch", "dtype": "float32", "threads": 2, "cpu": None,
+        "build": None, "trust": False, "require_signature": None,
     }  # fmt: skip
     assert loader.sessions[0].room == 99
 

@@ -135,7 +135,7 @@ def test_a_file_names_neither_index_nor_build(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(subprocess, "run", pip)
     found = LOCK["resolve"](["torch==2.13.0"], [])
     assert found == {"moac": "0.1.0", "ruamel-yaml-x": "1.0", "torch": "2.13.0"}
-    lines = LOCK["render"](found, {"torch"}, "Heading.").splitlines()
+    lines = LOCK["render"](found, {"torch"}, set(), "Heading.").splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == [
         "torch==2.13.0",
         "ruamel-yaml-x==1.0",

@@ -115,7 +115,8 @@ def test_kernels_open_with_triton_blocked(package: Path, tmp_path: Path) -> None
     assert tables == "16"
     files = set(open_artifact(package).files)
     there = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
-    assert {name for name in there - files if "__pycache__" not in name} == {"moac.json"}
+    unlisted = {name for name in there - files if "__pycache__" not in name}
+    assert unlisted == {"moac.json", "build.json"}
     assert not list((package / "kernels").rglob("__pycache__"))
 
 

@@ -29,6 +29,7 @@ from moac.store.atomic import PARTIAL
 from moac_runtime.package.artifact import open_artifact
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="faults.c is for Linux"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="faults.c needs a C compiler"),
 ]
@@ -168,12 +169,10 @@ def test_a_kill_at_any_moment(tiny_job: Job, tmp_path: Path) -> None:
     killed_at_random(tiny_job, tmp_path, FEW)
 
 
-@pytest.mark.slow
 def test_thirty_kills_at_random_moments(tiny_job: Job, tmp_path: Path) -> None:
     killed_at_random(tiny_job, tmp_path, MANY)
 
 
-@pytest.mark.slow
 @needs_compiler
 @needs_avx2
 def test_kills_while_kernels_are_built(kernels_job: Job, tmp_path: Path) -> None:
@@ -201,7 +200,6 @@ def test_a_kill_before_a_call_that_writes(tiny_job: Job, tmp_path: Path) -> None
     killed_before(tiny_job, tmp_path, [tiny_job.calls // 3, tiny_job.calls - 3])
 
 
-@pytest.mark.slow
 def test_a_kill_before_each_of_the_calls_that_publish(tiny_job: Job, tmp_path: Path) -> None:
     last = range(tiny_job.calls - LAST_CALLS, tiny_job.calls)
     killed_before(tiny_job, tmp_path, sorted({*spread(tiny_job, MANY), *last}))
@@ -243,13 +241,11 @@ def test_a_disk_that_is_full_at_some_point(tiny_job: Job, tmp_path: Path) -> Non
     full_from(tiny_job, tmp_path, spread(tiny_job, 4)[1:])
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_stage(tiny_job: Job, tmp_path: Path) -> None:
     last = range(tiny_job.calls - LAST_CALLS, tiny_job.calls)
     full_from(tiny_job, tmp_path, sorted({*spread(tiny_job, 60), *last}))
 
 
-@pytest.mark.slow
 @needs_compiler
 @needs_avx2
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
@@ -304,7 +300,6 @@ def test_two_compiles_to_one_target(tiny_job: Job, tmp_path: Path) -> None:
     goes_on(tiny_job, tmp_path, tiny_job.files)
 
 
-@pytest.mark.slow
 def test_two_compiles_that_both_replace_it(tiny_job: Job, tmp_path: Path) -> None:
     before = older_package(tiny_job, tmp_path)
     for ended in side_by_side(tiny_job, tmp_path, "--force"):

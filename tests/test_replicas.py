@@ -24,7 +24,7 @@ from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.replicas.front import build_front
 from moac_runtime.serve.replicas.merged import merged
 from moac_runtime.serve.replicas.pool import Gone, Pool
-from moac_runtime.serve.replicas.replica import Message, Replica, Told
+from moac_runtime.serve.replicas.replica import Message, Replica, Standing
 from moac_runtime.serve.replicas.routing import key_of, ranked
 
 # ---- who is asked
@@ -100,11 +100,11 @@ class Scripted:
             yield [{"type": self.name}]
             await asyncio.sleep(0)
 
-    async def tell(self) -> Told:
+    async def tell(self) -> Standing:
         if self.ends >= 0 and not self.back.is_set():
             await self.back.wait()
             raise Gone  # what its successor's predecessor still said
-        return Told(1, 2, b"")
+        return Standing(1, 2, b"")
 
 
 async def said(pool: Pool, key: str) -> list[str]:

@@ -116,6 +116,7 @@ def test_kernels_and_graphs_are_the_same_too(
     assert_same(*compiled_twice(checkpoint, tmp_path, [*plan_options(), *choices]))
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_same_too_and_tells_no_time(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

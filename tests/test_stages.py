@@ -64,7 +64,7 @@ def test_another_plan_is_taken_only_where_it_loses_less_by_more_than_chance(
     monkeypatch.setattr(stages, "sample_loss", loss)
     monkeypatch.setattr(stages, "unseen_samples", lambda *_: samples)
     lengths: Any = SimpleNamespace(unseen=1536, profiled=(1024, 4096))
-    bench: Any = None
+    bench: Any = SimpleNamespace(layout=SimpleNamespace(kv=None))
     best, rows = validate(bench, plans, lengths)
     assert best == chosen
     assert [row.name for row in rows][-2:] == ["uniform", "dense"]
@@ -88,7 +88,7 @@ def test_a_plan_that_gives_up_the_longest_length_is_not_taken(
         lambda _, length: [_sample(d, length) for d in ("retrieval", "text") * 3],
     )
     lengths: Any = SimpleNamespace(unseen=1536, profiled=(1024, 4096))
-    bench: Any = None
+    bench: Any = SimpleNamespace(layout=SimpleNamespace(kv=None))
     best, rows = validate(bench, plans, lengths)
     assert best == 0
     assert rows[1].loss < rows[0].loss

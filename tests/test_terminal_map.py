@@ -37,7 +37,8 @@ def model(layers: int, heads: int, lengths: list[int]) -> dict[str, Any]:
                  for layer in range(layers)]
         for n in lengths
     }  # fmt: skip
-    return {"lengths": lengths, "rules": [[None] * heads] * layers, "spans": spans}
+    grid = [[None] * heads] * layers
+    return {"lengths": lengths, "rules": grid, "widths": grid, "spans": spans}
 
 
 def rows(text: str) -> list[str]:

@@ -25,6 +25,7 @@ PLANNING_ARGUMENTS = (
     *("argument max_kv_bytes", "argument batch", "argument length", "argument max_loss"),
     *("argument calibration", "argument effort", "argument samples", "argument plans"),
     *("argument seed", "budget", "lengths", "rules_per_layer"),
+    "argument kv_bits",
 )
 _RULES = ("rules", "sink", "block", "min_span", "windows")
 _PLAN = (
@@ -57,7 +58,7 @@ FOLLOWS = {
 def package_facts(artifact: Artifact) -> dict[str, Any]:
     """What differs between packages without being told by itself: too long, or seen elsewhere."""
     return {
-        "rules": [[[rule.alpha, rule.beta] for rule in layer] for layer in artifact.plan.rules],
+        "rules": artifact.plan.to_json()["rules"],
         "head order": [list(order) for order in artifact.head_order],
         "native kernels": packaged_cpu_kernels(artifact),
     }

@@ -63,7 +63,7 @@ class Plain:
         return x
 
 
-class Rounded:
+class Coded:
     """Codes and bfloat16 scales, each in memory of the planned bytes."""
 
     dtype = torch.float32
@@ -108,7 +108,7 @@ class Rounded:
 
 def format_of(head_dim: int, dtype: torch.dtype, bits: int | None) -> Format:
     """How heads of the width `bits` are held in an engine of `dtype`."""
-    return Plain(head_dim, dtype) if bits is None else Rounded(head_dim, bits)
+    return Plain(head_dim, dtype) if bits is None else Coded(head_dim, bits)
 
 
 def rotated(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from moac_runtime.serve.errors import ApiError
-from moac_runtime.serve.replicas.replica import Message, Told
+from moac_runtime.serve.replicas.replica import Message, Standing
 from moac_runtime.serve.replicas.routing import ranked
 
 _AGAIN_S = 0.5
@@ -21,20 +21,20 @@ class Gone(Exception):
     """A replica's process has ended; another one takes its place in a while."""
 
 
-class Asked(Protocol):
+class ReplicaHandle(Protocol):
     """A replica as it is asked from another process. Both raise Gone."""
 
     def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         """As `replica.Replica.answer`."""
 
-    async def tell(self) -> Told:
+    async def tell(self) -> Standing:
         """As `replica.Replica.tell`."""
 
 
 class Pool:
     """`replicas` by name; one that comes again comes under its old name."""
 
-    def __init__(self, replicas: Mapping[str, Asked]) -> None:
+    def __init__(self, replicas: Mapping[str, ReplicaHandle]) -> None:
         self._replicas = replicas
         self._busy = dict.fromkeys(replicas, 0)
         self._away: dict[str, asyncio.Task[None]] = {}
@@ -71,7 +71,7 @@ class Pool:
                 self._busy[name] -= 1
         raise ApiError(503, "no replica runs now; try again in a while", retry_after=5)
 
-    async def tell(self) -> dict[str, Told]:
+    async def tell(self) -> dict[str, Standing]:
         """How each replica stands that runs, by name."""
         names = self.here
         found = await asyncio.gather(*(self._told(name) for name in names))
@@ -88,7 +88,7 @@ class Pool:
         for task in self._away.values():
             task.cancel()
 
-    async def _told(self, name: str) -> Told | None:
+    async def _told(self, name: str) -> Standing | None:
         try:
             return await asyncio.wait_for(self._replicas[name].tell(), _LATE_S)
         except (Gone, TimeoutError):

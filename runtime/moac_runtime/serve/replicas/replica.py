@@ -34,7 +34,7 @@ class About:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Standing:
     """A replica's sequences that run and wait, and its metrics in Prometheus's text format."""
 
     running: int
@@ -65,10 +65,10 @@ class Replica:
         """What there is to tell before the first request."""
         return self._about
 
-    async def tell(self) -> Told:
+    async def tell(self) -> Standing:
         """How it stands."""
         state = self._opened.thread.state
-        return Told(state.running, state.waiting, self._opened.metrics.text())
+        return Standing(state.running, state.waiting, self._opened.metrics.text())
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message]]:
         """What the application sends to a request, as it comes, and a note for the log.

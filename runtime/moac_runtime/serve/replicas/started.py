@@ -18,7 +18,7 @@ from moac_runtime.backends.stranger import Build
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.host.cores import usable_cores
 from moac_runtime.serve.replicas.pool import Gone, Pool
-from moac_runtime.serve.replicas.replica import About, Message, Replica, Told
+from moac_runtime.serve.replicas.replica import About, Message, Replica, Standing
 
 _STORE_BYTES = 128 * 2**20  # of objects between processes: requests and pieces of answers
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
@@ -42,7 +42,7 @@ def started(
 
 
 class RayReplica:
-    """See `pool.Asked`; `handle`: Ray Serve's, of a deployment of one replica."""
+    """See `pool.ReplicaHandle`; `handle`: Ray Serve's, of a deployment of one replica."""
 
     def __init__(self, handle: Any) -> None:
         self._handle, self._stream = handle, handle.options(stream=True)
@@ -58,10 +58,10 @@ class RayReplica:
         finally:
             found.cancel()
 
-    async def tell(self) -> Told:
+    async def tell(self) -> Standing:
         """Waits for a replica that is being made; one that cannot serve is as good as gone."""
         try:
-            told: Told = await self._handle.tell.remote()
+            told: Standing = await self._handle.tell.remote()
         except RayError:
             raise Gone from None
         return told
