@@ -157,7 +157,7 @@ def int4_package(int4_compiled: Compiled, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-@pytest.mark.parametrize("name", ["package", "int4_package"])
+@pytest.mark.parametrize("name", ["package", pytest.param("int4_package", marks=pytest.mark.slow)])
 def test_a_package_answers_through_its_kernels_as_through_torch(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -91,7 +91,7 @@ def added_and_listed(package: Path) -> None:
 
 def added_code(package: Path) -> None:
     """Where `python PACKAGE` would run it, and the manifest's check passes it over."""
-    (package / "moac_runtime" / "__pycache__").mkdir(exist_ok=True)
+    (package / "moac_runtime" / "__pycache__").mkdir()
     (package / "moac_runtime" / "__pycache__" / "errors.cpython-311.pyc").write_bytes(b"")
 
 

@@ -74,8 +74,8 @@ def resealed(package: Path, **changes: Any) -> str:
 
 
 def stranger(package: Path, copy: Path) -> Path:
-    """A copy of `package` that is whole, and that nobody here compiled."""
-    shutil.copytree(package, copy)
+    """A copy of `package` that is whole, and that nobody here compiled or ran."""
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     provenance = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["provenance"]
     resealed(copy, provenance={**provenance, "source": "a stranger"})
     return copy
