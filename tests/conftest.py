@@ -18,8 +18,11 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 import pytest
 import torch
 from base_install import link_libraries
+from cpu_kernels import library
 from families import save_checkpoint, tiny_model
 from tiny import CONTEXT, Compiled, request
+
+from moac_kernels.cpu_build import host_sets
 
 torch.set_num_threads(1)
 # Packages that tests compile are trusted by tests alone.
@@ -57,6 +60,14 @@ def tiny_package(
     made = Compiled(checkpoint, folder / "out", folder / "work")
     compile_model(checkpoint, made.package, request=request(), work_dir=made.work_dir)
     return made
+
+
+@pytest.fixture(params=host_sets())
+def kernels(request: pytest.FixtureRequest) -> str:
+    """An instruction set that this host may have, its native kernels built."""
+    name: str = request.param
+    library(name)
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -12,50 +12,12 @@ from random import Random
 from typing import Any
 
 WORDS = (
-    *(
-        "hello",
-        "pass key",
-        "x = 1",
-        "Zürich",
-        "naïve",
-        "e\u0301te\u0301",
-        "Straße",
-        "北京",
-        "日本語",
-    ),
-    *(
-        "안녕하세요",
-        "שלום",
-        "مرحبا",
-        "नमस्ते",
-        "🙂",
-        "👩\u200d👩\u200d👧",
-        "<b>",
-        "&amp;",
-        '"quoted"',
-        "it's",
-    ),
-    *(
-        "{{ braces }}",
-        "{% if %}",
-        "back\\slash",
-        "tab\there",
-        "nbsp\u00a0",
-        "line\u2028sep",
-        "/think",
-    ),
-    *(
-        "/no_think",
-        "<not a token>",
-        "0123456789",
-        "3.14",
-        "a" * 40,
-        "...",
-        "zero\u200bwidth",
-        "ﬁ",
-        "Ω",
-    ),
-)
+    "hello", "pass key", "x = 1", "Zürich", "naïve", "e\u0301te\u0301", "Straße", "北京", "日本語",
+    "안녕하세요", "שלום", "مرحبا", "नमस्ते", "🙂", "👩\u200d👩\u200d👧", "<b>", "&amp;", '"quoted"',
+    "it's", "{{ braces }}", "{% if %}", "back\\slash", "tab\there", "nbsp\u00a0",
+    "line\u2028sep", "/think", "/no_think", "<not a token>", "0123456789", "3.14", "a" * 40,
+    "...", "zero\u200bwidth", "ﬁ", "Ω",
+)  # fmt: skip
 ENDS = ("", "", "", "\n", " ", "\n\n", "  ")
 TOOLS: tuple[dict[str, Any], ...] = tuple(
     {

@@ -8,6 +8,7 @@ from typing import Any
 
 from families import VOCAB, tiny_model, tiny_tokenizer
 from oracle import packed
+from plans import MIXED
 
 from moac.checkpoint.families import model_spec
 from moac_runtime.backends.torch.session import TorchSession
@@ -15,18 +16,8 @@ from moac_runtime.engine.engine import Engine
 from moac_runtime.engine.model import Model
 from moac_runtime.engine.request import Active, Request
 from moac_runtime.engine.sampling import SamplingOptions
-from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
 from moac_runtime.text.tokenizer import Tokenizer
 
-# at 64 tokens: spans 16, 64 / 8 (the least), 32
-MIXED = Plan(
-    ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5))),
-    sink=4,
-    block=8,
-    min_span=8,
-    windows=(None, None),
-)
 CONTEXT = 2048
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from batches import Batch
 from cpu_kernels import library, needs_compiler, open_cpu_session
-from families import VOCAB, tiny_model
+from families import tiny_model
 from oracle import open_session, oracle_logits, packed
+from plans import MIXED, plan_of, text
 from torch import Tensor
 
 from moac_runtime.backends.cpu.engine import CpuEngine
@@ -22,19 +23,11 @@ from moac_runtime.backends.feeding import by_feed, cut, num_wanted
 from moac_runtime.backends.session import Feed, Session
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
+from moac_runtime.package.span import DENSE
 
 ATOL = 2e-4
 
 Open = Callable[..., Session]
-
-
-def plan_of(*layers: tuple[Rule, ...]) -> Plan:
-    return Plan(layers, sink=4, block=8, min_span=8, windows=(None,) * len(layers))
-
-
-# at 64 tokens: spans 16, 64 / 8 (the least), 32
-MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=needs_compiler), "torch"])
@@ -53,11 +46,6 @@ def open_empty(request: pytest.FixtureRequest) -> Open:
     if request.param == "cpu":
         library("avx2")
     return opened
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
 
 def close(found: Any, wanted: Tensor) -> None:

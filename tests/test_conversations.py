@@ -47,20 +47,14 @@ TEMPLATES = {
     "phi-3.5": Published(),
 }
 CONTROL = (
-    *("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
-    *(
-        "<tool_response>",
-        "</tool_response>",
-        "[INST]",
-        "[/INST]",
-        "[TOOL_CALLS]",
-        "[TOOL_RESULTS]",
-    ),
-    *("[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[ARGS]"),
-    *("[/SYSTEM_PROMPT]", "[CALL_ID]", "[TOOL_CONTENT]", "<|start_of_role|>", "<|end_of_role|>"),
-    *("<|end_of_text|>", "<|tool_call|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
-    *("<|call|>", "<|return|>", "<|system|>", "<|user|>", "<|assistant|>"),
-)
+    "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+    "<tool_response>", "</tool_response>", "[INST]", "[/INST]", "[TOOL_CALLS]",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    "[SYSTEM_PROMPT]", "[ARGS]", "[/SYSTEM_PROMPT]", "[CALL_ID]", "[TOOL_CONTENT]",
+    "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>", "<|start|>",
+    "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>", "<|system|>", "<|user|>",
+    "<|assistant|>",
+)  # fmt: skip
 
 
 def byte_level() -> Any:

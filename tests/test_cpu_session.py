@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from batches import WRONG_FEEDS, Batch
-from cpu_kernels import library, needs_compiler, open_cpu_session
+from cpu_kernels import needs_compiler, open_cpu_session
 from families import FAMILIES, ROPES, VOCAB, tiny_model
 from oracle import grown_masks, masked_logits, open_session, oracle_logits
+from plans import BLOCK, MIN_SPAN, MIXED, plan_of, text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import obstacle
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.plan import Plan
@@ -22,39 +22,12 @@ from moac_runtime.package.span import DENSE, Rule
 
 pytestmark = needs_compiler
 
-SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4
-
-
-@pytest.fixture(params=host_sets())
-def kernels(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    library(name)
-    return name
 
 
 @cache
 def model(family: str = "llama", **options: Any) -> PreTrainedModel:
     return tiny_model(family, **options)
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
-
-
-def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] | None = None) -> Plan:
-    return Plan(
-        layers,
-        sink=SINK,
-        block=BLOCK,
-        min_span=MIN_SPAN,
-        windows=windows or (None,) * len(layers),
-    )
-
-
-# at 64 tokens: spans 16, 64 / 8 (the least), 32
-MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
 
 
 def close(found: Any, wanted: Tensor) -> None:

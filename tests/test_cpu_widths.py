@@ -8,46 +8,22 @@ from typing import Any
 import pytest
 import torch
 from batches import Batch
-from cpu_kernels import library, needs_compiler, open_cpu_session
-from families import FAMILIES, VOCAB, tiny_model
+from cpu_kernels import needs_compiler, open_cpu_session
+from families import FAMILIES, tiny_model
 from oracle import open_session
+from plans import plan_of, text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moac_kernels.cpu_build import host_sets
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
 
 pytestmark = needs_compiler
 
-SINK, BLOCK, MIN_SPAN = 4, 8, 8
-
-
-@pytest.fixture(params=host_sets())
-def kernels(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    library(name)
-    return name
-
 
 @cache
 def model(family: str = "llama", **options: Any) -> PreTrainedModel:
     return tiny_model(family, **options)
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
-
-
-def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] | None = None) -> Plan:
-    return Plan(
-        layers,
-        sink=SINK,
-        block=BLOCK,
-        min_span=MIN_SPAN,
-        windows=windows or (None,) * len(layers),
-    )
 
 
 # at 64 tokens: spans 16, 64 / 8 (the least), 32; heads of one span and two widths, and full ones

@@ -13,6 +13,7 @@ from families import FAMILIES, MIXTURES, VOCAB, tiny_model
 from interpreted_cuda import interpreter, open_session, session_of
 from oracle import grown_masks, masked_logits, oracle_logits
 from oracle import open_session as open_torch_session
+from plans import MIXED, plan_of, text
 from torch import Tensor
 
 from moac.checkpoint.families import model_spec
@@ -30,35 +31,18 @@ from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import DENSE, Rule
 from moac_runtime.package.weights import expected_tensors
 
-SINK, BLOCK, MIN_SPAN = 4, 8, 8
 ATOL = 2e-4
 
 Run = Callable[..., Any]
 
 
-def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] | None = None) -> Plan:
-    return Plan(
-        layers,
-        sink=SINK,
-        block=BLOCK,
-        min_span=MIN_SPAN,
-        windows=windows or (None,) * len(layers),
-    )
-
-
 # at 48 tokens: spans 16, 48; a second layer with 8 (the least), 24
 ONE = plan_of((Rule(0, 0.25), DENSE))
-MIXED = plan_of((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5)))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Run]:
     yield from interpreter()
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -15,8 +15,9 @@ import torch
 from batches import Batch
 from cpu_kernels import library as kernels_of
 from cpu_kernels import needs_compiler, open_cpu_session
-from families import MIXTURES, VOCAB, checkpoint_tensors, tiny_model
+from families import MIXTURES, checkpoint_tensors, tiny_model
 from oracle import open_session, oracle_logits
+from plans import text
 from torch import Tensor
 
 from moac.bench.floor import weight_bytes_read
@@ -60,11 +61,6 @@ def model(family: str) -> Any:
 def plan_of(made: Any) -> Plan:
     windows = model_spec(made.config).windows
     return Plan(RULES, sink=4, block=4, min_span=8, windows=windows)
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
 
 def close(found: Any, wanted: Tensor) -> None:

@@ -33,7 +33,6 @@ from moac.packaging.quantise import (
 )
 from moac.pipeline.verify import ACTIVATIONS, QUANTISED, verify
 from moac.show.inspection import inspect_package
-from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.engine.model import load
@@ -258,13 +257,6 @@ def test_the_floor_counts_the_bytes_that_are_read(package: Path) -> None:
 
 
 # ---- running
-
-
-@pytest.fixture(params=host_sets())
-def kernels(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    library(name)
-    return name
 
 
 def native(model: Any, kernels: str, dtype: torch.dtype, **options: Any) -> Any:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from batches import Batch
 from cpu_kernels import library, needs_compiler
-from families import FAMILIES, VOCAB, checkpoint_tensors, tiny_model
+from families import FAMILIES, checkpoint_tensors, tiny_model
 from oracle import oracle_logits
+from plans import MIXED as PLAN
+from plans import text
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, Compiled, moac_command, options, request
@@ -33,25 +35,14 @@ from moac.packaging.quantise import (
 from moac.packaging.writer import write_manifest
 from moac.pipeline.verify import QUANTISED, verify
 from moac.show.inspection import inspect_package
-from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.engine.model import load
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package import manifest
 from moac_runtime.package.artifact import WEIGHT_INDEX, Artifact, open_artifact
-from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
 from moac_runtime.package.weight_formats import has_format
 from moac_runtime.package.weights import dequantised, load_weights
-
-PLAN = Plan(
-    ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5))),
-    sink=4,
-    block=8,
-    min_span=8,
-    windows=(None, None),
-)
 
 
 @pytest.fixture(scope="module")
@@ -338,13 +329,6 @@ def test_scales_of_another_type_are_caught(copy: Path) -> None:
 # ---- running
 
 
-@pytest.fixture(params=host_sets())
-def kernels(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    library(name)
-    return name
-
-
 def native(
     model: Any, kernels: str, dtype: torch.dtype, *, wide: str = "none", **options: Any
 ) -> Batch:
@@ -367,11 +351,6 @@ def native(
         memory=tensors,
     )
     return Batch(CpuSession(engine, PLAN, order), capacity=64, **{"batch": 1, **options})
-
-
-def text(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
 
 def rounded_model(family: str, **options: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny_model
 from oracle import grown_masks, masked_logits, open_session, oracle_logits, widths
+from plans import plan_of
 from torch import Tensor
 
 from moac.checkpoint.families import model_spec
@@ -19,10 +20,6 @@ from moac_runtime.package.span import DENSE, Rule
 LENGTH = 64
 ATOL = 2e-4
 FLIPPED = 0.05  # what a number that falls to the other side of a half may move in a tiny model
-
-
-def plan_of(*layers: tuple[Rule, ...], windows: tuple[int | None, ...] = (None, None)) -> Plan:
-    return Plan(layers, sink=4, block=8, min_span=8, windows=windows)
 
 
 MIXED = plan_of((Rule(0, 0.25, 8), DENSE), (Rule(-8, 0.125, 4), Rule(0, 0.5, 8)))

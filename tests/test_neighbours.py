@@ -11,6 +11,7 @@ from cpu_kernels import library, needs_compiler
 from families import VOCAB, checkpoint_tensors, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import MIXED as PLAN
 from torch import Tensor
 
 from moac.checkpoint.families import model_spec
@@ -20,20 +21,11 @@ from moac_kernels.cpu_build import host_sets
 from moac_runtime.backends.cpu.engine import CpuEngine
 from moac_runtime.backends.cpu.session import CpuSession
 from moac_runtime.backends.session import Feed
-from moac_runtime.package.plan import Plan
-from moac_runtime.package.span import DENSE, Rule
 from moac_runtime.package.weight_formats import has_format
 
 pytestmark = needs_compiler
 
 CAPACITY, ROWS, STEPS, MOST = 700, 5, 24, 40
-PLAN = Plan(
-    ((Rule(0, 0.25), DENSE), (Rule(-8, 0.125), Rule(0, 0.5))),
-    sink=4,
-    block=8,
-    min_span=8,
-    windows=(None, None),
-)
 
 
 def opened(kernels: str, family: str, dtype: str, weights: str) -> CpuSession:

@@ -97,7 +97,7 @@ assert guard.tally.accepted >= 1 and guard.tally.cases >= 2
         ("pass", "nothing"),
         ("open('/etc/passwd').close()", "it opened ['open /etc/passwd']"),
         ("open('../x', 'w').close()", "it opened ['open "),
-        ("import os; os.symlink('a', '/tmp/moac-hostile-x/y')", "NotADirectory|FileNotFound"),
+        ("import os; os.symlink('a', '../y')", "it opened ['os.symlink "),
         ("import sys; sys.stderr.write('x'); sys.stderr.flush()", "it printed b'x'"),
         ("import os; os.write(2, b'panicked')", "it printed b'panicked'"),
         ("raise ValueError('x')", "ValueError('x')"),
@@ -116,4 +116,4 @@ def test_the_guard_finds_what_no_case_may_do(case: str, words: str, tmp_path: Pa
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert any(word in done.stdout for word in words.split("|")), done.stdout
+    assert words in done.stdout
