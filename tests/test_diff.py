@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_kernels import needs_avx2, needs_compiler
 from tiny import Compiled, moac_command
 
 from moac.packaging.build_record import read_build, write_build
@@ -226,6 +227,8 @@ def test_rounding_with_feedback_follows_from_what_its_passes_do(
     assert files["because"] == {"moac.json": ["threads"], f"weights/{shard.name}": ["threads"]}
 
 
+@needs_compiler
+@needs_avx2
 def test_every_choice_of_a_plan_and_every_file_has_its_reasons(cpu_package: Path) -> None:
     arguments = {name.removeprefix("argument ") for name in PLANNING_ARGUMENTS}
     assert arguments | {"sink", "block", "min_span"} == set(PLANNING)

@@ -15,6 +15,7 @@ import pytest
 from servers import Door
 from test_serve import CHAT
 from test_serve_command import serving
+from test_signing import make_key
 from tiny import Compiled
 
 pytest.importorskip("ray", reason="needs the extra [ray]; make test-ray")
@@ -114,6 +115,18 @@ def test_a_client_that_leaves_ends_its_sequence_in_the_replica(door: Door) -> No
     _, text, _ = door.ask("/metrics")
     counts = [line for line in text.splitlines() if "sequences_cancelled_total{" in line]
     assert sum(float(line.split()[1]) for line in counts) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, where it is imported
+def test_a_package_that_nobody_signed_ends_with_3(
+    package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from moac_runtime.commands import main
+
+    make_key(tmp_path, "mine")
+    asked = ["--replicas", "2", "--require-signature", str(tmp_path / "mine.pub")]
+    assert main(["serve", str(package), *asked]) == 3
+    assert "is not signed" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, where it is imported

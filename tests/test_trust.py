@@ -164,6 +164,8 @@ def test_the_runtime_alone_takes_torch(cpu_package: Path, tmp_path: Path) -> Non
     assert (trusted.backend, trusted.note) == ("cpu", None)
 
 
+@needs_compiler
+@needs_avx2
 def test_a_host_without_torch_says_what_to_do(
     cpu_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,8 @@ def test_a_backend_of_the_package_s_code_is_refused_by_name(
         load(package, backend=backend)
 
 
+@needs_compiler
+@needs_avx2
 def test_kernels_are_opened_for_the_trusted_alone(cpu_package: Path, tmp_path: Path) -> None:
     """Whatever led there."""
     with pytest.raises(MoacError, match=UNTRUSTED):
@@ -206,6 +210,8 @@ def test_what_runs_without_trust() -> None:
     assert harmless_targets(["onnx"]) == ("onnx",)
 
 
+@needs_compiler
+@needs_avx2
 def test_code_is_hashed_even_where_sizes_are_enough(cpu_package: Path, tmp_path: Path) -> None:
     """A record is of a digest, and says nothing of files that nobody compared with it."""
     copy = Path(shutil.copytree(cpu_package, tmp_path / "out"))
@@ -366,6 +372,20 @@ def test_doctor_says_what_run_would_take(
     assert "if you trust whoever made it, give --trust" in told
 
 
+@needs_compiler
+@needs_avx2
+def test_doctor_has_torch_run_a_stranger_s_package_of_kernels_alone(
+    cpu_package: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = stranger(cpu_package, tmp_path / "out")
+    resealed(package, targets=["cpu:avx2"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert moac_command("doctor", package) == 0
+    assert f"{package} runs with torch in" in capsys.readouterr().out
+
+
+@needs_compiler
+@needs_avx2
 def test_verify_says_what_it_did_not_check(
     cpu_package: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -380,6 +400,8 @@ def test_verify_says_what_it_did_not_check(
     assert "not checked" not in err
 
 
+@needs_compiler
+@needs_avx2
 def test_bench_refuses_a_stranger_s_kernels(
     cpu_package: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -11,7 +11,7 @@ from moac.doctor.machine import own_sets
 from moac_runtime.backends.cpu.library import CPU_TARGETS, runnable_sets
 from moac_runtime.backends.open import RUNNABLE, backend_obstacle
 from moac_runtime.package.artifact import Artifact, open_artifact
-from moac_runtime.package.trust import TRUST_IT, UNTRUSTED, WITHOUT_CODE
+from moac_runtime.package.trust import TRUST_IT, UNTRUSTED
 
 
 def backends() -> dict[str, str | None]:
@@ -53,15 +53,18 @@ def obstacle(name: str, targets: Sequence[str]) -> str | None:
 
 
 def _package_obstacle(name: str, artifact: Artifact) -> str | None:
-    targets = artifact.targets
-    if name not in {target.partition(":")[0] for target in targets}:
+    if name in _kinds(artifact.runs):
+        return obstacle(name, artifact.runs)
+    if name not in _kinds(artifact.targets):
         return f"the package is not built for it; compile it with --target {name} among others"
-    if artifact.trusted or name in WITHOUT_CODE:
-        return obstacle(name, targets)
     if name == "cpu" and (reason := _unbuilt(artifact)) is None:
         return None
     because = f", and {reason}" if name == "cpu" else ""
     return f"{UNTRUSTED}{because}; {TRUST_IT}"
+
+
+def _kinds(targets: Sequence[str]) -> set[str]:
+    return {target.partition(":")[0] for target in targets}
 
 
 def _cpu_targets(artifact: Artifact) -> Sequence[str]:

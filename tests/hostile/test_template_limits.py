@@ -91,6 +91,19 @@ def test_what_is_no_template_is_one_sentence(source: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="this system has no /proc")
+def test_a_process_that_was_stopped_leaves_nothing_open() -> None:
+    render("x")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        process = RENDERER._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        render("x")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="this system has no /proc")
 def test_the_process_that_renders_can_open_nothing() -> None:
     render("x")
     process = RENDERER._process

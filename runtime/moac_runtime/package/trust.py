@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moac_runtime.errors import MoacError
 
-WITHOUT_CODE = ("torch", "onnx")
+_WITHOUT_CODE = ("torch", "onnx")
 """Targets whose files are data alone: weights, and a graph."""
 
 UNTRUSTED = "this package was not compiled by this user on this host, so none of its code runs"
@@ -32,7 +32,7 @@ def harmless_targets(targets: Sequence[str]) -> tuple[str, ...]:
     """
     if set(targets) == {"onnx"}:
         return ("onnx",)
-    return tuple(name for name in WITHOUT_CODE if name == "torch" or name in targets)
+    return tuple(name for name in _WITHOUT_CODE if name == "torch" or name in targets)
 
 
 def trust_folder() -> Path | None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,6 +41,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._finish: Callable[[], object] = lambda: None
 
     def ask(self, asked: Mapping[str, Any]) -> Reply:
         """What it says, and whether that is an answer or a refusal.
@@ -54,18 +55,21 @@ class Renderer:
                 with _ending(process, _PATIENCE_S):
                     return _exchange(process, ASKED.pack(len(data)) + data)
             except OSError:  # it ended before it had read all
-                raise Ended(_told(process)) from None
+                reason = _told(process)
+                self._finish()
+                raise Ended(reason) from None
             except BaseException:
-                process.kill()  # what it still says would answer the next question
+                self._finish()  # what it still says would answer the next question
                 raise
 
     def _running(self) -> subprocess.Popen[bytes]:
         """The process, begun where there is none; a fork of this one has none yet."""
         process = self._process
         if process is None or self._owner != os.getpid() or process.poll() is not None:
+            self._finish()  # the pipes of one that has ended
             self._process = process = _begun()
             self._owner = os.getpid()
-            weakref.finalize(self, _end, process)
+            self._finish = weakref.finalize(self, _end, process)
         return process
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
 
 from moac_runtime.backends.stranger import Build
-from moac_runtime.errors import MoacError, UsageError
+from moac_runtime.errors import CheckFailed, MoacError, UsageError
 from moac_runtime.host.cores import usable_cores
 from moac_runtime.serve.replicas.pool import Gone, Pool
 from moac_runtime.serve.replicas.replica import About, Message, Replica, Standing
@@ -53,7 +54,7 @@ class RayReplica:
         try:
             async for batch in found:
                 yield batch
-        except RayActorError:
+        except (RayActorError, RayServeException):
             raise Gone from None
         finally:
             found.cancel()
@@ -62,7 +63,7 @@ class RayReplica:
         """Waits for a replica that is being made; one that cannot serve is as good as gone."""
         try:
             told: Standing = await self._handle.tell.remote()
-        except RayError:
+        except (RayError, RayServeException):
             raise Gone from None
         return told
 
@@ -121,14 +122,14 @@ def _asked(options: argparse.Namespace) -> argparse.Namespace:
     threads = options.threads or max(1, usable_cores().threads // options.replicas)
     package = options.package.resolve()
     name = options.served_model_name or package.name
-    return argparse.Namespace(
-        **{**vars(options), "threads": threads, "package": package, "served_model_name": name}
-    )
+    key = options.require_signature and options.require_signature.resolve()
+    changed = {"package": package, "served_model_name": name, "require_signature": key}
+    return argparse.Namespace(**{**vars(options), "threads": threads, **changed})
 
 
 def _lines(abouts: list[About]) -> tuple[str, ...]:
     for about in abouts:
         if about.fault is not None:
-            kind = UsageError if about.exit_code == UsageError.exit_code else MoacError
-            raise kind(about.fault)
+            kinds = {kind.exit_code: kind for kind in (UsageError, CheckFailed)}
+            raise kinds.get(about.exit_code, MoacError)(about.fault)
     return abouts[0].lines
