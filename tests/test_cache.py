@@ -13,6 +13,7 @@ from torch import Tensor
 from moac_runtime.backends.layout import HeadRun, Layout, grown_runs, head_runs
 from moac_runtime.backends.torch.attention import decode_view, query_blocks, slot_positions
 from moac_runtime.backends.torch.cache import SpanCache
+from moac_runtime.backends.torch.rounding import format_of
 from moac_runtime.package.span import HeadSpan, visible
 
 HEADS, DIM = 2, 3
@@ -87,7 +88,7 @@ def check(cache: SpanCache, row: NaiveRow) -> None:
 
 
 def new_cache(head: HeadSpan) -> SpanCache:
-    return SpanCache(HeadRun(0, HEADS, Layout(head)), head_dim=DIM, dtype=torch.float32)
+    return SpanCache(HeadRun(0, HEADS, Layout(head)), format_of(DIM, torch.float32, head.bits))
 
 
 @st.composite
@@ -167,7 +168,7 @@ def test_growth_of_some_heads_takes_those_alone() -> None:
 
 def test_bytes_are_those_of_the_span() -> None:
     run = HeadRun(2, 5, Layout(HeadSpan(size=7, sink=2)))
-    cache = SpanCache(run, head_dim=16, dtype=torch.bfloat16)
+    cache = SpanCache(run, format_of(16, torch.bfloat16, None))
     assert cache.bytes == 3 * 7 * (2 * 16 * 2)
 
 
@@ -190,7 +191,7 @@ def test_adjacent_heads_of_one_span_are_a_run_and_part_when_they_grow_apart() ->
         (3, 4, DENSE, 2),
     ]
     assert [run.layout.shift for run, _, _ in found] == [14, 14, 6, 14]
-    assert sum(run.slots for run, _, _ in found) == 24 + 3 * 64
+    assert sum(run.num_heads * run.layout.head.size for run, _, _ in found) == 24 + 3 * 64
 
 
 @pytest.mark.parametrize("window", [None, 7, 200])

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kv_rounding import held, rotated, stored
 from safetensors.torch import load_file
 from tiny import CONTEXT, Compiled, request
 
@@ -30,7 +31,6 @@ from moac_runtime.backends.torch.opening import open_torch
 from moac_runtime.package.artifact import Artifact, open_artifact
 from moac_runtime.package.golden import load_golden
 from moac_runtime.package.kv_format import KvShape
-from moac_runtime.package.kv_rounding import held, rotated, stored
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule
 

@@ -11,12 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from moac_kernels import reference
-from moac_runtime.backends.layout import head_runs
-from moac_runtime.backends.torch.rounding import format_of
-from moac_runtime.package.kv_format import KV_BITS, KvShape, rotation_block
-from moac_runtime.package.kv_rounding import (
+from kv_rounding import (
     bfloat16_down,
     bfloat16_up,
     held,
@@ -24,6 +19,11 @@ from moac_runtime.package.kv_rounding import (
     rounded,
     stored,
 )
+
+from moac_kernels import reference
+from moac_runtime.backends.layout import head_runs
+from moac_runtime.backends.torch.rounding import format_of
+from moac_runtime.package.kv_format import KV_BITS, KvShape, rotation_block
 from moac_runtime.package.plan import Plan, dense_plan
 from moac_runtime.package.span import DENSE, HeadSpan, Rule
 

@@ -24,6 +24,10 @@ class Kernel:
     fixed: Mapping[str, int | bool] = field(default_factory=dict)
     serves: Callable[[KernelShape], bool] = lambda shape: True
 
+    def constants(self, tile: Mapping[str, int | bool]) -> dict[str, int | bool]:
+        """What is compiled in: the kernel's own constants and those of a tile."""
+        return {**self.fixed, **tile}
+
     def signature(self, shape: KernelShape) -> dict[str, str]:
         """`{argument: Triton type}`, such as `*bf16`."""
         dtype = DTYPES[shape.dtype][0]

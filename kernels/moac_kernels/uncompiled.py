@@ -43,7 +43,7 @@ def _described(shape: KernelShape, kernel: Kernel, tile: Tile, block: int | None
         source=f"kernels/{kernel.source}.py",
         arguments=[[name, kind] for name, kind in kernel.signature(shape).items()],
         null_arguments=0,
-        constants={**kernel.fixed, **tile.constants, **small},
+        constants={**kernel.constants(tile.constants), **small},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         max_registers=tile.max_registers,

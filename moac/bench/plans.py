@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from moac.planning import candidate_rules, matching_uniform
-from moac.planning.uniform import rounded_uniform
+from moac.planning import candidate_rules
+from moac.planning.uniform import uniform_baseline
 from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.span import Rule, span_tokens
@@ -28,10 +28,8 @@ def system_plan(system: str, plan: Plan, capacity: int, kv: KvShape) -> Plan:
         return plan
     if system in _SPARSE:
         return plan.unrounded()
-    if system == "uniform" and plan.rounds:
-        return rounded_uniform(plan, capacity, kv)
     if system == "uniform":
-        return matching_uniform(plan, lengths=[capacity])
+        return uniform_baseline(plan, capacity, kv)
     return plan.undropping()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from moac.planning import HeadLayout, matching_uniform
-from moac.planning.uniform import rounded_uniform
+from moac.planning import HeadLayout
+from moac.planning.uniform import uniform_baseline
 from moac_runtime.errors import UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record
 from moac_runtime.package.plan import Plan, rule_from_json
@@ -50,9 +50,7 @@ def _uniform(artifact: Artifact) -> PlanAt:
     Matched at each length by itself, to the nearest block a head. Of a plan with widths as many
     bytes, in 8 bits where these are enough, else in 4.
     """
-    if not artifact.plan.rounds:
-        return lambda length: matching_uniform(artifact.plan, lengths=(length,))
-    return lambda length: rounded_uniform(artifact.plan, length, artifact.kv)
+    return lambda length: uniform_baseline(artifact.plan, length, artifact.kv)
 
 
 def _layerwise(artifact: Artifact) -> PlanAt:

@@ -288,9 +288,11 @@ def _uniform_row(
     """What every head the same loses in as much memory: of all widths, the one that loses
     least."""
     kv, lengths = bench.layout.kv, (length,)
-    plans = [matching_uniform(plan, lengths=lengths)]
-    if kv is not None:
-        plans = matching_uniforms(plan, lengths=lengths, kv=kv)
+    plans = (
+        [matching_uniform(plan, lengths=lengths)]
+        if kv is None
+        else matching_uniforms(plan, lengths=lengths, kv=kv)
+    )
     rows = [measure(bench, samples, "uniform", one) for one in plans]
     return min(rows, key=lambda row: row.loss)
 

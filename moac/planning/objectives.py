@@ -97,7 +97,10 @@ def _length_objective(
         if length in tables
     ]
     weights = [how.weight for how, _ in counted]
-    spans = [_costs(how, of_spans(tables), reference, length) for how, tables in counted]
+    spans = [
+        _costs(how, {n: of_spans(found) for n, found in tables.items()}, reference, length)
+        for how, tables in counted
+    ]
     total: Floats = np.average(spans, axis=0, weights=weights)
     added = [_rounding_costs(tables[length], reference, length) for _, tables in counted]
     rounding = {
@@ -107,9 +110,9 @@ def _length_objective(
     return Objective(name=f"{length}", length=length, table=total, rounding=rounding)
 
 
-def of_spans(tables: Mapping[int, Floats]) -> dict[int, Floats]:
-    """The influence of spans alone, `[samples, layers, kv_heads, spans]`, by length."""
-    return {n: found if found.ndim == 4 else found[:, 0] for n, found in tables.items()}
+def of_spans(found: Floats) -> Floats:
+    """The influence of spans alone, `[samples, layers, kv_heads, spans]`."""
+    return found if found.ndim == 4 else found[:, 0]
 
 
 def of_rounding(found: Floats) -> dict[int | None, Floats]:
@@ -121,8 +124,7 @@ def of_rounding(found: Floats) -> dict[int | None, Floats]:
 
 def _rounding_costs(found: Floats, reference: Plan, length: int) -> dict[int | None, Floats]:
     """`[layers, kv_heads, spans]` of each width, in units of what `reference` loses by squares."""
-    spans = of_spans({length: found})[length]
-    squares = monotone(np.square(spans).mean(0))
+    squares = monotone(np.square(of_spans(found)).mean(0))
     unit = plan_losses(reference, [Objective("unit", length, squares)])[0] or 1.0
     return {bits: np.square(one).mean(0) / unit for bits, one in of_rounding(found).items()}
 

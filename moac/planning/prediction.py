@@ -139,7 +139,7 @@ def _scaled(power: float, scores: Floats, losses: Floats) -> tuple[float, Curve]
 
 def _span_costs(domain: str, length: int, tables: Floats) -> Objective:
     """What each span adds to the score, a wider one never more, and rounding its keys."""
-    spans = of_spans({length: tables})[length]
+    spans = of_spans(tables)
     rounding = {bits: _sizes(found) ** _EXPONENT for bits, found in of_rounding(tables).items()}
     return Objective(domain, length, monotone(_sizes(spans)) ** _EXPONENT, rounding)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -50,21 +50,27 @@ def reference_plan(layout: HeadLayout, *, budget: float, lengths: Sequence[int])
 
 def matching_uniforms(plan: Plan, *, lengths: Sequence[int], kv: KvShape) -> list[Plan]:
     """Of every width the uniform plan that holds as many bytes as `plan`, if one is so small."""
-    found = []
-    for bits in (None, *KV_BITS):
+    return list(_of_widths((None, *KV_BITS), plan, lengths, kv))
+
+
+def uniform_baseline(plan: Plan, length: int, kv: KvShape) -> Plan:
+    """Every head the same, of as much memory as `plan` at one length.
+
+    Of a plan with widths that is as many bytes, in 8 bits or, where these would be more, in 4.
+    """
+    if not plan.rounds:
+        return matching_uniform(plan, lengths=(length,))
+    return next(_of_widths(KV_BITS, plan, (length,), kv))
+
+
+def _of_widths(
+    widths: Sequence[int | None], plan: Plan, lengths: Sequence[int], kv: KvShape
+) -> Iterator[Plan]:
+    for bits in widths:
         own = replace(HeadLayout.of(plan, kv), widths=(bits,))
         least = own.uniform(own.least)
         if all(own.held(least, n) <= own.held(plan, n) for n in lengths):
-            found.append(_matching(plan, own, lengths))
-    return found
-
-
-def rounded_uniform(plan: Plan, length: int, kv: KvShape) -> Plan:
-    """The one of them of 8 bits, or, where that would hold more than `plan`, of 4."""
-    found = {
-        one.rules[0][0].bits: one for one in matching_uniforms(plan, lengths=(length,), kv=kv)
-    }
-    return found.get(8) or found[4]
+            yield _matching(plan, own, lengths)
 
 
 def matching_uniform(plan: Plan, *, lengths: Sequence[int]) -> Plan:

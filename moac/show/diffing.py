@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moac.packaging.build_record import read_build
-from moac.show.file_diff import file_diff, package_facts
+from moac.show.file_diff import MACHINE, file_diff, package_facts
 from moac.show.inspection import chosen_plan, planned_lengths
 from moac_runtime.errors import ArtifactError, UsageError
 from moac_runtime.package.artifact import Artifact, load_plan_record, open_artifact
@@ -20,7 +20,6 @@ from moac_runtime.package.plan import Plan
 _SETTINGS = ("budget", "lengths", "extrapolated", "unseen", "rules_per_layer")
 _RULES = ("sink", "block", "min_span", "windows")
 _PROVENANCE = ("source", "revision", "identity", "plan", "device", "measured_in")
-_MACHINE = ("processor", "threads")
 _SAME_LOSS = 1e-4  # nats: what reordered sums may change in the dense model's loss
 
 
@@ -170,7 +169,7 @@ def _build(artifact: Artifact) -> dict[str, Any]:
     if record is None:
         return {}
     seconds = round(sum(record["seconds"].values()), 2)
-    return {**{name: record[name] for name in ("created", *_MACHINE)}, "seconds": seconds}
+    return {**{name: record[name] for name in ("created", *MACHINE)}, "seconds": seconds}
 
 
 def _files(a: Side, b: Side) -> dict[str, Any] | None:
@@ -184,7 +183,7 @@ def _files(a: Side, b: Side) -> dict[str, Any] | None:
 
 def _machine(side: Side) -> dict[str, Any]:
     """What of `build.json` decides the order of sums; no file follows from the rest."""
-    return {name: side.build[name] for name in _MACHINE if name in side.build}
+    return {name: side.build[name] for name in MACHINE if name in side.build}
 
 
 def _check_shapes(a: Side, b: Side) -> None:

@@ -19,8 +19,8 @@ _LIBRARIES = tuple(
     f"{name} version" for name in ("moac", "python", "torch", "transformers", "tokenizers")
 )
 _MODEL = ("source", "revision", "identity")
-_MACHINE = ("processor", "threads")
-_MEASURED = ("device", "measured_in", *_MACHINE, *_LIBRARIES)
+MACHINE = ("processor", "threads")
+_MEASURED = ("device", "measured_in", *MACHINE, *_LIBRARIES)
 PLANNING_ARGUMENTS = (
     *("argument max_kv_bytes", "argument batch", "argument length", "argument max_loss"),
     *("argument calibration", "argument effort", "argument samples", "argument plans"),
@@ -36,7 +36,7 @@ _STORED = (
     *("identity", "dtype", "head order", "argument weights", "argument max_shard_size"),
     *("torch version", "safetensors version"),
 )
-_FEEDBACK = (*_MACHINE, *_LIBRARIES, "argument seed")
+_FEEDBACK = (*MACHINE, *_LIBRARIES, "argument seed")
 _HOLD_WEIGHTS = ("weights/*", "model*.onnx*", "onnx*")
 _GRAPH = ("argument onnx_dtype", "argument onnx_weights", *_STORED, *_RULES, "capacity")
 

@@ -166,7 +166,7 @@ template <class T> struct Engine {
   bool reserve(int64_t tokens, int64_t rows, int64_t kv_tokens) {
     const int64_t heads = rows * model.kv_heads, items = kv_tokens / DECODE_BLOCK + heads;
     if (tokens <= most_tokens && items <= most_items && heads <= pairs) return true;
-    const int64_t all_tokens = larger(tokens, most_tokens), m = spare(all_tokens);
+    const int64_t all_tokens = padded(larger(tokens, most_tokens), TILE_ROWS), m = spare(all_tokens);
     const int64_t all_items = larger(items, most_items), all_pairs = larger(heads, pairs);
     release();
     const int64_t d = model.head_dim, kv = model.kv_heads * d, turns = m * model.num_ropes * d / 2;

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moac_runtime.backends.layout import HeadRun
 from moac_runtime.backends.torch.cache import SpanCache
+from moac_runtime.backends.torch.rounding import format_of
 from moac_runtime.backends.torch.steps import Share, StepAttention
 from moac_runtime.errors import MoacError, UsageError
 from moac_runtime.package.spec import ModelSpec
@@ -122,9 +123,8 @@ class PlanRows:
     def _cache(self, run: HeadRun, like: Tensor) -> SpanCache:
         # no inference tensor: the next forward pass may run outside of torch.inference_mode
         with torch.inference_mode(False):
-            return SpanCache(
-                run, head_dim=self.opened.spec.head_dim, dtype=like.dtype, device=like.device
-            )
+            dim, bits = self.opened.spec.head_dim, run.layout.head.bits
+            return SpanCache(run, format_of(dim, like.dtype, bits), like.device)
 
     def _check_room(self, rows: Sequence[PlanRow], places: Sequence[Sequence[int]]) -> None:
         longest = max(row.length + len(real) for row, real in zip(rows, places, strict=True))

@@ -136,11 +136,6 @@ class HeadRun:
         """KV heads of the run."""
         return self.stop - self.first
 
-    @property
-    def slots(self) -> int:
-        """Keys that the run holds, all heads together."""
-        return self.num_heads * self.layout.head.size
-
     def memory(self, kv: KvShape) -> RunMemory:
         """Where keys and values lie in the run's memory."""
         head = self.layout.head

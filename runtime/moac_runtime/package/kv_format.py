@@ -1,8 +1,7 @@
 """How keys and values are held: in the package's dtype, or rounded to 8 or 4 bits.
 
 A head's width is its rule's `bits`; None, the neutral value, is the package's dtype ("full").
-docs/FORMAT.md ("Keys and values in 8 and 4 bits") says it to the bit; `kv_rounding.py` computes
-it.
+docs/FORMAT.md ("Keys and values in 8 and 4 bits") says it to the bit.
 """
 
 from __future__ import annotations

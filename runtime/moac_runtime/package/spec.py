@@ -185,7 +185,7 @@ class ModelSpec:
 
     def kv_token_bytes(self, itemsize: int) -> int:
         """Bytes of keys and values that one token costs one KV head."""
-        return 2 * self.head_dim * itemsize
+        return self.kv_shape(itemsize).token_bytes()
 
     def kv_shape(self, itemsize: int) -> KvShape:
         """A key of one head in an engine whose numbers have `itemsize` bytes."""

@@ -18,7 +18,6 @@ from moac_runtime.backends.layout import HeadRun, grown_runs, rope_tables
 from moac_runtime.backends.own import OwnRows
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.package.dtypes import DTYPE_BYTES
-from moac_runtime.package.kv_format import KvShape
 from moac_runtime.package.plan import Plan
 
 # Tokens of a step: enough that reading and packing weights costs little beside computing.
@@ -105,7 +104,7 @@ class CpuSession(OwnRows[CpuRow]):
         row = CpuRow(
             layers,
             capacity=capacity,
-            kv=KvShape(spec.head_dim, DTYPE_BYTES[self._engine.dtype]),
+            kv=spec.kv_shape(DTYPE_BYTES[self._engine.dtype]),
             frequencies=(ctypes.c_float * len(frequencies))(*frequencies),
         )
         self._engine.check_caches(row.caches)

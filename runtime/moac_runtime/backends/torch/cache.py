@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moac_runtime.backends.layout import HeadRun, Stretch
-from moac_runtime.backends.torch.rounding import Format, Parts, format_of
+from moac_runtime.backends.torch.rounding import Format, Parts
 
 
 class SpanCache:
@@ -19,15 +19,10 @@ class SpanCache:
 
     __slots__ = ("format", "keys", "run", "values")
 
-    def __init__(
-        self,
-        run: HeadRun,
-        *,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._hold(run, format_of(head_dim, dtype, run.layout.head.bits), device)
+    def __init__(self, run: HeadRun, format: Format, device: torch.device | str = "cpu") -> None:
+        self.run, self.format = run, format
+        # not filled: a slot is written before it is read
+        self.keys, self.values = format.empty(run, device), format.empty(run, device)
 
     @property
     def bytes(self) -> int:
@@ -80,17 +75,11 @@ class SpanCache:
 
     def grown(self, run: HeadRun, moved: Sequence[Stretch]) -> SpanCache:
         """A cache of some of the heads under a larger span, with what `moved` says of this one."""
-        new = object.__new__(SpanCache)
-        new._hold(run, self.format, self.device)
+        new = SpanCache(run, self.format, self.device)
         heads = slice(run.first - self.run.first, run.stop - self.run.first)
         own = ([part[heads] for part in parts] for parts in self._own)
         new.fill(*(_picked(parts, moved) for parts in own))
         return new
-
-    def _hold(self, run: HeadRun, format: Format, device: torch.device | str) -> None:
-        self.run, self.format = run, format
-        # not filled: a slot is written before it is read
-        self.keys, self.values = format.empty(run, device), format.empty(run, device)
 
     @property
     def _own(self) -> tuple[Parts, Parts]:

@@ -14,7 +14,7 @@ from moac_runtime.backends.own import OwnRows
 from moac_runtime.backends.session import Feed, Snapshot
 from moac_runtime.backends.torch.cache import SpanCache
 from moac_runtime.backends.torch.decoder import Decoder
-from moac_runtime.backends.torch.rounding import Parts
+from moac_runtime.backends.torch.rounding import Parts, format_of
 from moac_runtime.backends.torch.steps import Share, StepAttention
 from moac_runtime.package.plan import Plan
 
@@ -142,7 +142,8 @@ class TorchSession(OwnRows[TorchRow]):
 
     def _cache(self, run: HeadRun) -> SpanCache:
         spec, decoder = self._decoder.spec, self._decoder
-        return SpanCache(run, head_dim=spec.head_dim, dtype=decoder.dtype, device=decoder.device)
+        held = format_of(spec.head_dim, decoder.dtype, run.layout.head.bits)
+        return SpanCache(run, held, decoder.device)
 
     def _frequencies(self, capacity: int) -> Tensor:
         spec = self._decoder.spec
