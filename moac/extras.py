@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from moac_runtime.errors import UsageError
-from moac_runtime.host.extras import missing
+from moac_runtime.host import extras
 
 _COMPILE = ("torch", "transformers", "accelerate", "highspy", "rich")
 # Some libraries of an extra are for few checkpoints and are asked for there.
@@ -18,6 +15,4 @@ _ALWAYS = {
 
 def require(extra: str) -> None:
     """Raise UsageError, which names the install, where what a command of `extra` loads is not."""
-    for name in _ALWAYS[extra]:
-        if find_spec(name) is None:
-            raise UsageError(f"this command needs {missing(name, extra=extra)}")
+    extras.require(extra, "this command", _ALWAYS[extra])

@@ -247,7 +247,8 @@ def test_how_a_library_is_installed(module: str, command: str) -> None:
 @pytest.mark.parametrize("absent", ["torch", "transformers", "accelerate", "highspy", "rich"])
 def test_a_part_of_an_extra_is_not_enough(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     require("compile")
-    monkeypatch.setattr("moac.extras.find_spec", lambda name: None if name == absent else name)
+    there = "moac_runtime.host.extras.find_spec"
+    monkeypatch.setattr(there, lambda name: None if name == absent else name)
     with pytest.raises(UsageError, match=rf"needs {absent}, .*pip install 'moac\[compile\]'"):
         require("compile")
 

@@ -392,7 +392,7 @@ def test_a_replica_without_its_thread_is_not_healthy(tiny_package: Compiled) -> 
 def test_replicas_need_their_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve_command, "find_spec", lambda name: name != "ray" or None)
+    monkeypatch.setattr("moac_runtime.host.extras.find_spec", lambda name: name != "ray" or None)
     assert moac_command("serve", "nowhere", "--replicas", 2) == 2
     assert capsys.readouterr().err == (
         "error: --replicas needs ray, which is not installed; run: pip install 'moac[ray]'\n"

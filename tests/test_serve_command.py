@@ -18,8 +18,6 @@ import pytest
 from test_serve import CHAT
 from tiny import Compiled, moac_command
 
-import moac_runtime.serve.command as serve_command
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -124,7 +122,8 @@ def test_what_cannot_be_served_is_one_sentence(
 def test_a_missing_extra_names_its_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve_command, "find_spec", lambda name: name != "uvicorn" or None)
+    there = "moac_runtime.host.extras.find_spec"
+    monkeypatch.setattr(there, lambda name: name != "uvicorn" or None)
     assert moac_command("serve", "nowhere") == 2
     assert capsys.readouterr().err == (
         "error: this command needs uvicorn, which is not installed; run: pip install "

@@ -335,7 +335,7 @@ def test_an_encrypted_key(
 def test_without_the_library_the_extra_is_named(
     signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("moac_runtime.package.signature.find_spec", lambda name: None)
+    monkeypatch.setattr("moac_runtime.host.extras.find_spec", lambda name: None)
     for asked in (
         ("sign", signed, "--key", keys / "mine.key"),
         ("run", signed, "--require-signature", keys / "mine.pub", *QUESTION),

@@ -10,9 +10,9 @@ from typing import Any
 
 from moac.checkpoint.families import Family, gguf_family, parse_config
 from moac.checkpoint.families.options import refuse
-from moac.checkpoint.families.reading import MOST_LAYERS, MOST_SIZE
 from moac.checkpoint.gguf_fields import Fields
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.limits import MOST_LAYERS, MOST_SIZE
 
 _ORIGINAL = "use the original checkpoint"
 _EPSILONS = {

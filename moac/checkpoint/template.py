@@ -8,10 +8,10 @@ from typing import Any
 from moac_runtime.errors import MoacError
 from moac_runtime.text.messages import Message
 from moac_runtime.text.template import ChatTemplate
+from moac_runtime.text.tokenizer import SPECIAL_TOKENS
 
 _USER, _ANSWER = "MOACUSER", "MOACANSWER"
 _LATER = "MOACLATER"
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -26,7 +26,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
     """The tokens that a template knows by name."""
-    names = {name: getattr(tokenizer, name) for name in _NAMES}
+    names = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     return {name: token for name, token in names.items() if token}
 
 

@@ -13,8 +13,8 @@ from moac.checkpoint.library import quiet_library
 from moac.checkpoint.tokenizer_sources import check_sources, sentencepiece_note
 from moac.checkpoint.vocabulary import special_ids
 from moac_runtime.errors import CheckpointError
+from moac_runtime.text.tokenizer import SPECIAL_TOKENS
 
-_TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _PROCESSOR_TEMPLATE = "chat_template.json"
 _TIKTOKEN_CACHE = "TIKTOKEN_CACHE_DIR"
 # Bookkeeping of the library and flags of its own generate loop, not defaults of the model.
@@ -88,7 +88,7 @@ def tokenizer_files(
     `generation`: the raw generation_config.json. `extra_eos`: end ids the format itself names.
     """
     special = special_ids(tokenizer, config, generation, extra_eos)
-    strings = {name: _text(getattr(tokenizer, name, None)) for name in _TOKEN_NAMES}
+    strings = {name: _text(getattr(tokenizer, name, None)) for name in SPECIAL_TOKENS}
     settings = {**special, **strings, "defaults": _defaults(generation)}
     files = {
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(),

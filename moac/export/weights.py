@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from onnx import TensorProto, numpy_helper
@@ -19,6 +17,7 @@ from moac.export.graph import GraphWeights
 from moac.packaging.four_bits import Rounded
 from moac_runtime.package.dtypes import DTYPES
 from moac_runtime.package.spec import ModelSpec
+from moac_runtime.package.tensor_header import header_bytes, parse_header
 from moac_runtime.package.weight_formats import GROUP
 from moac_runtime.package.weights import expected_tensors, scale_name
 
@@ -54,15 +53,13 @@ def stored_tensors(package: Path) -> dict[str, Stored]:
 
 def _tensors(package: Path, shard: Path) -> Iterator[tuple[str, Stored]]:
     with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        start = file.read(8)
+        length = header_bytes(start)
+        header = parse_header(file.read(length))
     location = shard.relative_to(package).as_posix()
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            start = 8 + length + begin
-            kind, shape = _STORED[entry["dtype"]], tuple(entry["shape"])
-            yield name, Stored(location, kind, shape, start, end - begin)
+    for name, told in header.items():
+        first, size = len(start) + length + told.first, told.stop - told.first
+        yield name, Stored(location, _STORED[told.stored], told.shape, first, size)
 
 
 def shared_weights(package: Path, dtype: str) -> GraphWeights:

@@ -7,14 +7,14 @@ decided by it, and the runtime never reads it. Imports no torch.
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from moac_runtime.errors import ArtifactError
+from moac_runtime.host.files import read_regular
+from moac_runtime.package.json_text import parse_json
 
 BUILD = "build.json"
 
@@ -42,27 +42,19 @@ def read_build(package: Path) -> dict[str, Any] | None:
     else.
     """
     path = package / BUILD
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is not what moac wrote: {_REMEDY}")
     try:
-        data = json.loads(_bytes(path))
+        data = parse_json(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ArtifactError(f"{path} is not what moac wrote: {_REMEDY}") from None
     if not _is_record(data):
         raise ArtifactError(f"{path} is not what moac wrote: {_REMEDY}")
     return dict(data)
-
-
-def _bytes(path: Path) -> bytes:
-    """A small ordinary file's bytes. Raises OSError, ValueError for anything else."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
-            raise ValueError(f"{path} must be a file of at most {_MOST_BYTES} bytes")
-        return file.read(_MOST_BYTES)
 
 
 def _is_record(data: Any) -> bool:

@@ -122,8 +122,8 @@ def write_manifest(
     verification: Mapping[str, Any],
     weights: str = "full",
     kv_format: str | None = None,
-) -> None:
-    """Write `moac.json` over all that the folder holds but itself and `build.json`.
+) -> str:
+    """Write `moac.json` over all that the folder holds but itself and `build.json`; its digest.
 
     Writing it again replaces it. `weights`: "full", "int8" or "int4". `kv_format`:
     `artifact.kv_format` of the plan, None for one that rounds nothing. Raises ValueError for a NaN
@@ -146,7 +146,9 @@ def write_manifest(
         "verification": dict(verification),
     }
     data = json.loads(json.dumps(content, allow_nan=False))  # what a reader will see
-    write_json(staging / MANIFEST, data | {"digest": manifest_digest(data)})
+    digest = manifest_digest(data)
+    write_json(staging / MANIFEST, data | {"digest": digest})
+    return digest
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

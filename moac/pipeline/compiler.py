@@ -63,8 +63,6 @@ from moac_runtime.errors import CheckFailed, MoacError
 from moac_runtime.package.artifact import kv_format, open_artifact
 from moac_runtime.package.dtypes import DTYPE_BYTES
 from moac_runtime.package.golden import GoldenPrompt
-from moac_runtime.package.integrity import MANIFEST
-from moac_runtime.package.manifest import read_json
 from moac_runtime.package.plan import Plan
 from moac_runtime.package.trust import trust
 
@@ -168,8 +166,7 @@ def emit(
             release_memory()  # of the float32 model
         with clock("verify"):
             checks = check_package(staging)
-        seal_package(staging, checks, clock)
-        record_trust(staging, out)
+        record_trust(seal_package(staging, checks, clock), out)
     return checks
 
 
@@ -361,27 +358,29 @@ def check_package(staging: Path) -> tuple[Check, ...]:
     return checks
 
 
-def record_trust(staging: Path, out: Path) -> None:
+def record_trust(digest: str, out: Path) -> None:
     """Let the package's own code run here for this user, wherever it is moved.
 
     Before it stands at `out`, since a record of what never came to be does no harm.
     """
-    digest = read_json(staging / MANIFEST, MANIFEST)["digest"]
     try:
         trust(digest, str(out.resolve()))
     except MoacError as error:
         notes([f"the package is not recorded as one that you trust: {error}"])
 
 
-def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
-    """Write what was known last: the report, the verdict into the manifest, and `build.json`."""
+def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> str:
+    """Write what was known last: the report, the verdict into the manifest, and `build.json`.
+
+    Returns the digest of the whole.
+    """
     opened = open_artifact(staging, check="sizes")
     artifact = replace(
         opened,
         verification={**opened.verification, "checks": [check.to_json() for check in checks]},
     )
     write_report(staging, inspect_artifact(artifact))
-    write_manifest(
+    digest = write_manifest(
         staging,
         model=artifact.spec,
         dtype=artifact.dtype,
@@ -394,6 +393,7 @@ def seal_package(staging: Path, checks: Sequence[Check], clock: Clock) -> None:
         kv_format=artifact.kv_format,
     )
     write_build(staging, build_record(clock))
+    return digest
 
 
 def build_record(clock: Clock) -> dict[str, Any]:

@@ -10,23 +10,21 @@ from typing import Any
 from moac.checkpoint.families.options import activation_of, refuse
 from moac.checkpoint.library import quiet_library
 from moac_runtime.errors import CheckpointError
+from moac_runtime.package.limits import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_SIZE
 from moac_runtime.package.spec import ExpertsSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 # The largest value of each that is read as meant; beyond it a config is damaged.
-MOST_LAYERS = 10_000
-MOST_SIZE = 2**31
 _SIZES = {
     "num_hidden_layers": MOST_LAYERS,
     "hidden_size": MOST_SIZE,
     "intermediate_size": MOST_SIZE,
-    "num_attention_heads": MOST_SIZE,
-    "num_key_value_heads": MOST_SIZE,
+    "num_attention_heads": MOST_HEADS,
+    "num_key_value_heads": MOST_HEADS,
     "vocab_size": MOST_SIZE,
     "max_position_embeddings": MOST_SIZE,
 }
 # Of some the library makes a list, a value each, before anybody could look at them.
 _MOST = {**_SIZES, "num_labels": MOST_LAYERS}
-_MOST_EXPERTS = 4096
 _HEAD_DIM = "an even head size from 2 to 1024"
 
 
@@ -116,7 +114,7 @@ def positive(config: Any, name: str) -> float:
 def whole(config: Any, name: str) -> int:
     """A size of the config. Raises CheckpointError unless it is a positive whole number."""
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SIZE:
         raise CheckpointError(
             f"config.json says {name} {value!r} where a positive whole number was expected; "
             "restore it from the original checkpoint"
@@ -130,10 +128,10 @@ def experts(config: Any, *, normalised: bool, **changes: Any) -> ExpertsSpec:
     Raises CheckpointError for more experts a token than there are, and more than any model has.
     """
     chosen, count = whole(config, "num_experts_per_tok"), whole(config, "num_local_experts")
-    if not chosen <= count <= _MOST_EXPERTS:
+    if not chosen <= count <= MOST_EXPERTS:
         raise CheckpointError(
             f"config.json says {chosen} of {count} experts a token, where at most all of at most "
-            f"{_MOST_EXPERTS} were expected; restore it from the original checkpoint"
+            f"{MOST_EXPERTS} were expected; restore it from the original checkpoint"
         )
     return ExpertsSpec(count=count, chosen=chosen, normalised=normalised, **changes)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from moac_runtime.errors import UsageError
+
 # By the name a library is imported by; those of the base install are in none.
 EXTRAS = {
     "torch": ("torch",),
@@ -36,3 +41,13 @@ def install(module: str, *, extra: str | None = None) -> str:
 def missing(module: str, *, extra: str | None = None) -> str:
     """What something needs, in the words of a sentence; `extra` as in `install`."""
     return f"{module}, which is not installed; run: {install(module, extra=extra)}"
+
+
+def require(extra: str, what: str, libraries: Sequence[str] | None = None) -> None:
+    """Raise UsageError, which names the install, where a library of an extra is not there.
+
+    `what`: that needs them. `libraries`: not all of the extra's, but these.
+    """
+    for name in EXTRAS[extra] if libraries is None else libraries:
+        if find_spec(name) is None:
+            raise UsageError(f"{what} needs {missing(name, extra=extra)}")

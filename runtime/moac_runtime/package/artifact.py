@@ -25,6 +25,7 @@ from moac_runtime.package.integrity import (
     FileRecord,
     IntegrityCheck,
     inside,
+    unreadable,
 )
 from moac_runtime.package.json_text import MOST_BYTES
 from moac_runtime.package.kv_format import PLANNED, KvShape
@@ -281,7 +282,7 @@ def _hold(root: Path) -> HeldFiles:
     try:
         return HeldFiles(root)
     except OSError as error:
-        raise _unreadable(root, error) from error
+        raise unreadable(root, error) from error
 
 
 def _read_manifest(held: HeldFiles) -> dict[str, Any]:
@@ -289,14 +290,7 @@ def _read_manifest(held: HeldFiles) -> dict[str, Any]:
         held.hold([MANIFEST])
         return json_object(held.read(MANIFEST, _JSON_BYTES), MANIFEST)
     except OSError as error:
-        raise _unreadable(held.root / MANIFEST, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(
-        f"{path} cannot be read ({error.strerror}), expected a readable file: "
-        "check its permissions or copy the package again"
-    )
+        raise unreadable(held.root / MANIFEST, error) from error
 
 
 def _parse_plan(content: bytes, manifest: Manifest) -> Plan:

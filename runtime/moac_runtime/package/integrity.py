@@ -158,7 +158,7 @@ def _explaining(root: Path, name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def _missing(root: Path, name: str) -> ArtifactError:
@@ -171,7 +171,8 @@ def _no_file(root: Path, name: str) -> ArtifactError:
     return ArtifactError(f"{root / name} is not a file, but {MANIFEST} lists it: {REMEDY}")
 
 
-def _unreadable(name: str, error: OSError) -> ArtifactError:
+def unreadable(name: str | Path, error: OSError) -> ArtifactError:
+    """What is said of a file of a package that cannot be read."""
     return ArtifactError(
         f"{name} cannot be read ({error.strerror}), expected a readable file: "
         "check its permissions or copy the package again"
@@ -225,7 +226,7 @@ def _check_digest(name: str, digest: Future[str], record: FileRecord) -> None:
     try:
         found = digest.result()
     except OSError as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     if found != record.sha256:
         raise ArtifactError(
             f"{name} was altered: its SHA-256 is {found}, expected {record.sha256}: {REMEDY}"

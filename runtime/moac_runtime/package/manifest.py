@@ -15,7 +15,7 @@ from moac_runtime.errors import ArtifactError
 from moac_runtime.host.files import read_regular
 from moac_runtime.package.activations import ACTIVATIONS
 from moac_runtime.package.dtypes import DTYPES
-from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord
+from moac_runtime.package.integrity import MANIFEST, REMEDY, FileRecord, unreadable
 from moac_runtime.package.json_text import MOST_BYTES, parse_json
 from moac_runtime.package.kv_format import PLANNED
 from moac_runtime.package.limits import MOST_CONTEXT, MOST_LAYERS, MOST_ROPES, most_of
@@ -67,10 +67,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = read_regular(path, MOST_BYTES)
     except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}), expected a readable file: "
-            "check its permissions or copy the package again"
-        ) from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise _no_json(name, error) from error
     return json_object(content, name)

@@ -13,13 +13,12 @@ import stat
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from moac_runtime.errors import CheckFailed, UsageError
-from moac_runtime.host.extras import missing
+from moac_runtime.host.extras import require
 from moac_runtime.package.held import HeldFiles
 from moac_runtime.package.integrity import MANIFEST, FileRecord, sha256
 from moac_runtime.package.json_text import MOST_BYTES
@@ -40,9 +39,7 @@ _FILES = {
 
 def require_signing() -> None:
     """Raise UsageError, which names the install, where the library is not."""
-    for name in ("model_signing", "OpenSSL"):
-        if find_spec(name) is None:
-            raise UsageError(f"signatures need {missing(name, extra='sign')}")
+    require("sign", "a signature")
 
 
 class FolderDigests:

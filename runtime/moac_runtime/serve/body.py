@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from starlette.requests import ClientDisconnect, Request
 
-from moac_runtime.package.json_text import parse_json
+from moac_runtime.package.json_text import MOST_BYTES, parse_json
 from moac_runtime.serve.errors import ApiError
 from moac_runtime.serve.fields import BodyFields
-
-MOST_BYTES = 16 * 2**20
 
 
 async def read_body(request: Request) -> BodyFields:

@@ -8,14 +8,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING
 
 from moac_runtime.command import Parser, add_trust, size_option
 from moac_runtime.errors import UsageError
-from moac_runtime.host.extras import EXTRAS, missing
+from moac_runtime.host.extras import require
 from moac_runtime.host.process import run_process
 
 if TYPE_CHECKING:
@@ -129,19 +128,13 @@ def _add_running(made: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace, build: Build | None) -> int:
     _check(options)
-    _check_extra("serve", "this command")
+    require("serve", "this command")
     if options.replicas > 1:
-        _check_extra("ray", "--replicas")
+        require("ray", "--replicas")
     keys = _read_keys(options.api_key_file)
     if options.replicas == 1:
         return _one(options, keys, build)
     return _many(options, keys, build)
-
-
-def _check_extra(extra: str, what: str) -> None:
-    for name in EXTRAS[extra]:
-        if find_spec(name) is None:
-            raise UsageError(f"{what} needs {missing(name, extra=extra)}")
 
 
 def _check(options: argparse.Namespace) -> None:

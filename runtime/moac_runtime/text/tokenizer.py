@@ -21,7 +21,7 @@ from moac_runtime.text.template import ChatTemplate
 GENERATION = "tokenizer/generation.json"
 _TOKENS = "tokenizer/tokenizer.json"
 _TEMPLATE = "tokenizer/chat_template.jinja"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Tokenizer:
         return cls(
             backend=_parse_backend(tokenizer),
             eos_token_ids=frozenset(found["eos_token_ids"]),
-            special_tokens={name: found[name] for name in _SPECIAL if found.get(name)},
+            special_tokens={name: found[name] for name in SPECIAL_TOKENS if found.get(name)},
             chat_template=None if template is None else _parse_template(template),
         )
 
@@ -170,7 +170,7 @@ def _check_settings(settings: Mapping[str, Any], name: str) -> None:
         raise ArtifactError(
             f"{name} has eos_token_ids {ends!r:.60}, expected a list of token ids: {REMEDY}"
         )
-    for key in _SPECIAL:
+    for key in SPECIAL_TOKENS:
         if not isinstance(found := settings.get(key), str | None):
             raise ArtifactError(f"{name} has {key} {found!r:.60}, expected a text: {REMEDY}")
 
