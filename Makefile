@@ -25,7 +25,7 @@ MAKEFLAGS += --no-print-directory
 help:
 	@echo 'make quickstart   install, fetch a small model, compile it, ask it a question'
 	@echo 'make test         install, run the tests that take no real model'
-	@echo 'make test-slow    run the tests on the small model (minutes)'
+	@echo 'make test-slow    the tests on the small model, and all that take long (test-faults among them)'
 	@echo 'make test-race    try the threads of the CPU kernels for races, a million phases at a time'
 	@echo 'make test-ray     the tests of replicas, with Ray, which the others do without'
 	@echo 'make test-memory  run the CPU kernels under the address and undefined-behaviour sanitizers'
@@ -42,7 +42,7 @@ help:
 	@echo 'make dist         wheel and sdist into dist/, checked, and tried in a fresh environment'
 	@echo 'make audit        ask for known vulnerabilities of every pinned version'
 	@echo 'make sbom         dist/moac.cdx.json: all that is installed, in CycloneDX'
-	@echo 'make licences     the licences of all that is installed; fails on one that is not allowed'
+	@echo 'make licences     print the licences of all that is installed'
 	@echo 'make clean        remove what the tools leave, and the environment'
 
 quickstart: $(MODEL)/config.json
@@ -71,13 +71,14 @@ fuzz: $(INSTALLED)
 	$(BIN)/python tests/hostile/fuzz.py $(PARSERS) --cases $(CASES) --seed $(SEED)
 
 test-faults: $(INSTALLED)
-	$(BIN)/pytest -q tests/test_long_jobs.py tests/test_byte_flips.py tests/test_reproducible.py \
+	$(BIN)/pytest -q -rfEsP tests/test_long_jobs.py tests/test_byte_flips.py tests/test_reproducible.py \
 		tests/test_ship.py
 
 test-oldest:
 	$(call new_environment,.venv-oldest)
 	$(call install,.venv-oldest/bin,constraints-oldest.txt,$(EVERY))
 	.venv-oldest/bin/pytest -q -m 'not slow'
+	.venv-oldest/bin/pytest -q -m slow tests/test_replica_processes.py
 
 # What pyproject.toml allows, today; constraints.txt is not asked.
 test-newest:
@@ -86,6 +87,7 @@ test-newest:
 	$(call install,.venv-newest/bin,.venv-newest/constraints.txt,$(EVERY))
 	.venv-newest/bin/pip list
 	.venv-newest/bin/pytest -q -m 'not slow'
+	.venv-newest/bin/pytest -q -m slow tests/test_replica_processes.py
 
 lock: $(BIN)/python $(TOOLED)
 	$(BIN)/python tools/lock.py $(TORCH) constraints.txt

@@ -269,7 +269,10 @@ def test_conversations_by_the_tokenizers_of_real_models(
     real: Opened, folder: str, name: str
 ) -> None:
     if not (ROOT / ".cache" / folder).is_dir():
-        pytest.skip(f"needs .cache/{folder}; run examples/fetch_{folder.split('-')[0]}.py")
+        pytest.skip(
+            f"needs .cache/{folder}: "
+            f"python examples/fetch_{folder.split('-')[0]}.py .cache/{folder}"
+        )
     pair = real(folder).by(name)
     for asked, wanted in rendered(pair, name, COUNT):
         assert pair.found(asked) == wanted, asked

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,9 +44,9 @@ def test_langchain_answers_streams_and_reads_json(tiny: Running) -> None:
 def test_guidellm_loads_the_server(
     tiny: Running, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    program = shutil.which("guidellm")
-    if program is None:
-        pytest.skip("needs guidellm")
+    program = Path(sys.executable).with_name("guidellm")
+    if not program.exists():
+        pytest.skip("needs guidellm: .venv/bin/pip install guidellm")
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"Tell me of the number {place}."}) for place in range(24)]
     prompts.write_text("\n".join(lines), encoding="utf-8")

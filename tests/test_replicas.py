@@ -52,7 +52,7 @@ def test_a_prompt_is_known_by_its_beginning() -> None:
 
     assert key("a" * 256 + "b") == key("a" * 300)
     assert key("a" * 255 + "b") != key("a" * 300)
-    assert key([1, 2]) == key([1, 2]) != key([1, 3])
+    assert key([1, 2]) != key([1, 3])
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,7 @@ def test_what_tells_nothing_has_no_key(found: bytes) -> None:
 def test_a_key_keeps_its_replica_when_others_go_and_come() -> None:
     names, keys = list("abcd"), [str(number) for number in range(200)]
     homes = {key: ranked(key, dict.fromkeys(names, 0))[0] for key in keys}
-    assert {name: list(homes.values()).count(name) > 25 for name in names} == dict.fromkeys(
-        names, True
-    )
+    assert all(list(homes.values()).count(name) > 25 for name in names)
     for key, home in homes.items():
         fewer = ranked(key, dict.fromkeys("abc", 0))
         assert sorted(fewer) == ["a", "b", "c"]

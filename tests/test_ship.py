@@ -80,7 +80,7 @@ def there(tmp_path: Path) -> Path:
 # ---- a tar
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the tar of GNU")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU tar")
 def test_a_tar_on_a_stick(here: Path, there: Path) -> None:
     follow(block("stick"), here)
     for name in ("answers.tar", "answers.tar.sha256"):

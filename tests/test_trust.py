@@ -98,8 +98,9 @@ def test_no_code_of_a_stranger_runs(
         "doctor": lambda: moac_command("doctor", biting),
         "inspect": lambda: moac_command("inspect", biting),
     }
-    todo[how]()
+    ended = todo[how]()
     assert not bitten.exists()
+    assert not isinstance(ended, int) or ended == 0, "it was refused before any code could run"
 
 
 @needs_compiler

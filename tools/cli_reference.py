@@ -60,6 +60,7 @@ trusted are kept there too. |
 | `XDG_STATE_HOME` | Where [trusted packages](TRUST.md) are recorded, in `moac/trusted`; \
 otherwise `~/.local/state`. |
 | `OMP_NUM_THREADS` | The CPU threads to use, where `--threads` says nothing. |
+| `MOAC_CPU` | The instruction set of the native CPU kernels, where `--cpu` says nothing. |
 | `CXX` | The C++ compiler that builds the native CPU kernels; otherwise g++, c++ or clang++. |
 | `NO_COLOR` | Turns off the colours of the heat map that `inspect` prints. |
 

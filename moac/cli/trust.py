@@ -19,7 +19,7 @@ from moac_runtime.errors import MoacError
     help="only if this key signed it",
 )
 def trust_command(package: Path, forget: bool, public_key: Path | None) -> None:
-    """Let code of PACKAGE run here, its kernels, as that of packages you compiled here.
+    """Let PACKAGE's own code, its kernels, run here like that of packages compiled here.
 
     What is recorded is its digest, for this user: a copy of the package is trusted too, and one
     that was altered is not.

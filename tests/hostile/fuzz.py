@@ -100,7 +100,10 @@ def _part(name: str, cases: int, seed: int, asked: argparse.Namespace) -> dict[s
     if done.returncode == 0 and lines:
         last.unlink(missing_ok=True)
         return json.loads(lines[-1])
-    print(f"{name} broke (exit code {done.returncode}) on the input {last}", file=sys.stderr)
+    print(
+        f"{name} broke (exit code {done.returncode}) on the input {asked.case or last}",
+        file=sys.stderr,
+    )
     return None
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fuzz import HERE
 from guard import check_sentence
 from targets import TARGETS
 
 from moac_runtime.errors import MoacError
 
+HERE = Path(__file__).parent
 CASES = 12
 
 
